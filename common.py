@@ -1,0 +1,886 @@
+"""What every script needs besides its lesson: flags, processes, device and dtype, schedule, safe checkpoints,
+signals, clear errors.
+
+Here is only what is identical in every stage and has one right answer. It knows no model: whatever it saves or
+compares comes in as an argument. Each training script keeps its own loop, loss and checkpoint calls.
+
+Sources: launch variables as torchrun sets them; WSD schedule from Hu et al. 2024 (arXiv:2404.06395); tmp + fsync +
+rename is the usual way to replace a file atomically (POSIX rename).
+"""
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+FORMAT_VERSION = 1  # of our checkpoint folders; part of every stage key, so that a new layout redoes old stages
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+# Flags that cannot change what a run computes: they are left out of the stage key, and resume may change them freely.
+FREE_FLAGS = {
+    "save_dir",
+    "log_interval",
+    "eval_interval",
+    "save_interval",
+    "from_resume",
+    "if_needed",
+    "overwrite",
+    "keep_resume",
+    "debug",
+    "device",
+    "dtype",
+    "threads",
+    "num_workers",
+    "use_compile",
+    "save_weight",
+    "cache_dir",
+    "max_steps",
+    "epochs",
+    "max_minutes",
+    "eval_batches",
+    "sample_interval",
+    "accumulation_steps",
+    "batch_size",
+}
+# ... but these do change the result of a whole stage, so the key keeps them although resume allows them.
+KEY_FLAGS = {"max_steps", "epochs", "max_minutes", "accumulation_steps", "batch_size"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+class Parser(argparse.ArgumentParser):
+    """argparse with this project's rules: no abbreviations, hyphens as good as underscores, defaults shown in the
+    help."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=_HelpFormatter)
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        named = [a.split("=", 1) for a in args]
+        # only the flag itself is rewritten: its value may be a path with hyphens
+        args = ["=".join([a[0].replace("-", "_").replace("__", "--", 1), *a[1:]]) if a[0].startswith("--")
+                else "=".join(a) for a in named]
+        return super().parse_args(args, namespace)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\nSee: python {Path(sys.argv[0]).name} --help\n")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def switch(parser, name, default, help):
+    """Add a 0/1 flag whose value may be left out: absent = default, `--x` = 1, `--x 0` = 0 (type=bool would read
+    'False' as true)."""
+    parser.add_argument(name, type=int, choices=(0, 1), nargs="?", const=1, default=default, help=help)
+
+
+def positive(kind, zero=False, below=1e15):
+    """A type for argparse: a number above 0 (or from 0 on) and below a limit, so that absurd values are refused
+    before any data is read."""
+
+    def convert(text):
+        value = kind(text)
+        # written so that nan fails it
+        if not 0 <= value < below or (value == 0 and not zero):
+            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if zero else 'above'} 0 and below {below:g}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def run_flags(parser, save_weight, eval_interval, save_interval=100, log_interval=10):
+    """Add the flags of a run that mean the same in every training script: where it is written, on what it runs, how
+    often it speaks."""
+    count = positive(int, zero=True)
+    g = parser.add_argument_group("output")
+    g.add_argument("--save_dir", default="out", help="folder of all checkpoints")
+    g.add_argument("--save_weight", default=save_weight, help="name of this checkpoint below --save_dir")
+    g.add_argument("--log_interval", type=positive(int), default=log_interval,
+                   help="optimizer steps between two lines of metrics.jsonl")
+    g.add_argument("--eval_interval", type=count, default=eval_interval,
+                   help="optimizer steps between evaluations, 0 = only at the end")
+    g.add_argument("--save_interval", type=count, default=save_interval,
+                   help="optimizer steps between checkpoints, 0 = only at the end")
+    switch(g, "--keep_resume", 1, "keep the optimizer state after the end, so that training can go on")
+    g = parser.add_argument_group("run")
+    switch(g, "--from_resume", 0,
+           "go on from the last checkpoint of --save_weight (starts fresh, and says so, where there is none)")
+    switch(g, "--if_needed", 0,
+           "skip when this checkpoint is finished with the same flags and inputs, resume when it was interrupted")
+    switch(g, "--overwrite", 0, "replace a checkpoint of that name")
+    g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
+    g.add_argument("--dtype", default="auto", choices=["auto", *DTYPES, *SHORT_DTYPES],
+                   help="autocast dtype; float64 turns autocast off")
+    g.add_argument("--threads", type=count, default=0,
+                   help="CPU threads of this process, 0 = cores / processes on this machine")
+    g.add_argument("--seed", type=int, default=42, help="seed of weights, data order and sampling")
+    switch(g, "--debug", 0, "show the traceback of an error")
+
+
+def optim_flags(parser, batch_size, learning_rate, muon_learning_rate, max_steps=0, epochs=1.0, warmup_steps=0.05,
+                schedule="linear", weight_decay=0.0, accumulation_steps=1, grad_clip=1.0, optimizer="muon"):
+    """Add the optimisation flags; a script passes its own recipe as defaults, so that the numbers stand where the
+    loop is."""
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--batch_size", type=positive(int), default=batch_size, help="samples per process and micro-step")
+    g.add_argument("--accumulation_steps", type=positive(int), default=accumulation_steps,
+                   help="micro-steps per optimizer step")
+    g.add_argument("--max_steps", type=positive(int, zero=True), default=max_steps,
+                   help="optimizer steps, 0 = as --epochs says")
+    g.add_argument("--epochs", type=positive(float), default=epochs,
+                   help="passes over the data, when --max_steps is 0; may be a fraction")
+    g.add_argument("--max_minutes", type=positive(float, zero=True), default=0.0,
+                   help="wall-clock budget: sets the steps from the measured speed")
+    g.add_argument("--optimizer", default=optimizer, choices=("muon", "adamw"),
+                   help="muon: Muon on 2D weights, AdamW on the rest")
+    g.add_argument("--learning_rate", type=positive(float, below=1), default=learning_rate,
+                   help="peak rate of the AdamW part")
+    g.add_argument("--muon_learning_rate", type=positive(float, below=1), default=muon_learning_rate,
+                   help="peak rate of the Muon part")
+    g.add_argument("--warmup_steps", type=positive(float, zero=True), default=warmup_steps,
+                   help="steps of linear warm-up; below 1: share of all steps")
+    g.add_argument("--schedule", default=schedule, choices=("linear", "cosine", "wsd", "constant"),
+                   help="shape of the rate after warm-up")
+    g.add_argument("--weight_decay", type=positive(float, zero=True), default=weight_decay,
+                   help="decoupled weight decay on 2D weights")
+    g.add_argument("--grad_clip", type=positive(float, zero=True), default=grad_clip,
+                   help="largest gradient norm, 0 = no clipping")
+
+
+def data_flags(parser, data_path, max_seq_len, val_ratio=0.01):
+    """Add the flags of a training set with its held-out part."""
+    g = parser.add_argument_group("data")
+    g.add_argument("--data_path", nargs="+", default=[data_path],
+                   help="training files (.jsonl, .jsonl.gz, .txt) or globs")
+    g.add_argument("--val_path", nargs="+", default=[],
+                   help="held-out files; without them --val_ratio of the training files is held out")
+    g.add_argument("--val_ratio", type=positive(float, zero=True), default=val_ratio,
+                   help="held-out share, chosen by document hash")
+    g.add_argument("--max_seq_len", type=positive(int), default=max_seq_len, help="tokens per row")
+    g.add_argument("--cache_dir", default="out/cache", help="where tokenised data is kept between runs")
+    switch(g, "--skip_bad", 0, "skip and count unreadable lines instead of stopping at the first")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes, device, dtype
+@dataclass
+class Runtime:
+    """One process's view of the run: device, autocast dtype, rank, and the few collective calls the loops need."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    threads: int = 1
+    scaler: torch.amp.GradScaler = field(default=None, repr=False)
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def print(self, *parts):
+        """Print on rank 0 only, at once (the output of run.sh is piped into a log)."""
+        if self.is_main:
+            print(*parts, flush=True)
+
+    def autocast(self):
+        """Autocast to the run's dtype; a no-op for float32 and float64."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16))
+
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, *values):
+        """Sum numbers over all ranks, in float64. Returns one float, or a list for several."""
+        total = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        if self.world_size > 1:
+            # NCCL only moves CUDA tensors; gloo moves CPU tensors
+            total = total.to(self.device) if dist.get_backend() == "nccl" else total
+            dist.all_reduce(total)
+        return total.tolist() if len(values) > 1 else total.item()
+
+    def reduce(self, tensor):
+        """Sum a tensor over all ranks in place and return it (router counts, gradients of recorded rollouts)."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag):
+        """True on every rank when it is true on one: decisions to stop or skip must be common, or the others wait for
+        ever."""
+        return self.sum(bool(flag)) > 0
+
+    def gather(self, value):
+        """Every rank's `value` (any picklable object), as a list in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def shard(self, items):
+        """This rank's share of a list: every world_size-th item."""
+        return items[self.rank::self.world_size]
+
+    def unshard(self, share):
+        """Inverse of shard: every rank's share, put together again in the order of the whole list, on every rank."""
+        shares = self.gather(list(share))
+        return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
+
+    def close(self):
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def pick_device(name):
+    """Choose the device. Returns (torch.device, reason). Raises ValueError with the choices for an unknown or absent
+    one."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"{torch.cuda.get_device_name(0)} found"
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "Apple GPU found"
+        return torch.device("cpu"), "no GPU found"
+    choices = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + [f"cuda:{i}"
+                                                                       for i in range(torch.cuda.device_count())]
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"--device {name} cannot be used ({str(error).splitlines()[0][:100]}); here there are: "
+                         f"{', '.join(choices)}; leave the flag out to take the best one") from None
+    return device, "asked for"
+
+
+def bf16_speedup(size=384):
+    """How many times faster a bf16 matrix product is than an fp32 one on one core of this CPU; 0.0 where it crashes."""
+    def seconds(dtype):
+        a = torch.randn(size, size).to(dtype)                       # [size, size]
+        times = []
+        for _ in range(16):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    if not hasattr(os, "fork") or sys.platform == "darwin":
+        return seconds(torch.float32) / seconds(torch.bfloat16)
+    # Some virtual machines announce AMX units that the hypervisor does not let a program use: the first bf16 product
+    # then kills the process. So a forked child tries it, at first as the CPU says, then with AMX ruled out (oneDNN
+    # reads the variable at its first product, which in this process has not happened yet).
+    for instruction_set in (None, "AVX512_CORE_BF16"):
+        if instruction_set:
+            os.environ["ONEDNN_MAX_CPU_ISA"] = instruction_set
+        ratio = _in_child(lambda: seconds(torch.float32) / seconds(torch.bfloat16))
+        if ratio is not None:
+            return ratio
+    return 0.0
+
+
+def _in_child(function, patience=10.0):
+    """Result (a float) of function() in a forked child with one thread; None when the child dies or hangs."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            torch.set_num_threads(1)  # the parent's thread pool does not survive a fork; a parallel region would hang
+            os.write(writer, str(function()).encode())
+        os._exit(0)
+    os.close(writer)
+    deadline = time.monotonic() + patience
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            break
+        time.sleep(0.005)
+    answer = os.read(reader, 64)
+    os.close(reader)
+    return float(answer) if answer else None
+
+
+def pick_dtype(name, device):
+    """Choose the autocast dtype. Returns (torch.dtype, reason). On CUDA by compute capability, on a CPU by a few
+    milliseconds of timing."""
+    name = SHORT_DTYPES.get(name, name)
+    if device.type == "cuda":
+        # is_bf16_supported() answers True on cards that only emulate it
+        major = torch.cuda.get_device_capability(device)[0]
+        if name in ("auto", "bfloat16") and major >= 8:
+            return torch.bfloat16, f"compute capability {major}"
+        if name in ("auto", "bfloat16"):
+            return torch.float16, f"no bf16 units in compute capability {major}"
+    elif name in ("auto", "bfloat16") and device.type == "cpu":
+        ratio = bf16_speedup()
+        if name == "bfloat16" and not ratio:
+            raise ValueError("--dtype bfloat16 cannot be used: bf16 products crash on this CPU; leave the flag out")
+        if name == "auto":
+            why = f"a bf16 product is {ratio:.1f}x as fast as an fp32 one" if ratio else "bf16 products crash on this CPU"
+            return (torch.bfloat16 if ratio > 1.2 else torch.float32), why
+    elif name == "auto":
+        return torch.float32, f"safe choice on {device.type}"
+    return DTYPES[name], "asked for"
+
+
+def setup(args):
+    """Join the process group torchrun announces, choose device, dtype and threads, seed everything, say what was
+    chosen.
+
+    Args:
+        args: namespace with device, dtype, threads, seed (and, for a resumed run, save_dir, save_weight, from_resume).
+    Returns: Runtime.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device, why_device = pick_device(args.device)
+    if world > 1:
+        if device.type == "mps":
+            raise ValueError(f"{world} processes on mps; Apple GPUs serve one process; start without torchrun, or give "
+                             f"--device cpu")
+        if device.type == "cuda":
+            if local_world > torch.cuda.device_count():
+                raise ValueError(f"{local_world} processes on {torch.cuda.device_count()} GPU(s); each needs its own; "
+                                 f"give --nproc_per_node {torch.cuda.device_count()}, or --device cpu")
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+    if device.type == "cuda" and torch.cuda.device_count() > 1 and world == 1 and args.device == "auto":
+        print(f"{torch.cuda.device_count()} GPUs are visible, using 1. For all: torchrun --nproc_per_node "
+              f"{torch.cuda.device_count()} " + " ".join(sys.argv), flush=True)
+    # what a probe decided once holds for the whole run: a resumed run must not change its numbers because the machine
+    # is busy today
+    earlier = _earlier_choice(args)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # torchrun leaves the thread count to an environment variable; too many threads cost 5 to 8 times, so it is set here
+    threads = args.threads or earlier.get("threads") or max(1, cores // local_world)
+    torch.set_num_threads(threads)
+    _keep_freed_memory()
+    if args.dtype == "auto" and earlier.get("dtype"):
+        # through pick_dtype: bf16 may need its AMX check in this process as well
+        dtype, why_dtype = pick_dtype(earlier["dtype"], device)[0], "as before the resume"
+    else:
+        dtype, why_dtype = pick_dtype(args.dtype, device)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    seed_everything(args.seed)
+    runtime = Runtime(device, dtype, rank, world, local_rank, threads)
+    # every rank timed for itself, and timings near the limit differ; all must compute alike
+    runtime.dtype = runtime.gather(dtype)[0]
+    # fp16 has a narrow range: without a scaler small gradients become 0. Elsewhere a disabled scaler is a plain
+    # pass-through.
+    runtime.scaler = torch.amp.GradScaler(device.type, enabled=runtime.dtype == torch.float16)
+    runtime.print(f"device {device} ({why_device}), dtype {str(runtime.dtype)[6:]} ({why_dtype}), {world} process(es) "
+                  f"x {threads} thread(s)")
+    return runtime
+
+
+def _keep_freed_memory():
+    """Let glibc keep large blocks it has got instead of returning them: every step asks for the same ones again, and
+    fresh pages cost about 8% of a CPU step (docs/benchmarks.md). Elsewhere than on Linux with glibc: nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD: its maximum, blocks below come from the heap
+        libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def _earlier_choice(args):
+    """dtype and threads of the run that is being resumed, else {}."""
+    if not (getattr(args, "from_resume", 0) or getattr(args, "if_needed", 0)):
+        return {}
+    folder = Path(args.save_dir) / args.save_weight
+    earlier = (read_minillm(folder) or read_minillm(_previous(folder))).get("runtime", {})
+    # threads are cores / processes: a run that goes on with more processes must not start cores threads in each
+    same = earlier.get("world_size") == int(os.environ.get("WORLD_SIZE", 1))
+    return earlier if same else {"dtype": earlier.get("dtype")}
+
+
+def seed_everything(seed):
+    """Seed Python, numpy and torch. The same on every rank: whatever must differ by sample is keyed by the sample's
+    index."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Steps and learning rate
+def lr_scale(step, max_steps, warmup_steps, schedule="linear", floor=0.0):
+    """Factor on the peak learning rate at optimizer step `step` (0-based): linear warm-up, then the named shape down
+    to `floor`.
+
+    warmup_steps below 1 is a share of max_steps. "wsd" holds 1 until the last 40% of the steps, then falls linearly.
+    """
+    warmup = warmup_steps * max_steps if warmup_steps < 1 else warmup_steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)  # never 0: a first step with rate 0 would be wasted
+    progress = min(1.0, (step - warmup) / max(1.0, max_steps - warmup))
+    if schedule == "cosine":
+        fall = 0.5 * (1 + math.cos(math.pi * progress))
+    elif schedule == "linear":
+        fall = 1 - progress
+    elif schedule == "wsd":
+        fall = min(1.0, (1 - progress) / 0.4)
+    elif schedule == "constant":
+        fall = 1.0
+    else:
+        raise ValueError(f"schedule {schedule!r} is unknown; it is one of linear, cosine, wsd, constant; choose one of "
+                         f"them")
+    return floor + (1 - floor) * fall
+
+
+def count_steps(args, samples, world_size):
+    """Optimizer steps of a run: --max_steps, or --epochs over `samples` (the last, partly filled step counts)."""
+    per_step = args.batch_size * args.accumulation_steps * world_size
+    return args.max_steps or max(1, math.ceil(args.epochs * samples / per_step))
+
+
+class Budget:
+    """--max_minutes: after a few steps the number of steps is set from the measured speed, so that the schedule still
+    ends at zero."""
+
+    def __init__(self, minutes, probe_steps=8):
+        self.minutes = minutes
+        self.probe_steps = probe_steps
+        self.times = []
+        self.start = time.perf_counter()
+
+    def steps(self, done, max_steps, runtime):
+        """Call once after every step with the number of steps done; returns the (perhaps changed) total, the same on
+        all ranks."""
+        if not self.minutes or len(self.times) > self.probe_steps:
+            return max_steps
+        self.times.append(time.perf_counter())
+        if len(self.times) <= self.probe_steps:
+            return max_steps
+        # the first steps warm caches up, so only the later half is timed; 4% is kept for evaluations and the last save
+        half = self.probe_steps // 2
+        per_step = (self.times[-1] - self.times[half]) / (self.probe_steps - half)
+        left = 0.96 * 60 * self.minutes - (self.times[-1] - self.start)
+        total = runtime.sum(done + max(1, int(left / per_step))) / runtime.world_size
+        return min(max_steps, int(total)) if max_steps else int(total)
+
+
+class NonFinite:
+    """Counts steps whose loss or gradient is not finite; such a step is skipped, and three in a row end the run."""
+
+    def __init__(self, runtime, limit=3):
+        self.runtime = runtime
+        self.limit = limit
+        self.total = self.in_a_row = 0
+
+    def skip(self, step, loss, grad_norm, learning_rate):
+        """True when this step must not be applied. `loss` and `grad_norm` must be equal on all ranks. Raises after
+        `limit` in a row."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return False
+        scaler = self.runtime.scaler
+        if math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > 1:
+            return False  # fp16: an overflow is how the scaler finds its scale; it skips the step itself
+        self.total += 1
+        self.in_a_row += 1
+        half = self.runtime.dtype == torch.float16
+        cause = "fp16 overflow: try --dtype bf16 or fp32" if half else "usual cause: the learning rate is too high"
+        self.runtime.print(f"step {step}: loss {loss}, gradient norm {grad_norm}, rate {learning_rate:.2e}, dtype "
+                           f"{self.runtime.dtype}: step skipped ({self.in_a_row} in a row; {cause})")
+        if self.in_a_row >= self.limit:
+            raise ValueError(f"loss or gradient was not finite in {self.limit} steps in a row, last at step {step}; "
+                             f"training cannot go on; resume with a lower --learning_rate ({cause})")
+        return True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoint folders
+@contextlib.contextmanager
+def atomic_folder(path):
+    """Fill a temporary folder, then put it in place of `path` as a whole; the folder that was there stays as
+    `<path>.previous`.
+
+    A crash at any moment leaves `path` or `<path>.previous` complete (find_checkpoint knows both). An exception
+    inside leaves the old one.
+    """
+    path = Path(path)
+    tmp, previous = path.with_name(path.name + ".tmp"), _previous(path)
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
+        for file in tmp.rglob("*"):
+            if file.is_file():
+                _fsync(file)
+        _fsync(tmp)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(path, previous)
+    os.replace(tmp, path)
+    _fsync(path.parent)
+
+
+def _fsync(path):
+    """Force a file's or folder's content to the disk (Windows cannot do it for folders, nor needs it)."""
+    with contextlib.suppress(OSError, PermissionError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def find_checkpoint(save_dir, name):
+    """Folder of a checkpoint given by name below save_dir or by path. A damaged one is named and its predecessor used
+    instead.
+
+    Raises FileNotFoundError that lists what there is.
+    """
+    # below save_dir first: a folder "sft" that happens to lie in the working directory must not hide out/sft
+    candidates = [Path(save_dir) / name, Path(name)]
+    there = [p for p in candidates if any((f / "config.json").is_file() for f in (p, _previous(p)))]
+    path = (there or candidates[os.sep in str(name):])[0]
+    previous = _previous(path)
+    if (path / "config.json").is_file():
+        damage = _damage(path)
+        if not damage:
+            return path
+        if (previous / "config.json").is_file() and not _damage(previous):
+            print(f"checkpoint {path} is damaged ({damage}); using {previous} instead", flush=True)
+            return previous
+        raise ValueError(f"checkpoint {path} is damaged ({damage}); there is no earlier one beside it; train that "
+                         f"stage again")
+    if (previous / "config.json").is_file():
+        print(f"checkpoint {path} is missing (a save was interrupted); using {previous} instead", flush=True)
+        return previous
+    there = sorted(p.parent.name for p in Path(save_dir).glob("*/config.json")
+                   if not p.parent.name.endswith((".previous", ".tmp")))
+    raise FileNotFoundError(f"checkpoint {name!r} not found (looked for {path}/config.json from {Path.cwd()}); "
+                            f"in {save_dir}/ there are: {', '.join(there) or 'none'}; "
+                            "train that stage first, or give a folder")
+
+
+def _previous(path):
+    """Where atomic_folder keeps the folder that `path` replaced."""
+    return Path(f"{path}.previous")
+
+
+def _damage(path):
+    """Why a checkpoint folder cannot be used, or ''. Sizes were written beside the weights, so a cut file is seen
+    without reading it."""
+    facts = read_minillm(path)
+    if not facts and (path / "minillm.json").exists():
+        return "minillm.json is unreadable"
+    for name, size in facts.get("files", {}).items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+    return ""
+
+
+def write_minillm(folder, facts):
+    """Write minillm.json: what made this checkpoint (stage, parents, hashes, versions, seed, metrics) and the size of
+    every file."""
+    folder = Path(folder)
+    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()
+             and f.name != "minillm.json"}
+    content = {"format": FORMAT_VERSION, "torch": torch.__version__, "written": time.strftime("%Y-%m-%dT%H:%M:%S"),
+               **facts, "files": files}
+    (folder / "minillm.json").write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str),
+                                         encoding="utf-8")
+
+
+def read_minillm(folder):
+    """minillm.json of a checkpoint folder as a dict; {} for a folder from elsewhere or an unreadable file."""
+    try:
+        return json.loads((Path(folder) / "minillm.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def save_checkpoint(runtime, args, parts, state, facts, finished=False):
+    """Write out/<save_weight> atomically: each part's own files, the resume state, minillm.json. Every rank must call
+    it.
+
+    Args:
+        parts: objects with save_pretrained(folder): model and tokenizer.
+        state: dict for resuming, of tensors and plain values (full-precision weights, optimizer, scaler, progress).
+        facts: dict for minillm.json.
+    Returns: True when written; False (with a message, training goes on) when the disk is full.
+    """
+    rng = runtime.gather(_rng_state())
+    written = True
+    if runtime.is_main:
+        folder = Path(args.save_dir) / args.save_weight
+        try:
+            _check_space(folder, state)
+            with atomic_folder(folder) as tmp:
+                for part in parts:
+                    part.save_pretrained(tmp)
+                if not finished or args.keep_resume:
+                    (tmp / "resume").mkdir()
+                    torch.save({**state, "rng": rng, "args": _plain(args)}, tmp / "resume" / "state.pt")
+                choice = {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads, "world_size": runtime.world_size}
+                write_minillm(tmp, {**facts, "finished": finished, "args": _plain(args), "runtime": choice})
+            if finished:  # the run is over and its checkpoint whole: the one before is no longer needed
+                shutil.rmtree(_previous(folder), ignore_errors=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # a disk that fills up while writing: torch.save raises RuntimeError, safetensors its own class
+            last = read_minillm(folder).get("progress", {}).get("step", "none")
+            print(f"checkpoint not written to {folder}: {error}. Training goes on; last good checkpoint: step {last}",
+                  flush=True)
+            written = False
+    return not runtime.any(not written)
+
+
+def _check_space(folder, state):
+    """Raise OSError before writing when the disk cannot hold a second copy (weights once more beside the state)."""
+    need = sum(t.numel() * t.element_size() for t in _tensors(state))
+    need += sum(t.numel() * t.element_size() for t in _tensors(state.get("model", {})))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < 1.05 * need:
+        raise OSError(f"it needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
+
+
+def _tensors(tree):
+    """All tensors in nested dicts and lists."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _rng_state():
+    """torch's random state of this process (CPU and current CUDA device)."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+
+
+def load_resume(runtime, args):
+    """Resume state of out/<save_weight>, with this rank's random state restored. Raises ValueError naming changed
+    flags that matter."""
+    folder = find_checkpoint(args.save_dir, args.save_weight)
+    try:
+        state = torch.load(folder / "resume" / "state.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0][:100] or type(error).__name__
+        raise ValueError(f"{folder}/resume/state.pt cannot be read ({reason}); the run "
+                         f"cannot be resumed; start it again with --overwrite 1") from None
+    now = _plain(args)
+    changed = [f"--{name}: was {old!r}, is {now[name]!r}" for name, old in state["args"].items()
+               if name not in FREE_FLAGS and name in now and now[name] != old]
+    if changed:
+        raise ValueError(f"cannot resume {folder} with changed flags ({'; '.join(changed)}); the result would be "
+                         f"neither run's; give the old values, or start again with --overwrite 1")
+    rng = state["rng"]
+    if len(rng) == runtime.world_size:
+        torch.set_rng_state(rng[runtime.rank]["cpu"])
+        if rng[runtime.rank]["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(rng[runtime.rank]["cuda"])
+    else:
+        runtime.print(f"resuming with {runtime.world_size} process(es), saved with {len(rng)}: no sample is lost or "
+                      f"repeated, but dropout draws differ")
+    return state
+
+
+def _plain(args):
+    """A namespace as JSON-safe values."""
+    return {name: value for name, value in vars(args).items()
+            if isinstance(value, (int, float, str, bool, list, type(None)))}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stages: finished, interrupted or stale
+def file_hash(path):
+    """First 16 hex digits of a file's sha256."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def stage_key(args, files=(), parents=()):
+    """Hash of everything that decides a stage's result: its flags, the content of its input files, its parent
+    checkpoints, our format."""
+    flags = {k: v for k, v in _plain(args).items() if k in KEY_FLAGS or k not in FREE_FLAGS}
+    # the key of an interrupted parent is that of the finished one: the step tells them apart
+    origin = [[facts["key"], facts.get("progress", {}).get("step")] if facts.get("key")
+              else file_hash(Path(p) / "config.json") for p in parents for facts in [read_minillm(p)]]
+    content = json.dumps([FORMAT_VERSION, flags, [file_hash(f) for f in files], origin], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def begin(runtime, args, key):
+    """Decide what this start means: "skip", "resume" or "fresh". Raises ValueError when it would destroy another run.
+
+    Rank 0 looks, all ranks follow: a second look by another rank could see a newer state.
+    """
+    decision = runtime.gather(_decide(args, key) if runtime.is_main else None)[0]
+    if isinstance(decision, ValueError):
+        raise decision
+    word, message = decision
+    if message:
+        runtime.print(message)
+    return word
+
+
+def _decide(args, key):
+    """(word, message) for begin(), or the ValueError to raise."""
+    folder = Path(args.save_dir) / args.save_weight
+    try:
+        folder = find_checkpoint(args.save_dir, args.save_weight)
+    except FileNotFoundError:
+        return "fresh", f"nothing to resume in {folder}: starting fresh" if args.from_resume else ""
+    except ValueError as error:
+        return "fresh", f"{error}: starting fresh"
+    facts = read_minillm(folder)
+    resumable = (folder / "resume" / "state.pt").is_file()
+    same = facts.get("key") == key
+    if args.if_needed:
+        if same and facts.get("finished"):
+            return "skip", f"{folder} is finished with these flags and inputs: skipped"
+        if same and resumable:
+            return "resume", f"{folder} was interrupted: resuming"
+        why = "holds no resume state" if same else "was made with other flags or inputs"
+        return "fresh", f"{folder} {why}: doing it again"
+    if args.from_resume:
+        if resumable:
+            return "resume", ""
+        return "fresh", f"{folder} holds no resume state: starting fresh"
+    if args.overwrite:
+        return "fresh", ""
+    state = "a finished" if facts.get("finished") else "an unfinished"
+    return ValueError(f"{folder} already holds {state} run (stage {facts.get('stage', 'unknown')}); it is not replaced "
+                      "silently; give --from_resume 1 to go on with it, --overwrite 1 to replace it, or another "
+                      "--save_weight")
+
+
+def resume_command():
+    """The shell command that goes on with this run."""
+    flags = []
+    dropped = False
+    for word in sys.argv[1:]:
+        # the value of a dropped switch goes with it: "--overwrite 1" is two words
+        dropped = word.startswith(("--overwrite", "--from_resume", "--from-resume")) or dropped and word in ("0", "1")
+        flags += [] if dropped else [word]
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    launch = "python" if world == 1 else f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', world)}"
+    return f"{launch} {shlex.join([sys.argv[0], *flags])} --from_resume 1"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Signals and errors
+class Interrupted(Exception):
+    """Raised by a script after it has saved because of a signal; carries the signal's number."""
+
+
+class StopSignal:
+    """Catches Ctrl-C, SIGTERM and SIGHUP: the first asks the loop to finish its step and save, a second Ctrl-C leaves
+    at once."""
+
+    def __init__(self):
+        self.requested = 0
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            # nohup has told this process to ignore SIGHUP: the user wants it to outlive the terminal
+            ignored = name == "SIGHUP" and hasattr(signal, name) and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            if hasattr(signal, name) and not ignored:
+                with contextlib.suppress(ValueError):  # not in the main thread (tests)
+                    signal.signal(getattr(signal, name), self._catch)
+
+    def _catch(self, number, frame):
+        if self.requested and number == signal.SIGINT:
+            os._exit(128 + number)  # saves are atomic, so leaving in the middle of one harms nothing
+        self.requested = number
+        text = b"stopping after this step (Ctrl-C again: at once, without saving)\n"
+        # not print(): the signal may have come in the middle of one, and a second one inside it raises. A terminal
+        # that was closed (SIGHUP) refuses every later line as well, and the save must not fail because of that
+        for descriptor in (2, 1):
+            try:
+                os.write(descriptor, text if descriptor == 1 else b"\n")
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+    def stop(self, runtime):
+        """Number of the signal, the same on all ranks (launchers do not deliver it to all at the same step), or 0."""
+        return max(runtime.gather(self.requested)) if runtime.world_size > 1 else self.requested
+
+
+def run(main, parse_args):
+    """The last line of every script: main(parse_args()), with what a user can cause turned into one message and an
+    exit code.
+
+    Exit codes: 0 done, 2 wrong input, 3 out of memory, 128 + signal after an orderly stop.
+    """
+    args = parse_args()
+    try:
+        main(args)
+        code = 0
+    except Interrupted as stop:
+        code = 128 + stop.args[0]
+    except KeyboardInterrupt:
+        code = 130
+    except (torch.OutOfMemoryError, MemoryError):
+        code = _fail(args, _smaller(args), 3)
+    except RuntimeError as error:
+        # the CPU and Apple allocators have no class of their own
+        if not re.search("can't allocate memory|not enough memory|out of memory", str(error)):
+            raise
+        code = _fail(args, _smaller(args), 3)
+    except (ValueError, OSError) as error:
+        code = _fail(args, error, 2)
+    if dist.is_initialized() and code == 0:
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    if code:
+        # no clean-up: the other ranks may already be gone, and waiting for them would hang
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _smaller(args):
+    """The out-of-memory message: the three flags to change, with values."""
+    batch, length = getattr(args, "batch_size", 2), getattr(args, "max_seq_len", 512)
+    return (f"out of memory; smaller micro-steps fit: --batch_size {max(1, batch // 2)} --accumulation_steps "
+            f"{2 * getattr(args, 'accumulation_steps', 1)} (the result stays the same), or --max_seq_len {length // 2}")
+
+
+def _fail(args, error, code):
+    if getattr(args, "debug", 0):
+        traceback.print_exc()
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,957 @@
+"""Text and JSONL files -> token files on disk -> packed batches with masks.
+
+Text is tokenised once, as a stream, into memory-mapped arrays under `cache_dir`. Afterwards a batch is a few slices of
+a file: memory does not grow with the data, and processes share one copy. Four data sets stand on that store:
+
+    PretrainData    {"text"}                          windows of T tokens; every token is a target once an epoch
+    SFTData         {"conversations"}                 conversations packed into rows; mask 1 on assistant text
+    PreferenceData  {"prompt", "chosen", "rejected"}  chosen and rejected rows in one batch; mask 1 on the completion
+    PromptData      {"conversations", "answer", ...}  prompts for reinforcement learning and exact-match evaluation
+
+A position counts samples since the start of training, and alone decides which sample comes next (a shuffle keyed by
+seed and epoch). So a run resumes, or changes its number of processes, by remembering one integer.
+
+What this file does not do: download, mix or export (prepare_data.py), know a model, use a DataLoader (a batch costs
+microseconds, worker processes would only add start-up time).
+Letters: B batch rows, T tokens in a row, N samples.
+
+Sources: packed windows, Radford et al. 2019 (GPT-2); best-fit packing, Ding et al. 2024 (arXiv:2404.10830);
+Philox random numbers, Salmon et al. 2011.
+Commands: used by train_*.py and eval.py. To look at rows:
+    python -c "import dataset; print(next(dataset.read_rows('out/data/sft.train.jsonl')))"
+"""
+
+import errno
+import glob
+import gzip
+import hashlib
+import json
+import os
+import struct
+import zlib
+from bisect import bisect_left, insort
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
+CHUNK_BYTES = 1 << 20  # text given to the tokenizer at a time: enough to amortise a call, little enough to forget
+DOCUMENT_LIMIT = 16 << 20  # a .txt file without blank lines is cut here, or it would be one document as large as itself
+OPEN_ROWS = 64  # rows that packing keeps open; on 28k short conversations at T = 512 rows were 98.7% full, 97.9% with 4
+FORMAT_VERSION = 1  # raise it when the meaning of the arrays changes, so that old caches are not read
+MAGIC = b"MINITOKN"
+HEADER = struct.Struct("<8sII16sQ24x")  # magic, version, item size, dtype name, count: 64 bytes keep the items aligned
+FIX_LINE = "repair the line, or skip and count such lines with --skip_bad 1"
+CHAT = '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Files and rows
+
+
+def expand_paths(data_path: str | Path | Sequence[str | Path] | None) -> list[Path]:
+    """Turn paths and globs into a list of files, in the given order (the matches of one glob are sorted).
+
+    Raises FileNotFoundError for a path or glob without a match, ValueError for a folder or an unknown ending.
+    """
+    entries = [data_path] if isinstance(data_path, (str, Path)) else data_path or []
+    files = []
+    for entry in map(str, entries):
+        # A name that exists is taken as it is: "data[1].jsonl" is a file name as well as a pattern.
+        matches = [entry] if os.path.exists(entry) else sorted(glob.glob(entry, recursive=True))
+        if not matches:
+            raise FileNotFoundError(f"data file {entry} not found (looked from {os.getcwd()}); paths are relative to "
+                                    "the working directory; check it, or write the embedded data: python make_data.py")
+        files += [Path(match) for match in matches]
+    for path in files:
+        if path.is_dir():
+            raise ValueError(f"data path {path} is a folder; files or globs are read; give '{path}/*.jsonl'")
+        if not path.name.endswith(SUFFIXES):
+            raise ValueError(f"data file {path} has an unknown ending; it is one of {', '.join(SUFFIXES)}; convert it")
+    return files
+
+
+def split_heldout(key: str, ratio: float) -> bool:
+    """True if the document is held out: the SHA-1 of `key`, read as a fraction of 1, is below `ratio`.
+
+    The text alone decides: files may be reordered, and equal documents never lie on both sides.
+    """
+    # JSON may hold lone surrogates, which plain UTF-8 refuses. Not a secret: some systems forbid SHA-1 for those only.
+    digest = hashlib.sha1(key.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
+    return int.from_bytes(digest[:8], "big") < ratio * 2**64
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes without the line end). Only b"\\n" ends a line: U+2028 occurs inside real rows."""
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.rstrip(b"\r\n")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}:{number + 1}: broken gzip data ({error}); the file must be whole; "
+                         "copy or download it again") from None
+
+
+def _decode(raw: bytes, number: int) -> str:
+    """One line as text. Raises ValueError with the reason alone; the caller knows file and line."""
+    if number == 1:
+        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError("the file is UTF-16, not UTF-8")
+        raw = raw.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of Windows editors
+    # JSON writes NUL as an escape; a raw one says that the encoding is another, and every later error would mislead.
+    if b"\0" in raw:
+        raise ValueError("a NUL byte (UTF-16 without its mark, or a damaged file)")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start} of the line: {error.reason})") from None
+
+
+def _decode_json(raw: bytes, number: int) -> dict | None:
+    """One JSONL line as a dict, None for a blank line; errors as in _decode."""
+    text = _decode(raw, number)
+    if not text.strip():
+        return None
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("not valid JSON (nested too deeply)") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON {type(row).__name__} where an object {{...}} must stand")
+    return row
+
+
+def _decoded(path: Path, decode: Callable, skip_bad: bool, bad: list[str]) -> Iterator[tuple[int, object, int]]:
+    """(line number, decoded line, bytes). A bad line raises; with skip_bad it is added to `bad` instead."""
+    for number, raw in _lines(path):
+        try:
+            value = decode(raw, number)
+        except ValueError as error:
+            start = raw[:60].decode("utf-8", "replace")  # enough to find the line in an editor
+            message = f"{path}:{number}: {error}; text starts: {start!r}"
+            if not skip_bad:
+                raise ValueError(f"{message}; lines are UTF-8, in .jsonl one object each; {FIX_LINE}") from None
+            bad.append(message)
+            continue
+        yield number, value, len(raw)
+
+
+def _documents(lines: Iterable[tuple[int, str, int]]) -> Iterator[tuple[int, dict, int]]:
+    """The documents of a .txt file, runs of lines between blank lines, as {"text"} with their first line number."""
+    parts, first, size = [], 1, 0
+    for number, line, length in lines:
+        blank = not line.strip()
+        if parts and (blank or size >= DOCUMENT_LIMIT):
+            yield first, {"text": "\n".join(parts)}, size
+            parts, size = [], 0
+        if not blank:
+            first = first if parts else number
+            parts.append(line)
+            size += length + 1
+    if parts:
+        yield first, {"text": "\n".join(parts)}, size
+
+
+def _scan(paths: Sequence[Path], skip_bad: bool, bad: list[str]) -> Iterator[tuple[dict, str, int]]:
+    """(row, "file:line", bytes) over all files."""
+    for path in paths:
+        if path.suffix == ".txt":
+            rows = _documents(_decoded(path, _decode, skip_bad, bad))
+        else:
+            rows = _decoded(path, _decode_json, skip_bad, bad)
+        for number, row, size in rows:
+            if row is not None:
+                yield row, f"{path}:{number}", size
+
+
+def read_rows(paths: str | Path | Sequence[str | Path], skip_bad: bool = False) -> Iterator[tuple[dict, str]]:
+    """Stream the rows of .jsonl, .jsonl.gz and .txt files (blank lines part documents) as (row, "file:line").
+
+    Raises ValueError naming file, line, reason and the start of the text for broken JSON, other encodings than UTF-8,
+    NUL bytes and damaged gzip data. With skip_bad such lines are skipped and their total is printed at the end.
+    """
+    bad = []
+    for row, where, _ in _scan(expand_paths(paths), skip_bad, bad):
+        yield row, where
+    if bad:
+        print(f"skipped {len(bad)} bad lines; the first: {bad[0]}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Row formats. Errors say where ("file:line"), what was found, what is expected, and the fix.
+
+
+def _wrong_keys(row: dict, where: str, expected: str, example: str) -> ValueError:
+    found = ", ".join(map(str, row)) or "none"
+    return ValueError(f"{where}: found the keys [{found}]; expected {expected}; write every row as {example}")
+
+
+def _check_turns(turns: object, where: str) -> list[dict]:
+    """A non-empty list of {"role", "content"} turns, as it is; which roles exist is the tokenizer's rule."""
+    if not isinstance(turns, list) or not turns:
+        found = f"{turns!r:.60} as the turns; expected a non-empty list"
+        raise ValueError(f"{where}: found {found}; write {CHAT}")
+    for turn in turns:
+        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+            found = f"the keys [{', '.join(turn)}]" if isinstance(turn, dict) else f"{turn!r:.60}"
+            raise ValueError(f"{where}: found a turn with {found}; expected role and content; write {CHAT}")
+        if not isinstance(turn["content"], str):
+            raise ValueError(f"{where}: found {turn['content']!r:.60} as content; expected a string; write {CHAT}")
+    return turns
+
+
+def conversation(row: dict, where: str = "row") -> list[dict]:
+    """The turns of an SFT or RL row: its `conversations` or `messages`."""
+    for key in ("conversations", "messages"):
+        if key in row:
+            return _check_turns(row[key], where)
+    raise _wrong_keys(row, where, "conversations (or messages)", f'{{"conversations": {CHAT}}}')
+
+
+def preference(row: dict, where: str = "row") -> tuple[list[dict], dict, dict]:
+    """(prompt turns, chosen turn, rejected turn) of a preference row.
+
+    Formats: prompt (text or turns) with chosen and rejected as text or as one assistant turn in a list; or chosen and
+    rejected as whole conversations that share all turns but the last. A `system` text is put in front.
+    """
+    expected = "prompt, chosen, rejected (or chosen and rejected as lists of turns)"
+    error = _wrong_keys(row, where, expected, '{"prompt": "...", "chosen": "...", "rejected": "..."}')
+    if "chosen" not in row or "rejected" not in row:
+        raise error
+    sides = [row["chosen"], row["rejected"]]
+    sides = [[{"role": "assistant", "content": s}] if isinstance(s, str) else _check_turns(s, where) for s in sides]
+    # Only role and content are compared: collections add scores or ids to the turns of one side.
+    before = [[(turn["role"], turn["content"]) for turn in side[:-1]] for side in sides]
+    if before[0] != before[1] or {side[-1]["role"] for side in sides} != {"assistant"}:
+        raise ValueError(f"{where}: found chosen and rejected that differ before their last turn, or do not end with "
+                         "an assistant turn; expected one prompt and two answers; split the row")
+    prompt = row.get("prompt")
+    if before[0]:
+        prompt = sides[0][:-1]  # whole conversations; a prompt beside them only repeats their start
+    elif prompt is None:
+        raise error
+    prompt = _check_turns([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, where)
+    if row.get("system") and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": row["system"]}, *prompt]
+    return prompt, sides[0][-1], sides[1][-1]
+
+
+def _question(turns: list[dict]) -> str:
+    """What the held-out split hashes: the first user turn, so that one question never lies on both sides."""
+    return next((turn["content"] for turn in turns if turn["role"] == "user"), turns[0]["content"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Arrays on disk
+
+
+class ArrayFile:
+    """Append-only writer of one flat array: a header, then raw items. It takes its name only when complete."""
+
+    def __init__(self, path: Path, dtype: type):
+        self.path, self.dtype, self.count = path, np.dtype(dtype), 0
+        self.temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+        self.file = open(self.temporary, "wb")
+        self.file.write(bytes(HEADER.size))  # filled in by commit()
+
+    def append(self, items: np.ndarray) -> None:
+        """Add items, converted to the dtype of the file."""
+        self.file.write(np.ascontiguousarray(items, dtype=self.dtype).tobytes())
+        self.count += len(items)
+
+    def commit(self) -> None:
+        """Write the header with the count, force all to disk, take the final name."""
+        self.file.seek(0)
+        self.file.write(HEADER.pack(MAGIC, FORMAT_VERSION, self.dtype.itemsize, self.dtype.name.encode(), self.count))
+        self.file.flush()
+        os.fsync(self.file.fileno())  # before the rename: after a power cut the name must not stand for half a file
+        self.file.close()
+        os.replace(self.temporary, self.path)
+
+    def discard(self) -> None:
+        """Remove what was not committed (nothing after commit)."""
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+def open_array(path: Path, count: int) -> np.ndarray:
+    """Memory-map an array file, read-only. Raises ValueError with the reason if it is not whole or not `count` long."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(HEADER.size)
+    if len(head) < HEADER.size:
+        raise ValueError(f"{path.name} is cut short ({size} bytes)")
+    magic, version, itemsize, name, written = HEADER.unpack(head)
+    if magic != MAGIC or version != FORMAT_VERSION:
+        raise ValueError(f"{path.name} has no valid header")
+    # Three witnesses of one number: the header, the build's JSON, the size on disk.
+    if written != count or size != HEADER.size + count * itemsize:
+        held = (size - HEADER.size) // itemsize
+        raise ValueError(f"{path.name} holds {held} items, its header says {written}, the build counted {count}")
+    dtype = np.dtype(name.rstrip(b"\0").decode())
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype, "r", HEADER.size, (count,)) if count else np.empty(0, dtype)
+
+
+class Ragged:
+    """N pieces of different lengths, one behind the other in `items`; the offsets are all that lives in memory."""
+
+    def __init__(self, items: np.ndarray, lengths: np.ndarray):
+        self.items, self.lengths = items, lengths
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """Start of every piece and the end of the last, int64 [N+1]."""
+        # int64: the lengths are int32, their sum passes 2**31 at a corpus of 8 GB
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        return self.items[self.offsets[i] : self.offsets[i + 1]]
+
+
+def _write_json(path: Path, value: dict) -> None:
+    """Write a JSON file that is always either the old or the new one, whole."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _read_json(path: Path) -> dict:
+    """A JSON object, {} where none can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def content_hash(path: Path, known: dict) -> str:
+    """SHA-256 of a file, 16 hex digits. `known` remembers it for as long as size and modification time stay."""
+    state, name = path.stat(), str(path.resolve())
+    # A corpus is read once to be hashed; at later starts its size and time vouch for it, in microseconds.
+    if known.get(name, [])[:2] != [state.st_size, state.st_mtime_ns]:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(CHUNK_BYTES):
+                digest.update(block)
+        known[name] = [state.st_size, state.st_mtime_ns, digest.hexdigest()[:16]]
+    return known[name][2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Order, packing, padding
+
+
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Permutation of 0..count-1, int64 [count], fixed by (seed, epoch).
+
+    It sorts raw Philox words: numpy promises the same words in every version, but not the same Generator.permutation.
+    """
+    key = np.array([seed % 2**64, epoch % 2**64], dtype=np.uint64)
+    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
+
+
+def pack(lengths: np.ndarray, order: np.ndarray, max_seq_len: int) -> np.ndarray:
+    """Best-fit packing: each sample, in `order`, goes to the fullest open row with room for it. Returns its row, [N].
+
+    Costs O(N log OPEN_ROWS). Sorting by length would fill rows a little better, but put all long samples together.
+    """
+    row_of = np.empty(len(lengths), np.int64)
+    space, rows = [], 0  # space: sorted pairs (room left, row) of the open rows
+    for sample in order:
+        need = int(lengths[sample])
+        at = bisect_left(space, (need, -1))  # the least room that is enough
+        if at < len(space):
+            room, row = space.pop(at)
+        else:
+            room, row = max_seq_len, rows
+            rows += 1
+        row_of[sample] = row
+        if room > need:
+            insort(space, (room - need, row))
+        if len(space) > OPEN_ROWS:
+            space.pop(0)  # the fullest row is the least likely to be used again
+    return row_of
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-pad to (ids int64 [B,T], lengths int64 [B]); T is rounded up to a multiple (fewer different shapes)."""
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)  # [B]
+    width = -(-max(map(len, rows), default=0) // multiple) * multiple  # -(-a // b) rounds up
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)  # [B,T]
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.from_numpy(np.array(row, dtype=np.int64))
+    return ids, lengths
+
+
+def _ragged(pieces: list[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences -> (items, lengths)."""
+    items = np.concatenate([np.asarray(piece, np.int64) for piece in pieces]) if pieces else np.empty(0, np.int64)
+    return items, np.array([len(piece) for piece in pieces], np.int64)
+
+
+def _chunks(rows: Iterable[tuple[dict, str, int]]) -> Iterator[list[tuple[dict, str]]]:
+    """Lists of (row, where) that hold about CHUNK_BYTES of text each."""
+    chunk, total = [], 0
+    for row, where, size in rows:
+        chunk.append((row, where))
+        total += size
+        if total >= CHUNK_BYTES:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
+        yield chunk
+
+
+def _ordered_map(function: Callable, items: Iterable, workers: int) -> Iterator:
+    """map() in some threads, with results in order and few items in flight.
+
+    Threads, not processes: tiktoken and the Rust encoder release the interpreter lock, nothing has to be pickled, and
+    small data pay no start-up.
+    """
+    if workers < 2:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            # Without a bound the reader would run ahead and hold the whole file in memory.
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. What the data sets share: the store, the counts, the order
+
+
+class Dropped(Exception):  # noqa: N818 - not an error: the sample is counted under this reason
+    """Raised by encode() for a sample that cannot be used; `needed` is the max_seq_len that would keep it, or 0."""
+
+    def __init__(self, reason: str, needed: int = 0):
+        super().__init__(reason)
+        self.needed = needed
+
+
+class TokenData:
+    """Base class: opens the token store (and builds it first where needed) and maps positions to samples.
+
+    paths, skip_bad    see read_rows; skip_bad also skips rows with wrong keys
+    tokenizer          an object with encode_batch, render, token_bytes, special_ids, vocab_size, bos_id, pad_id,
+                       eos_id, fingerprint
+    max_seq_len        T, tokens in a row; for PromptData the longest prompt
+    part, val_ratio    "all" rows, or the "train" or "val" side of split_heldout with that ratio
+    workers            tokenising threads, 0 = none
+    min_samples        samples that one optimizer step takes; fewer than that in the data is an error
+    is_main, barrier   with several processes: who builds, and the call in which the others wait for it
+    Raises ValueError and FileNotFoundError for what a user can cause. `stats` holds the counts, summary() one line.
+    """
+
+    kind = ""  # in messages and file names
+    unit = ""  # what an index counts
+    columns = {}  # name of each Ragged -> dtype of its items, None = the smallest that holds the vocabulary
+    fits_length = True  # whether the stored arrays depend on max_seq_len
+
+    def __init__(self, paths, tokenizer, max_seq_len: int, cache_dir="out/cache", seed: int = 42, part: str = "all",
+                 val_ratio: float = 0.0, skip_bad: bool = False, workers: int = 0, min_samples: int = 1,
+                 is_main: bool = True, barrier: Callable[[], None] | None = None):
+        if max_seq_len < 2:
+            raise ValueError(f"max_seq_len {max_seq_len}; a row holds at least 2 tokens; give --max_seq_len 128")
+        if part not in ("all", "train", "val") or not 0 <= val_ratio < 1 or (part == "val" and not val_ratio):
+            raise ValueError(f"part {part!r} with val_ratio {val_ratio}; part is all, train or val, val_ratio lies "
+                             "in [0, 1) and val needs one; give --val_ratio 0.01, or a file of its own with --val_path")
+        self.paths = expand_paths(paths)
+        if not self.paths:
+            raise ValueError(f"no {self.kind} data files; at least one is needed; give --data_path FILE")
+        self.tokenizer, self.max_seq_len, self.seed, self.workers = tokenizer, max_seq_len, seed, workers
+        self.part, self.val_ratio, self.skip_bad = part, val_ratio, bool(skip_bad)
+        self.cache_dir = Path(cache_dir)
+        self.token_dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+        self._orders = {}  # epoch -> permutation
+        # One process builds. The others come to the barrier at once, and find the store (and the hashes) ready behind it.
+        if is_main:
+            self._ensure_store()
+        if barrier is not None:
+            barrier()
+        self.stats = self._open_store(self._facts(record=False))
+        self.prepare()
+        if len(self) < min_samples:
+            raise ValueError(self._too_few(min_samples))
+
+    # -- what a data set defines ---------------------------------------------------------------------------------------
+
+    def parse(self, row: dict, where: str) -> tuple[str, object]:
+        """(text that decides the held-out split, checked sample). Raises ValueError for a row of another format."""
+        raise NotImplementedError
+
+    def encode(self, sample: object, row: dict, counts: Counter) -> dict[str, Sequence[int]]:
+        """One piece for every column. Raises Dropped. Runs in a thread: it may change `counts`, not self."""
+        raise NotImplementedError
+
+    def collect(self, samples: list[dict], counts: Counter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The samples of a chunk -> (items, lengths) of every column."""
+        return {name: _ragged([sample[name] for sample in samples]) for name in self.columns}
+
+    def prepare(self) -> None:
+        """Called when the columns are open."""
+
+    # -- order ---------------------------------------------------------------------------------------------------------
+
+    def __len__(self):
+        return len(getattr(self, next(iter(self.columns))))
+
+    def order(self, position: int) -> int:
+        """Sample index at a position (samples since the start of training). O(1), after one shuffle an epoch."""
+        epoch, i = divmod(position, len(self))
+        if epoch not in self._orders:
+            # A batch touches two neighbouring epochs at most; older orders are forgotten.
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = shuffled(len(self), self.seed, epoch)
+        return int(self._orders[epoch][i])
+
+    def position_batch(self, start: int, count: int) -> np.ndarray:
+        """Indices at positions start..start+count-1 of the endless order, int64 [count].
+
+        Rank r of R asks for (position + r * B, B) and all go on by R * B: the order is the same for every R.
+        """
+        return np.array([self.order(position) for position in range(start, start + count)], dtype=np.int64)
+
+    # -- store ---------------------------------------------------------------------------------------------------------
+
+    def _facts(self, record: bool) -> dict:
+        """All that the stored arrays depend on. With `record`, file hashes are remembered for the next start."""
+        register = self.cache_dir / "files.json"
+        before = _read_json(register)
+        known = dict(before)
+        hashes = [content_hash(path, known) for path in self.paths]
+        if record and known != before:
+            _write_json(register, known)
+        length = self.max_seq_len if self.fits_length else None
+        # Contents, not names: a file that moved is the same data, a file that was edited is not. The seed is missing on
+        # purpose, the order is made anew at every start.
+        return {"format": FORMAT_VERSION, "kind": self.kind, "data": hashes, "tokenizer": self.tokenizer.fingerprint,
+                "dtype": self.token_dtype.__name__, "max_seq_len": length, "part": self.part,
+                "val_ratio": self.val_ratio, "skip_bad": self.skip_bad}
+
+    def _base(self, facts: dict) -> str:
+        """Name of the store: its files are <base>.<column>.bin, <base>.<column>_lengths.bin and <base>.json."""
+        return f"{self.kind}-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"
+
+    def _open_store(self, facts: dict) -> dict:
+        """Set one Ragged attribute a column; returns the statistics. Raises OSError, ValueError if it is not whole."""
+        base = self._base(facts)
+        # The JSON is written last, so it vouches for all arrays together.
+        record = json.loads((self.cache_dir / f"{base}.json").read_text(encoding="utf-8"))
+        for name in self.columns:
+            items, lengths = (open_array(self.cache_dir / f"{base}.{part}.bin", record["counts"][part])
+                              for part in (name, f"{name}_lengths"))
+            setattr(self, name, Ragged(items, lengths))
+        return record["stats"]
+
+    def _ensure_store(self) -> None:
+        """Build the store unless a whole one is there; say why an earlier one does not serve."""
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        facts = self._facts(record=True)
+        name = self.cache_dir / self._base(facts)
+        # The facts are in the name, so another tokenizer or setting means another store, not a wrong one.
+        if Path(f"{name}.json").exists():
+            try:
+                self._open_store(facts)
+                return
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                print(f"cache {name} is damaged ({error}): rebuilding", flush=True)
+        else:
+            self._explain(facts)
+        try:
+            self._build(facts)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(f"the disk is full while writing the token cache {name}; it takes up to twice the size of "
+                          "the data files; free space, or choose another disk with --cache_dir") from None
+
+    def _explain(self, facts: dict) -> None:
+        """Print in what the newest earlier store of the same files and part differs."""
+        stores = sorted(self.cache_dir.glob(f"{self.kind}-*.json"), key=lambda path: path.stat().st_mtime_ns)
+        records = [(path, _read_json(path)) for path in reversed(stores)]
+        for path, record in records:
+            old = record.get("facts", {})
+            if record.get("paths") == self._sources() and old.get("part") == self.part:
+                changed = [f"{key} {old.get(key)}, now {facts[key]}" for key in facts if facts[key] != old.get(key)]
+                print(f"cache {path.with_suffix('')} was built with {'; '.join(changed)}: rebuilding", flush=True)
+                return
+
+    def _sources(self) -> list[str]:
+        return [str(path.resolve()) for path in self.paths]
+
+    def _build(self, facts: dict) -> None:
+        """Stream all rows through _convert into the arrays; the JSON with counts and statistics comes last."""
+        base, bad, counts, shortest = self._base(facts), [], Counter(), 0
+        files = {}
+        try:
+            for name, dtype in self.columns.items():
+                files[name] = ArrayFile(self.cache_dir / f"{base}.{name}.bin", dtype or self.token_dtype)
+                files[f"{name}_lengths"] = ArrayFile(self.cache_dir / f"{base}.{name}_lengths.bin", np.int32)
+            chunks = _chunks(_scan(self.paths, self.skip_bad, bad))
+            for pieces, new, needed in _ordered_map(self._convert, chunks, self.workers):
+                counts.update(new)
+                shortest = min(shortest or needed, needed or shortest)
+                for name, (items, lengths) in pieces.items():
+                    files[name].append(items)
+                    files[f"{name}_lengths"].append(lengths)
+            counts["bad"] += len(bad)
+            if counts["bad"]:
+                print(f"skipped {counts['bad']} bad lines; the first: {bad[0] if bad else 'wrong keys'}", flush=True)
+            # Before commit(): an empty store is never kept, so the error stays the same at the next start.
+            if not counts["used"]:
+                raise ValueError(self._nothing_left(counts, shortest))
+            for file in files.values():
+                file.commit()
+        finally:
+            for file in files.values():
+                file.discard()
+        sizes = {name: file.count for name, file in files.items()}
+        record = {"facts": facts, "paths": self._sources(), "counts": sizes, "stats": self._structured(counts)}
+        _write_json(self.cache_dir / f"{base}.json", record)
+
+    def _convert(self, rows: list[tuple[dict, str]]) -> tuple[dict, Counter, int]:
+        """A chunk of rows -> ((items, lengths) of every column, counts, smallest max_seq_len that would help or 0)."""
+        counts, samples, needed = Counter(), [], []
+        for row, where in rows:
+            try:
+                key, sample = self.parse(row, where)
+                if self.part != "all" and split_heldout(key, self.val_ratio) != (self.part == "val"):
+                    counts["held_back"] += 1
+                    continue
+                samples.append(self.encode(sample, row, counts))
+            except Dropped as reason:
+                counts[f"reasons:{reason}"] += 1
+                needed += [reason.needed] if reason.needed else []  # for the message, should nothing be left
+            except ValueError as error:
+                if not self.skip_bad:
+                    # What the tokenizer refuses (an unknown role) does not know the line yet.
+                    place = "" if str(error).startswith(where) else f"{where}: "
+                    raise ValueError(f"{place}{error}; or skip such rows with --skip_bad 1") from None
+                counts["bad"] += 1
+        counts["used"] = len(samples)
+        # Counts come back with the pieces instead of being added here: several threads run this method.
+        return self.collect(samples, counts), counts, min(needed, default=0)
+
+    @staticmethod
+    def _structured(counts: Counter) -> dict:
+        """Flat counts such as "roles:user" -> the statistics dict."""
+        stats = {"samples": 0, "used": 0, "truncated": 0, "dropped": 0, "bad": 0, "held_back": 0, "reasons": {}}
+        for key, value in sorted(counts.items()):
+            group, _, name = key.partition(":")
+            if name:
+                stats.setdefault(group, {})[name] = value
+            else:
+                stats[key] = value
+        # Summed from the reasons, so that the line printed always adds up: samples = used + dropped.
+        stats["dropped"] = sum(stats["reasons"].values())
+        stats["samples"] = stats["used"] + stats["dropped"]
+        return stats
+
+    def _nothing_left(self, counts: Counter, shortest: int) -> str:
+        """The message where no sample is usable: how many were lost to what, and the smallest setting that works."""
+        s = self._structured(counts)
+        lost = {**s["reasons"], f"not in part {self.part}": s["held_back"], "bad lines": s["bad"]}
+        lost = ", ".join(f"{count} {reason}" for reason, count in lost.items() if count)
+        fix = "check the rows, or give other files with --data_path"
+        if shortest:
+            fix = f"the smallest setting that works is {shortest} (--max_seq_len, or the prompt limit)"
+        elif s["held_back"] and not s["samples"]:
+            fix = "use more rows, another --val_ratio, or a file of its own with --val_path"
+        read = s["samples"] + s["held_back"] + s["bad"]
+        return (f"no usable {self.kind} sample among {read} rows of {', '.join(map(str, self.paths))}"
+                f"{f' ({lost})' if lost else ': empty'}; at least one is needed; {fix}")
+
+    def _too_few(self, wanted: int) -> str:
+        """The message where the data do not fill one step."""
+        return (f"{self.kind} data hold {len(self)} {self.unit} of up to {self.max_seq_len} tokens, one step takes "
+                f"{wanted}; a step must not see a sample twice; use more data, or choose --batch_size so that batch "
+                f"size x accumulation steps x processes is at most {len(self)}")
+
+    def summary(self) -> str:
+        """The counts in one line, to be printed at the start of a run."""
+        s = self.stats
+        reasons = ", ".join(f"{count} {reason}" for reason, count in s["reasons"].items())
+        return (f"{self.kind} data ({self.part}): {s['samples']} samples: {s['used']} used, {s['truncated']} truncated,"
+                f" {s['dropped']} dropped{reasons and f' ({reasons})'}, {s['bad']} bad lines | {self._details()}")
+
+    def _details(self) -> str:
+        """What the summary says beyond the counts."""
+        return f"up to {self.max_seq_len} tokens"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The four data sets
+
+
+class PretrainData(TokenData):
+    """Documents as one stream <bos> text <bos> text ..., in windows of T tokens with stride T - 1.
+
+    The first token of a window is context only: it was the last target of the window before. So every token but the
+    first of the stream is a target exactly once an epoch; the last window is padded. stats adds tokens, bytes, windows.
+    """
+
+    kind = "pretrain"
+    unit = "windows"
+    columns = {"tokens": None}
+    fits_length = False  # the stream is the same for all window lengths
+
+    def parse(self, row, where):
+        if not isinstance(row.get("text"), str):
+            raise _wrong_keys(row, where, "text, a string (pretraining reads documents)", '{"text": "..."}')
+        return row["text"], row["text"]
+
+    def encode(self, sample, row, counts):
+        if not sample.strip():
+            raise Dropped("empty")
+        return sample  # encoded in collect(): one call for many texts is several times faster
+
+    def collect(self, samples, counts):
+        ids, offsets = self.tokenizer.encode_batch(samples)
+        # Foreign tokenizers without <bos> (Qwen's) part documents with their end token.
+        first = self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+        tokens = np.insert(np.asarray(ids, self.token_dtype), offsets[:-1], first)
+        counts.update(tokens=len(tokens), bytes=int(self.byte_lengths[tokens].sum()))
+        return {"tokens": (tokens, np.diff(offsets) + 1)}  # + 1: the <bos> of each document
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, int64 [V]. Special tokens have none: <bos> costs bits, not bytes."""
+        lengths = np.zeros(self.tokenizer.vocab_size, np.int64)
+        for token, spelling in enumerate(self.tokenizer.token_bytes):
+            lengths[token] = 0 if token in self.tokenizer.special_ids else len(spelling)
+        return lengths
+
+    def prepare(self):
+        self.stats["windows"] = len(self)
+        self.bytes_per_token = self.stats["bytes"] / self.stats["tokens"]
+
+    def __len__(self):
+        return -(-(len(self.tokens.items) - 1) // (self.max_seq_len - 1))  # targets / targets a window, rounded up
+
+    def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
+        """ids int64 [B,T]; mask float [B,T], 1 on targets; bytes int64 [B], the text bytes of each window's targets.
+
+        Sum of nll / ln 2 / sum of bytes is exact bits per byte (nll includes the <bos> that ends a document).
+        """
+        indices = list(indices)
+        ids = np.full((len(indices), self.max_seq_len), self.tokenizer.pad_id, np.int64)  # [B,T]
+        mask = np.zeros(ids.shape, np.float32)  # [B,T]
+        for i, index in enumerate(indices):
+            start = range(len(self))[index] * (self.max_seq_len - 1)  # range() refuses an index outside the data
+            piece = self.tokens.items[start : start + self.max_seq_len]  # [T], the last window may be shorter
+            ids[i, : len(piece)] = piece
+            mask[i, 1 : len(piece)] = 1
+        size = (self.byte_lengths[ids] * (mask > 0)).sum(axis=1)  # [B]
+        return {"ids": torch.from_numpy(ids), "mask": torch.from_numpy(mask), "bytes": torch.from_numpy(size)}
+
+    def _too_few(self, wanted):
+        length = (len(self.tokens.items) - 1) // wanted + 1  # the longest windows of which there are enough
+        shorter = f", or --max_seq_len {length}" if length > 1 else ""
+        return f"{super()._too_few(wanted)}{shorter}"
+
+    def _details(self):
+        return (f"{self.stats['tokens']} tokens, {self.bytes_per_token:.2f} bytes a token, "
+                f"{self.stats['windows']} windows of {self.max_seq_len}")
+
+
+class SFTData(TokenData):
+    """Conversations, rendered with their loss mask and packed into rows of T tokens. An index is a row.
+
+    A conversation longer than T is cut at its end if an answer token remains (no end token is invented), else dropped.
+    The seed fixes which samples share a row, (seed, epoch) the order of rows.
+    stats adds roles, tokens, trained_tokens, trained_share, rows, fill.
+    """
+
+    kind = "sft"
+    unit = "packed rows"
+    columns = {"tokens": None, "trained": np.uint8}
+
+    def parse(self, row, where):
+        turns = conversation(row, where)
+        return _question(turns), turns
+
+    def encode(self, sample, row, counts):
+        ids, mask = self.tokenizer.render(sample)
+        mask = [0, *mask[1:]]  # nothing stands before the first token that could predict it
+        if 1 not in mask:
+            raise Dropped("without an answer")
+        if 1 not in mask[: self.max_seq_len]:
+            raise Dropped(f"no answer token within {self.max_seq_len}", needed=mask.index(1) + 1)
+        # Cut at the end: the beginning of an answer is a good target, a conversation without its beginning is not.
+        counts["truncated"] += len(ids) > self.max_seq_len
+        ids, mask = ids[: self.max_seq_len], mask[: self.max_seq_len]
+        counts.update(f"roles:{turn['role']}" for turn in sample)
+        counts.update(tokens=len(ids), trained_tokens=sum(mask))
+        return {"tokens": ids, "trained": mask}
+
+    def prepare(self):
+        count = len(self.tokens)
+        # Shuffled before packing: files are often sorted by skill, rows should not be. No real epoch is -1.
+        order = shuffled(count, self.seed, -1)
+        row_of = pack(self.tokens.lengths, order, self.max_seq_len)  # [N]
+        members = order[np.argsort(row_of[order], kind="stable")]  # samples, row by row
+        self.rows = Ragged(members, np.bincount(row_of))  # row -> its samples
+        s = self.stats
+        s["rows"], s["fill"] = len(self), s["tokens"] / (len(self) * self.max_seq_len)
+        s["trained_share"] = s["trained_tokens"] / s["tokens"]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
+        """ids int64 [B,T]; mask float [B,T], 1 on trained targets; documents int64 [B,T], sample in the row, -1 pad."""
+        indices = list(indices)
+        ids = np.full((len(indices), self.max_seq_len), self.tokenizer.pad_id, np.int64)  # [B,T]
+        mask = np.zeros(ids.shape, np.float32)  # [B,T]
+        documents = np.full(ids.shape, -1, np.int64)  # [B,T]
+        for i, index in enumerate(indices):
+            at = 0
+            for number, sample in enumerate(self.rows[range(len(self))[index]]):
+                end = at + len(self.tokens[sample])
+                ids[i, at:end] = self.tokens[sample]
+                mask[i, at:end] = self.trained[sample]
+                documents[i, at:end] = number
+                at = end
+        return {"ids": torch.from_numpy(ids), "mask": torch.from_numpy(mask), "documents": torch.from_numpy(documents)}
+
+    def _details(self):
+        s = self.stats
+        roles = " ".join(f"{name} {count}" for name, count in s["roles"].items())
+        return (f"turns: {roles} | {s['trained_share']:.1%} of {s['tokens']} tokens trained, {s['rows']} rows of "
+                f"{self.max_seq_len}, {s['fill']:.1%} full")
+
+
+class PreferenceData(TokenData):
+    """Pairs of a chosen and a rejected answer to one prompt. An index is a pair. stats adds kinds.
+
+    Dropped and counted: equal answers, empty answers, pairs that do not fit. Where a pair is too long, the prompt first
+    loses whole turns from its start, then the completions are cut at their end.
+    """
+
+    kind = "preference"
+    unit = "pairs"
+    columns = {"chosen": None, "rejected": None, "prompt_length": np.int32, "name": np.uint8}
+
+    def parse(self, row, where):
+        pair = preference(row, where)
+        return _question(pair[0]), pair
+
+    def encode(self, sample, row, counts):
+        prompt, *answers = sample
+        if not all(answer["content"].strip() for answer in answers):
+            raise Dropped("with an empty answer")
+        head, tails, cut = self._fit(prompt, answers)
+        if not all(tails):
+            raise Dropped("without room for an answer", needed=len(head) + 1)
+        if tails[0] == tails[1]:  # such a pair has no gradient in any preference loss, and drags the accuracy down
+            raise Dropped("with equal answers after the cut" if cut else "with equal answers")
+        name = str(row.get("kind") or "all")
+        counts.update([f"kinds:{name}"])
+        counts["truncated"] += cut
+        return {"chosen": head + tails[0], "rejected": head + tails[1], "prompt_length": [len(head)],
+                "name": list(name.encode())}
+
+    def _fit(self, prompt: list[dict], answers: list[dict]) -> tuple[list[int], list[list[int]], bool]:
+        """(prompt ids, ids of both completions, whether anything was cut away)."""
+        cut = False
+        while True:
+            head = self.tokenizer.render(prompt, add_generation_prompt=True)[0]
+            tails = [self._completion(prompt, answer, len(head)) for answer in answers]
+            room = max(0, self.max_seq_len - len(head))
+            if max(map(len, tails)) <= room:
+                return head, tails, cut
+            cut = True
+            system = prompt[:1] if prompt[0]["role"] == "system" else []
+            turns = prompt[len(system) :]
+            # What is left begins with a user turn again, and the last question always stays.
+            later = [i for i, turn in enumerate(turns) if i and turn["role"] == "user"]
+            if not later:
+                return head, [tail[:room] for tail in tails], cut
+            prompt = system + turns[later[0] :]
+
+    def _completion(self, prompt: list[dict], answer: dict, start: int) -> list[int]:
+        """Ids of an answer with its end token, which begin at `start` of the rendered conversation.
+
+        Without the line break behind the end token: nobody ever samples it, and the reward model must score the same
+        last token here as in PPO.
+        """
+        ids, mask = self.tokenizer.render([*prompt, answer])
+        return ids[start : len(mask) - mask[::-1].index(1)]
+
+    def batch(self, indices: Iterable[int]) -> dict:
+        """Chosen rows, then rejected rows: ids int64 [2B,T] padded on the right to the longest, mask float [2B,T] (the
+        completion with its end token), lengths int64 [2B], kind list of B strings."""
+        pairs = [range(len(self))[index] for index in indices]
+        rows = [side[pair] for side in (self.chosen, self.rejected) for pair in pairs]
+        # No wider than needed: most pairs are far shorter than max_seq_len.
+        ids, lengths = pad_rows(rows, self.tokenizer.pad_id)  # [2B,T], [2B]
+        prompts = torch.tensor([int(self.prompt_length[pair][0]) for pair in pairs] * 2)  # [2B]
+        column = torch.arange(ids.shape[1])  # [T]
+        mask = ((column >= prompts[:, None]) & (column < lengths[:, None])).float()  # [2B,T]
+        kinds = [self.name[pair].tobytes().decode() for pair in pairs]
+        return {"ids": ids, "mask": mask, "lengths": lengths, "kind": kinds}
+
+    def _details(self):
+        kinds = " ".join(f"{name} {count}" for name, count in self.stats["kinds"].items())
+        return f"kinds: {kinds} | up to {self.max_seq_len} tokens"
+
+
+class PromptData(TokenData, Sequence):
+    """Prompts, with what a checker needs. max_seq_len is the longest prompt: half a question has another answer, so
+    longer ones are dropped. A final assistant turn (SFT rows, or an empty one) is taken off first; of a preference row
+    the prompt is taken.
+
+    data.items[i] -> dict(ids, messages, answer, check, lang, skill, index), read from disk when asked for; the ids end
+    with the generation prompt. Missing fields are None.
+    """
+
+    kind = "prompt"
+    unit = "prompts"
+    columns = {"tokens": None, "facts": np.uint8}
+
+    def parse(self, row, where):
+        turns = preference(row, where)[0] if "chosen" in row else conversation(row, where)
+        return _question(turns), turns[:-1] if turns[-1]["role"] == "assistant" else turns
+
+    def encode(self, sample, row, counts):
+        if not sample or sample[-1]["role"] == "assistant":
+            raise Dropped("without a question")
+        ids = self.tokenizer.render(sample, add_generation_prompt=True)[0]
+        if len(ids) > self.max_seq_len:
+            raise Dropped(f"longer than {self.max_seq_len} tokens", needed=len(ids))
+        facts = {"messages": sample} | {key: row.get(key) for key in ("answer", "check", "lang", "skill")}
+        # As JSON bytes in the store, because a million Python dicts would be memory that grows with the file. ASCII
+        # escapes (the default) carry lone surrogates, which UTF-8 would refuse.
+        return {"tokens": ids, "facts": list(json.dumps(facts).encode())}
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        return {"ids": self.tokens[index].tolist(), **json.loads(self.facts[index].tobytes()), "index": index}
+
+    @property
+    def items(self) -> Sequence:
+        """The prompts as a read-only sequence of dicts."""
+        return self

@@ -1,0 +1,836 @@
+"""Talk to a checkpoint, or measure it: chat, single answers, files of prompts, and one table of scores over all stages.
+
+What is measured, always on held-out data and with a standard error:
+    bits per byte    = - sum_t log2 p(x_t | x_<t) / UTF-8 bytes of the text: unlike a loss it compares tokenizers
+    exact match      = share of right greedy answers, by skill and language; identity and small talk are held out by
+                       wording only and reported apart. Beside it: answers that stop by themselves, and that loop
+    polite, win rate = answers sampled at temperature 1: share in the preferred style; won against the parent's answer
+                       to the same prompt, by a rule (right and polite), ties count half
+    pass@1           = share of right sampled answers to the prompts of reinforcement learning
+    pair accuracy    = of a reward model, by kind of error
+What is here: the loops and the formatting. What is not: the judges (metrics.py), decoding (model.py, generation.py).
+
+Papers: Gao et al. 2020 (bits per byte, arXiv:2101.00027), Ouyang et al. 2022 (win rate, arXiv:2203.02155), Chen et al.
+2021 (pass@k, arXiv:2107.03374).
+
+    python eval.py --stream 1                                                   # chat with the newest model
+    python eval.py --weight sft --prompt "What is 3 + 4?" --temperature 0       # one answer
+    python eval.py --weight out/sft --prompts questions.txt --output answers.jsonl
+    python eval.py --mode score --weight pretrain,sft,dpo --data_dir out/data   # the table; --weight all is the default
+    python eval.py --mode score --weight pretrain --bpb my/articles.jsonl       # bits per byte of any text
+    python eval.py --samples 1                                                  # fixed held-out questions, answered
+
+Letters: B rows, T tokens, V vocabulary.
+"""
+import contextlib
+import json
+import math
+import os
+import platform
+import random
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+import common
+import logs
+import metrics
+from dataset import PreferenceData, conversation, expand_paths, pad_rows, preference, read_rows
+from generation import beam_search
+from model import ScalarHead, Transformer, token_logprobs
+from tokenizer import StreamDecoder, Tokenizer
+
+SPEAKERS = ("pretrain", "sft", "dpo", "ppo", "grpo")  # stages to talk to, in the order in which run.sh makes them
+STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
+# Items per set when --limit is not given: standard errors of one to three points, and about ten seconds for a model of
+# 6M parameters on two CPU cores. The win rate needs the most: it compares two noisy answers.
+CAPS = {"pretrain": 240, "sft": 300, "preference": 400, "rl": 200}
+SCORE_TOKENS = 64  # longest answer in scores, as in the training scripts' evaluations
+SAMPLE_KINDS = {"story": ("story",), "arithmetic": ("add", "subtract"), "translation": ("translate",),
+                "small talk": ("chat",), "several turns": ("dialogue",)}
+HELP = "/reset forget the conversation, /system TEXT set the system message (no text: remove it), /exit leave, /help"
+
+
+def parse_args(argv=None):
+    """Flags; without --mode the others decide: --prompt, --prompts, --bpb, --samples, else chat."""
+    at_least_0 = common.positive(float, zero=True)
+    count = common.positive(int, zero=True)
+    parser = common.Parser(__doc__)
+    g = parser.add_argument_group("what")
+    g.add_argument("--mode", default="", choices=("chat", "single", "batch", "score", "samples", "summary"),
+                   help="what to do; left out, the other flags decide: chat, or single with --prompt, batch with "
+                        "--prompts, score with --bpb, samples with --samples. summary prints the last scores again")
+    g.add_argument("--weight", default="",
+                   help="checkpoint: name below --save_dir, or any Qwen3 folder; left out: the newest; for scores a "
+                        "comma list or all; left out: all")
+    g.add_argument("--save_dir", default="out", help="folder of all checkpoints; scores go to its eval_results.jsonl")
+    g.add_argument("--eval_mode", default="auto", choices=("auto", "pretrain", "sft"),
+                   help="pretrain continues text, sft answers; auto: as the checkpoint's stage or chat template says")
+    g = parser.add_argument_group("answers")
+    g.add_argument("--prompt", default="", help="text of a single question")
+    g.add_argument("--prompts", default="", help=".txt with a prompt a line, or .jsonl with prompt or conversations")
+    g.add_argument("--output", default="", help="file for the answers to --prompts, one JSON object a line; "
+                                                "left out: standard output")
+    g.add_argument("--system", default="", help="system message in front of the conversation")
+    g.add_argument("--max_new_tokens", type=common.positive(int), default=200, help="longest answer, in tokens")
+    g.add_argument("--temperature", type=at_least_0, default=0.7, help="0 = always the most likely token")
+    g.add_argument("--top_k", type=count, default=0, help="draw from the k most likely tokens, 0 = from all")
+    g.add_argument("--top_p", type=at_least_0, default=0.9, help="draw from the fewest tokens with this probability")
+    g.add_argument("--repetition_penalty", type=common.positive(float), default=1.0,
+                   help="above 1: tokens that have occurred become less likely")
+    g.add_argument("--num_beams", type=common.positive(int), default=1,
+                   help="beams of a search for the likeliest answer (nothing is drawn or streamed); 1 = no search")
+    g.add_argument("--stop", nargs="+", default=[], help="strings that end an answer; they are not shown")
+    common.switch(g, "--stream", 1, "show an answer while it is made")
+    common.switch(g, "--show_speed", 1, "show tokens per second after each answer")
+    g = parser.add_argument_group("scores")
+    g.add_argument("--data_dir", default="out/data", help="folder with {pretrain,sft,preference,rl}.heldout.jsonl")
+    g.add_argument("--limit", type=count,
+                   help=f"items per held-out set, 0 = all; left out: {', '.join(f'{k} {v}' for k, v in CAPS.items())}")
+    g.add_argument("--bpb", nargs="+", default=[], help="only bits per byte, of these files or globs (text, lang)")
+    g.add_argument("--max_seq_len", type=count, default=0,
+                   help="tokens per window in bits per byte, 0 = what the model was trained with, or its context")
+    g.add_argument("--samples", type=count, default=0,
+                   help="answers shown to each of ten fixed held-out questions, by the newest model: one greedy, the "
+                        "others drawn")
+    g = parser.add_argument_group("run")
+    g.add_argument("--batch_size", type=common.positive(int), default=64, help="rows decoded or scored together")
+    g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
+    g.add_argument("--dtype", default="auto", choices=["auto", *common.DTYPES, *common.SHORT_DTYPES],
+                   help="autocast dtype; float64 turns autocast off")
+    g.add_argument("--threads", type=count, default=0, help="CPU threads, 0 = all cores")
+    g.add_argument("--seed", type=int, default=42, help="seed of all draws")
+    common.switch(g, "--debug", 0, "show the traceback of an error")
+    args = parser.parse_args(argv)
+    if not args.mode:
+        asked = {"single": args.prompt, "batch": args.prompts, "score": args.bpb, "samples": args.samples}
+        args.mode = next((mode for mode, value in asked.items() if value), "chat")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Which checkpoint
+@dataclass
+class Player:
+    """A checkpoint, loaded and ready to answer (chat) or to continue text (not chat)."""
+
+    name: str
+    folder: Path
+    facts: dict  # minillm.json, {} for a folder from elsewhere
+    model: torch.nn.Module
+    tokenizer: Tokenizer
+    chat: bool
+    runtime: common.Runtime
+
+    @property
+    def context(self):
+        """Tokens that prompt and answer may have together."""
+        return self.model.config.max_position_embeddings
+
+    def ids(self, messages):
+        """Prompt ids of a conversation, by the render() that made the training data; a base model reads only the last
+        text."""
+        if self.chat:
+            return self.tokenizer.render(messages, add_generation_prompt=True)[0]
+        start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        return start + self.tokenizer.encode(messages[-1]["content"])
+
+
+def newest(save_dir):
+    """Name of the stage finished last among those that speak; the later stage where two share a second.
+
+    Raises FileNotFoundError with what to do when there is none.
+    """
+    finished = []
+    for place, name in enumerate(SPEAKERS):
+        try:
+            # with the folder in front: a folder of that name in the working directory is something else
+            facts = common.read_minillm(common.find_checkpoint(save_dir, os.path.join(save_dir, name)))
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            print(error)  # damaged: named, and the others are still there to talk to
+            continue
+        if facts.get("finished"):
+            finished.append((facts.get("written", ""), place, name))
+    if not finished:
+        raise FileNotFoundError(f"no finished checkpoint in {save_dir}/ (looked for {', '.join(SPEAKERS)}); chatting "
+                                "needs one; train with: bash run.sh, or name another one with --weight")
+    return max(finished)[2]
+
+
+def folders_to_score(args):
+    """Folders named by --weight, or all below --save_dir: the stages in their order, then everything else."""
+    if args.weight not in ("", "all"):
+        return [common.find_checkpoint(args.save_dir, name.strip()) for name in args.weight.split(",") if name.strip()]
+    names = {p.parent.name for p in Path(args.save_dir).glob("*/config.json")}
+    # a stage whose swap was interrupted is there under its earlier name only; find_checkpoint knows
+    names = {name.removesuffix(".previous") for name in names if not name.endswith(".tmp")}
+    if not names:
+        raise FileNotFoundError(f"no checkpoint in {args.save_dir}/; scores need one; train with: bash run.sh, or give "
+                                "a folder with --weight")
+    return [common.find_checkpoint(args.save_dir, os.path.join(args.save_dir, name))
+            for name in sorted(names, key=stage_order)]
+
+
+def stage_order(name):
+    """Sort key: the stages as run.sh makes them, then everything else by name."""
+    return STAGES.index(name) if name in STAGES else len(STAGES), name
+
+
+def is_reward(folder):
+    """Whether a folder holds a model that scores answers and cannot give any."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return any("SequenceClassification" in name for name in config.get("architectures") or [])
+
+
+def is_chat(facts, tokenizer, eval_mode):
+    """Whether to hold a conversation with this checkpoint: as asked, else by its stage, else by its chat template."""
+    if eval_mode != "auto":
+        return eval_mode == "sft"
+    if facts.get("stage"):
+        return facts["stage"] != "pretrain"
+    files = tokenizer.files
+    template = "chat_template.jinja" in files or "chat_template" in files.get("tokenizer_config.json", "")
+    return template and tokenizer.im_start_id is not None
+
+
+def load(folder, runtime, eval_mode="auto"):
+    """Open a checkpoint folder as a Player."""
+    facts = common.read_minillm(folder)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    kind = ScalarHead if is_reward(folder) else Transformer
+    model = kind.from_pretrained(folder, device=runtime.device,
+                                 dtype=torch.float64 if runtime.dtype == torch.float64 else torch.float32)
+    if model.config.vocab_size <= tokenizer.max_id:
+        raise ValueError(f"token id {tokenizer.max_id} >= vocabulary {model.config.vocab_size} in {folder}; tokenizer "
+                         "and model do not match; use the tokenizer saved with the model")
+    name = Path(folder).name.removesuffix(".previous")
+    return Player(name, Path(folder), facts, model, tokenizer, is_chat(facts, tokenizer, eval_mode), runtime)
+
+
+def speaker(args, runtime):
+    """The Player for chat, single answers and batches; says which one it is and what it can do."""
+    folder = common.find_checkpoint(args.save_dir, args.weight or os.path.join(args.save_dir, newest(args.save_dir)))
+    if is_reward(folder):
+        raise ValueError(f"{folder} is a reward model; it scores answers and cannot give any; chat with another "
+                         "--weight, or measure it with --mode score")
+    player = load(folder, runtime, args.eval_mode)
+    stage = player.facts.get("stage", "unknown")
+    runtime.print(f"model {folder} (stage {stage}{'' if args.weight else ', the newest'}), "
+                  f"{player.model.num_parameters() / 1e6:.2f}M parameters, context {player.context} tokens")
+    if not player.chat:
+        runtime.print("this is a base model: it only continues text, it does not answer (for answers: --weight sft)")
+    return player
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. One answer
+@dataclass
+class Answer:
+    """What came of a prompt: text without stop token and stop string; how it ended; what it cost."""
+
+    text: str = ""
+    ids: list = field(default_factory=list)
+    ended: bool = False  # by itself or by a stop string, not by a limit
+    interrupted: bool = False
+    seconds: float = 0.0
+
+
+def until_stop(pieces, stops):
+    """Pass pieces of text on until a stop string is complete; whatever may be the beginning of one waits.
+
+    Yields (text, whether a stop string ended it).
+    """
+    tail = ""
+    for piece in pieces:
+        tail += piece
+        cut = min((at for at in map(tail.find, stops) if at >= 0), default=-1)
+        if cut >= 0:
+            yield tail[:cut], True
+            return
+        wait = max((n for stop in stops for n in range(1, len(stop)) if tail.endswith(stop[:n])), default=0)
+        yield tail[:len(tail) - wait], False
+        tail = tail[len(tail) - wait:]
+    yield tail, False
+
+
+def stop_ids(player):
+    """Ids that end a generation of this player."""
+    return player.tokenizer.stop_ids(chat=player.chat)
+
+
+def token_stream(player, prompts, args, row_seeds):
+    """(row, token id) as they are made: drawn, or with --num_beams found and handed over row by row."""
+    if args.num_beams > 1:
+        for row, prompt in enumerate(prompts):
+            found = beam_search(player.model, prompt, args.num_beams, args.max_new_tokens, stop_ids=stop_ids(player))
+            yield from ((row, token) for token in found[0][0])
+        return
+    yield from player.model.generate(prompts, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                                     top_p=args.top_p, repetition_penalty=args.repetition_penalty,
+                                     stop_ids=stop_ids(player), seed=args.seed, row_seeds=row_seeds)
+
+
+def text_stream(player, prompt, args, row_seed, answer):
+    """Text of one answer, piece by piece and never half a character; notes ids and end in `answer`."""
+    decoder = StreamDecoder(player.tokenizer)
+    for _, token in token_stream(player, [prompt], args, [row_seed]):
+        answer.ids.append(token)
+        if token in stop_ids(player):
+            answer.ended = True
+            break
+        yield decoder.push(token)
+    yield decoder.flush()
+
+
+def speak(player, prompt, args, row_seed=0):
+    """Answer one prompt on the screen. Ctrl-C ends the answer, not the program. Returns an Answer."""
+    answer, start = Answer(), time.perf_counter()
+    try:
+        with player.runtime.autocast():
+            for text, stopped in until_stop(text_stream(player, prompt, args, row_seed, answer), args.stop):
+                answer.text += text
+                answer.ended |= stopped
+                print(text if args.stream else "", end="", flush=True)
+    except KeyboardInterrupt:
+        answer.interrupted = True
+    answer.seconds = time.perf_counter() - start
+    print("" if args.stream else answer.text, flush=True)
+    for remark in remarks(answer, args, player):
+        print(f"({remark})", flush=True)
+    return answer
+
+
+def remarks(answer, args, player):
+    """What a user should know about an answer: its speed, why it ended, that it loops."""
+    if args.show_speed and answer.ids:
+        yield f"{len(answer.ids)} tokens, {len(answer.ids) / max(answer.seconds, 1e-9):.0f} tokens/s"
+    if answer.interrupted:
+        yield "stopped"
+    elif not answer.ended and player.chat:
+        limit = f"--max_new_tokens {args.max_new_tokens}" if len(answer.ids) >= args.max_new_tokens else "the context"
+        yield f"cut off: {limit} is used up"
+    if metrics.has_loop(answer.ids):
+        yield "it repeats itself: usual for small models; try --repetition_penalty 1.1 or a higher --temperature"
+
+
+def fit(player, messages, max_new_tokens):
+    """Drop the oldest turns, each a question with its answer, until an answer has room; a system message stays.
+
+    Returns: (prompt ids, messages kept, number of messages dropped). Raises ValueError when the last question alone
+    does not fit the context.
+    """
+    room = player.context - min(max_new_tokens, player.context // 4)
+    dropped = 0
+    while True:
+        ids = player.ids(messages)
+        questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if len(ids) <= room or len(questions) < 2 or not player.chat:
+            break
+        system = int(messages[0]["role"] == "system")
+        dropped += questions[1] - system
+        messages = messages[:system] + messages[questions[1]:]
+    if len(ids) >= player.context:
+        raise ValueError(f"the prompt has {len(ids)} tokens; prompt and answer must fit the model's context of "
+                         f"{player.context}; shorten the prompt")
+    return ids, messages, dropped
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Chat, single answers, batches
+def typed_lines():
+    """Lines from the terminal or a pipe, until the end of input, or Ctrl-C at the prompt."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - line editing and history for input(); not on Windows
+    while True:
+        try:
+            line = input("you> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        yield line.strip()
+
+
+def opening(args):
+    """The messages a conversation begins with."""
+    return [{"role": "system", "content": args.system}] if args.system else []
+
+
+def command(line, messages, player):
+    """Carry out a /command. Returns the messages to go on with, None to leave."""
+    word, _, rest = line.partition(" ")
+    system, talk = messages[:1], messages[1:]
+    if not messages or messages[0]["role"] != "system":
+        system, talk = [], messages
+    if word == "/exit":
+        return None
+    if word == "/reset":
+        print("(the conversation is forgotten)")
+        return system
+    if word == "/system":
+        rest = rest.strip()
+        print("(a base model has no system message)" if not player.chat else f"(system message: {rest or 'none'})")
+        return ([{"role": "system", "content": rest}] if rest else []) + talk
+    print(HELP if word == "/help" else f"(unknown command {word}; there are: {HELP})")
+    return messages
+
+
+def chat(player, args):
+    """Talk until /exit or the end of input. Returns {"answers": texts}."""
+    print(HELP)
+    messages, answers = opening(args), []
+    for line in typed_lines():
+        if line.startswith("/"):
+            messages = command(line, messages, player)
+            if messages is None:
+                break
+            continue
+        if not line:
+            continue
+        try:
+            prompt, kept, dropped = fit(player, [*messages, {"role": "user", "content": line}], args.max_new_tokens)
+        except ValueError as error:
+            print(f"error: {error}")
+            continue
+        if dropped:
+            print(f"(the oldest {dropped} messages are dropped: the conversation fills the context of {player.context} "
+                  "tokens)")
+        # each answer has its own stream of random numbers, so a question asked twice can be answered in two ways
+        answer = speak(player, prompt, args, row_seed=len(answers))
+        answers.append(answer.text)
+        # what a model thought is not part of the conversation it goes on with
+        said = {"role": "assistant", "content": answer.text.rsplit("</think>", 1)[-1].lstrip()}
+        messages = [*kept, said] if player.chat else messages
+    return {"weight": str(player.folder), "answers": answers}
+
+
+def single(player, args):
+    """Answer --prompt. Returns the answer's facts."""
+    if not args.prompt:
+        raise ValueError("--mode single without a prompt; it answers one question; give --prompt TEXT")
+    prompt, _, _ = fit(player, [*opening(args), {"role": "user", "content": args.prompt}], args.max_new_tokens)
+    answer = speak(player, prompt, args)
+    if answer.interrupted:
+        raise KeyboardInterrupt
+    return {"weight": str(player.folder), "answer": answer.text, "stopped": answer.ended, "tokens": len(answer.ids)}
+
+
+def read_prompts(args):
+    """(messages, "file:line") of every prompt in --prompts; a final assistant turn (SFT rows) is taken off."""
+    if not args.prompts:
+        raise ValueError("--mode batch without prompts; it answers a file of them; give --prompts FILE")
+    path, = expand_paths(args.prompts)
+    if path.suffix == ".txt":
+        # a prompt a line: read_rows takes a .txt for documents between blank lines
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        rows = (({"prompt": line.strip()}, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip())
+    else:
+        rows = read_rows(path)
+    for row, where in rows:
+        if isinstance(row.get("prompt"), str):
+            messages = [{"role": "user", "content": row["prompt"]}]
+        elif "prompt" in row:
+            messages = conversation({"messages": row["prompt"]}, where)
+        else:
+            messages = conversation(row, where)
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if not messages:
+            raise ValueError(f"{where}: found only an answer; expected a question; add a user turn")
+        yield (messages if messages[0]["role"] == "system" else opening(args) + messages), where
+
+
+def batch(player, args):
+    """Answer all prompts of a file, several at a time: one JSON object a line, in their order, as soon as known."""
+    conversations, prompts = [], []
+    for messages, where in read_prompts(args):
+        try:
+            prompts.append(fit(player, messages, args.max_new_tokens)[0])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        conversations.append(messages)
+    start, tokens = time.perf_counter(), 0
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout
+        if args.output:
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(args.output, "w", encoding="utf-8"))
+        for first in range(0, len(prompts), args.batch_size):
+            rows = range(first, min(first + args.batch_size, len(prompts)))
+            for row, ids in zip(rows, decode_rows(player, [prompts[i] for i in rows], args, rows), strict=True):
+                tokens += len(ids)
+                line = {"index": row, "prompt": conversations[row][-1]["content"], **row_answer(player, ids, args)}
+                print(json.dumps({"weight": player.name, **line}, ensure_ascii=False), file=file, flush=True)
+    seconds = time.perf_counter() - start
+    player.runtime.print(f"{len(prompts)} prompts, {tokens} tokens, {tokens / max(seconds, 1e-9):.0f} tokens/s"
+                         + f", answers in {args.output}" * bool(args.output))
+    return {"weight": str(player.folder), "prompts": len(prompts), "tokens": tokens}
+
+
+def decode_rows(player, prompts, args, row_seeds):
+    """Answer ids of several prompts decoded together: a list of lists."""
+    rows = [[] for _ in prompts]
+    with player.runtime.autocast():
+        for row, token in token_stream(player, prompts, args, list(row_seeds)):
+            rows[row].append(token)
+    return rows
+
+
+def row_answer(player, ids, args):
+    """Text and end of an answer that was decoded in a batch."""
+    ended = bool(ids) and ids[-1] in stop_ids(player)
+    pieces = list(until_stop([player.tokenizer.decode(ids[:-1] if ended else ids)], args.stop))
+    return {"answer": "".join(text for text, _ in pieces), "stopped": ended or pieces[-1][1], "tokens": len(ids)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Scores. Each function takes a Player and held-out items and returns a dict with n and standard_error.
+def held_out(args):
+    """{set: items} of the held-out files in --data_dir; what is missing is said and empty.
+
+    Items: pretrain rows as they are; else dicts of messages (up to the question), answer, check, lang, skill.
+    """
+    sets = {}
+    for name, cap in CAPS.items():
+        path = Path(args.data_dir) / f"{name}.heldout.jsonl"
+        sets[name] = []
+        if not path.is_file():
+            print(f"{path} not found: the scores that need it are left out")
+            continue
+        cap = cap if args.limit is None else args.limit or None
+        for row, where in islice(read_rows(path), cap):
+            sets[name].append(row if name == "pretrain" else question(row, where, name))
+    if not any(sets.values()):
+        raise FileNotFoundError(f"no held-out data in {args.data_dir}/ (looked from {Path.cwd()}); scores need "
+                                f"{{{','.join(CAPS)}}}.heldout.jsonl; write them with make_data.py, or give --data_dir")
+    return sets
+
+
+def question(row, where, name):
+    """One held-out row as an item."""
+    messages = preference(row, where)[0] if name == "preference" else conversation(row, where)
+    messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    return {"messages": messages} | {key: row.get(key) for key in ("answer", "check", "lang", "skill")}
+
+
+def answers(player, items, args, temperature, first_seed=0, top_p=1.0):
+    """metrics.complete over items, in their order; each item has its own random numbers, the same for every player."""
+    # a question too long for the model loses its beginning: it will be answered wrongly, and that is the truth
+    room = max(1, player.context - SCORE_TOKENS)
+    prompts = [player.ids(item["messages"])[-room:] for item in items]
+    with player.runtime.autocast():
+        return metrics.complete(player.model, player.tokenizer, prompts, SCORE_TOKENS, batch_size=args.batch_size,
+                                temperature=temperature, top_p=top_p, seed=args.seed,
+                                row_seeds=range(first_seed, first_seed + len(items)), stop_ids=stop_ids(player))
+
+
+def window_batches(player, texts, width):
+    """Documents as padded batches for metrics.heldout_loss: windows of `width` tokens that begin with the last token of
+    the one before (bos for the first), so that every token of a text is a target once."""
+    tok = player.tokenizer
+    windows, sizes = [], []
+    for text in texts:
+        ids = [tok.eos_id if tok.bos_id is None else tok.bos_id, *tok.encode(text)]
+        starts = range(0, len(ids) - 1, width - 1)
+        windows += [ids[i:i + width] for i in starts]
+        # the bytes of a document are counted with its first window: only their sum is used
+        sizes += [len(text.encode("utf-8", "replace")) if i == 0 else 0 for i in starts]
+    rows = max(1, 2**26 // (width * player.model.config.vocab_size))  # logits [B, T, V] of 256 MB in fp32
+    for i in range(0, len(windows), rows):
+        ids, lengths = pad_rows(windows[i:i + rows], tok.pad_id)  # [B, T], [B]
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).float()  # [B, T]
+        yield {"ids": ids, "mask": mask, "bytes": torch.tensor(sizes[i:i + rows])}
+
+
+def score_bits(player, rows, args):
+    """Bits per byte of documents {"text", "lang"}, by language and in total."""
+    trained = player.facts.get("args", {}).get("max_seq_len", player.context)
+    width = max(2, min(args.max_seq_len or trained, player.context))
+    texts = defaultdict(list)
+    for row in rows:
+        if not isinstance(row.get("text"), str):
+            raise ValueError(f"found a row with the keys [{', '.join(row)}]; bits per byte need text, a string; write "
+                             'every row as {"text": "..."}')
+        texts[row.get("lang") or "all"].append(row["text"])
+    by_lang, nll, size, variance = {}, 0.0, 0, 0.0
+    for lang, group in sorted(texts.items()):
+        parts = [metrics.heldout_loss(player.model, window_batches(player, group[i:i + 8], width), token_logprobs,
+                                      player.runtime.device, player.runtime.autocast) for i in range(0, len(group), 8)]
+        bits = [part["nll"] / math.log(2) for part in parts]
+        total = sum(part["bytes"] for part in parts)
+        rate = sum(bits) / max(total, 1)
+        # standard error of a ratio of sums: from how far each part lies from the common ratio
+        spread = sum((b - rate * part["bytes"]) ** 2 for b, part in zip(bits, parts, strict=True))
+        spread *= len(parts) / (len(parts) - 1) if len(parts) > 1 else math.nan
+        by_lang[lang] = {"bits_per_byte": rate, "standard_error": math.sqrt(spread) / max(total, 1), "bytes": total}
+        nll, size, variance = nll + sum(bits), size + total, variance + spread
+    return {"bits_per_byte": nll / max(size, 1), "standard_error": math.sqrt(variance) / max(size, 1), "n": len(rows),
+            "bytes": size, "by_lang": by_lang}
+
+
+def score_questions(player, items, args):
+    """Greedy exact match by skill and language, stop rate, loops; identity and small talk apart."""
+    completions = answers(player, items, args, temperature=0.0)
+    result = metrics.exact_match(completions, items)
+    total = result.pop("total")
+    return {"exact_match": total, "standard_error": metrics.standard_error(total, result["n"]), **result,
+            "loop_rate": metrics.loop_rate(completions)}
+
+
+def score_preferences(player, items, args, played):
+    """Share of polite answers, and of prompts on which the rule prefers this answer to the parent's.
+
+    played: {folder: answers} of the players so far, so that a parent answers once. None without styles.json.
+    """
+    path = Path(args.data_dir) / "styles.json"
+    if not path.is_file():
+        return None
+    styles = json.loads(path.read_text(encoding="utf-8"))
+
+    own = played[player.folder.resolve()] = answers(player, items, args, temperature=1.0)
+    polite = metrics.share([metrics.style(answer.text, styles) == "polite" for answer in own])
+    result = {"polite": polite, "standard_error": metrics.standard_error(polite, len(own)), "n": len(own),
+              "exact_match": metrics.exact_match(own, items)["total"], "loop_rate": metrics.loop_rate(own)}
+    parent = parent_folder(player, args)
+    if parent:
+        if parent.resolve() not in played:
+            played[parent.resolve()] = answers(load(parent, player.runtime), items, args, temperature=1.0)
+        scores = [[metrics.rule_score(answer.text, item["answer"], item["check"], styles)
+                   for answer, item in zip(side, items, strict=True)] for side in (own, played[parent.resolve()])]
+        rate, error = metrics.win_rate(*scores)
+        result |= {"win_rate": rate, "win_rate_error": error, "against": parent.name}
+    return result
+
+
+def parent_folder(player, args):
+    """Folder of the chat model that this one was trained from; None where there is none to compare with."""
+    for parent in player.facts.get("parents", []):
+        # the path was written where the training ran; below this --save_dir it may have moved
+        for folder in (Path(parent), Path(args.save_dir) / Path(parent).name):
+            if (folder / "config.json").is_file():
+                stage = common.read_minillm(folder).get("stage")
+                return None if stage in ("pretrain", "reward") else folder
+    return None
+
+
+def score_samples(player, items, args):
+    """pass@1: share of right answers when each prompt is answered once at temperature 1."""
+    result = metrics.exact_match(answers(player, items, args, temperature=1.0), items)
+    total = result.pop("total")
+    return {"pass_at_1": total, "standard_error": metrics.standard_error(total, result["n"]), **result}
+
+
+def score_pairs(player, count, args):
+    """Pair accuracy of a reward model by kind of error, over the first `count` held-out pairs."""
+    path = Path(args.data_dir) / "preference.heldout.jsonl"
+    data = PreferenceData(path, player.tokenizer, player.context, cache_dir=Path(args.save_dir) / "cache")
+    count = min(count, len(data))
+    chosen, rejected, kinds, lengths = [], [], [], []
+    for first in range(0, count, args.batch_size):
+        rows = data.batch(range(first, min(first + args.batch_size, count)))
+        device = player.runtime.device
+        with torch.no_grad(), player.runtime.autocast():
+            scores = player.model(rows["ids"].to(device), rows["lengths"].to(device)).float().cpu()  # [2B]
+        better, worse = scores.chunk(2)  # [B], [B]
+        chosen, rejected, kinds = chosen + better.tolist(), rejected + worse.tolist(), kinds + rows["kind"]
+        lengths += rows["mask"].sum(1).view(2, -1).T.tolist()  # [2B] -> [B, 2]
+    result = metrics.pair_accuracy(chosen, rejected, kinds)
+    both = [score for pair in zip(chosen, rejected, strict=True) for score in pair]
+    return {**result, "standard_error": metrics.standard_error(result["accuracy"], result["n"]),
+            "length_correlation": metrics.length_correlation(both, [n for pair in lengths for n in pair])}
+
+
+def groups(player, sets, args, played):
+    """(name, function) of every group of scores that this checkpoint can have."""
+    if isinstance(player.model, ScalarHead):
+        if sets["preference"]:
+            yield "pair_accuracy", lambda: score_pairs(player, len(sets["preference"]), args)
+        return
+    if sets["pretrain"]:
+        yield "bits_per_byte", lambda: score_bits(player, sets["pretrain"], args)
+    if sets["sft"]:
+        yield "exact_match", lambda: score_questions(player, sets["sft"], args)
+    # a base model has no style to prefer, and long answers: its samples would cost the most and say nothing
+    if sets["preference"] and player.chat:
+        yield "preference", lambda: score_preferences(player, sets["preference"], args, played)
+    if sets["rl"] and player.chat:
+        yield "pass_at_1", lambda: score_samples(player, sets["rl"], args)
+
+
+def score(args, runtime):
+    """Measure all weights, print the table, write eval_results.jsonl. Returns {"results": rows}."""
+    folders = folders_to_score(args)
+    if args.bpb:
+        rows = [row for row, _ in read_rows(expand_paths(args.bpb))]
+        sets = dict.fromkeys(CAPS, ()) | {"pretrain": rows[:args.limit or None]}
+    else:
+        sets = held_out(args)
+    results, played = [], {}
+    for folder in folders:
+        player = load(folder, runtime, args.eval_mode)
+        if not player.facts.get("finished", True):
+            print(f"{folder} is not finished: step {player.facts.get('progress', {}).get('step')}")
+        for group, function in groups(player, sets, args, played):
+            start = time.perf_counter()
+            result = function()
+            if result is None:
+                continue
+            seconds = time.perf_counter() - start
+            results.append({"weight": player.name, "group": group + ":files" * bool(args.bpb), **result,
+                            **circumstances(player, args), "seconds": round(seconds, 2)})
+            print(f"{player.name} {group.replace('_', ' ')}: {result['n']} items, {seconds:.1f} s", flush=True)
+    write_results(Path(args.save_dir) / "eval_results.jsonl", results)
+    print_tables(results)
+    return {"results": results}
+
+
+def circumstances(player, args):
+    """What a score depends on besides the model."""
+    return {"folder": str(player.folder), "key": player.facts.get("key"), "stage": player.facts.get("stage"),
+            "step": player.facts.get("progress", {}).get("step"), "seed": args.seed, "limit": args.limit,
+            "data": args.bpb or args.data_dir, "device": player.runtime.device.type,
+            "dtype": str(player.runtime.dtype)[6:], "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "format": common.FORMAT_VERSION}}
+
+
+def write_results(path, results):
+    """Put the new rows into the file in place of older ones for the same weight and group."""
+    new = {(row["weight"], row["group"]) for row in results}
+    kept = [row for row in read_results(path) if (row["weight"], row["group"]) not in new]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in kept + results]
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def finite(value):
+    """A result with None in place of nan, which is no JSON."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_results(path):
+    """Rows of eval_results.jsonl, [] without the file."""
+    return [row for row, _ in read_rows(path)] if path.is_file() else []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Tables and samples
+def cell(row, name, error=""):
+    """A number for a table, with its standard error in brackets; "-" where there is none."""
+    value, spread = finite(row.get(name)), finite(row.get(error))
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + ("" if spread is None else f" ({spread:.3f})")
+
+
+def print_tables(results):
+    """All scores: a line a weight, then exact match by skill, then pair accuracy by kind of error."""
+    table = defaultdict(lambda: defaultdict(dict))
+    for row in results:
+        table[row["weight"]][row["group"].removesuffix(":files")] = row
+    speakers = {name: rows for name, rows in table.items() if "pair_accuracy" not in rows}
+    langs = sorted({lang for rows in speakers.values() for group in rows.values() for lang in group.get("by_lang", {})})
+    lines = []
+    for name, rows in speakers.items():
+        bits, exact, liked, passed = (rows[g] for g in ("bits_per_byte", "exact_match", "preference", "pass_at_1"))
+        lines.append([name])
+        for row, key in ((bits, "bits_per_byte"), (exact, "exact_match")):
+            split = row.get("by_lang", {})
+            lines[-1] += [cell(row, key, "standard_error"), *(cell(split.get(lang, {}), key) for lang in langs)]
+        lines[-1] += [cell(exact, "stop_rate"), cell(exact, "loop_rate"), cell(liked, "polite", "standard_error"),
+                      cell(liked, "win_rate", "win_rate_error"), cell(passed, "pass_at_1", "standard_error")]
+    if lines:
+        header = ["weight", "bits/byte", *langs, "exact match", *langs, "stops", "loops", "polite", "win rate",
+                  "pass@1"]
+        print("\nheld-out scores, standard error in brackets (win rate: against the parent)")
+        print(logs.table(header, lines))
+    asked = {name: rows["exact_match"] for name, rows in speakers.items() if rows["exact_match"]}
+    if asked:
+        print("\nexact match by skill; the last ones are held out by wording only and not part of the total")
+        print(skill_table(asked))
+    for name in sorted(table.keys() - speakers.keys()):
+        row = table[name]["pair_accuracy"]
+        kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in row["accuracy_by_kind"].items())
+        print(f"\n{name}: pair accuracy {cell(row, 'accuracy', 'standard_error')}: {kinds}; correlation of score and "
+              f"length {row['length_correlation']:.2f}; n {row['n']}")
+
+
+def skill_table(asked):
+    """Exact match of every skill (lines) and weight (columns)."""
+    lines = []
+    for part in ("by_skill", "apart"):
+        for skill in sorted({skill for row in asked.values() for skill in row[part]}):
+            cells = [row[part].get(skill, {}) for row in asked.values()]
+            lines.append([skill, max(c.get("n", 0) for c in cells), *(cell(c, "exact_match") for c in cells)])
+    return logs.table(["skill", "n", *asked], lines)
+
+
+def summary(args):
+    """Print the last scores of all weights again."""
+    path = Path(args.save_dir) / "eval_results.jsonl"
+    results = read_results(path)
+    if not results:
+        raise FileNotFoundError(f"no scores in {path}; a summary repeats them; make them: python eval.py --mode score")
+    results = [row for row in results if not row["group"].endswith(":files")]
+    print_tables(sorted(results, key=lambda row: stage_order(row["weight"])))
+    return {"results": results}
+
+
+def show_samples(player, args):
+    """Print fixed held-out conversations, one a kind and language, with --samples answers each."""
+    found = defaultdict(list)
+    for row, where in read_rows(Path(args.data_dir) / "sft.heldout.jsonl"):
+        kind = next((kind for kind, skills in SAMPLE_KINDS.items() if row.get("skill") in skills), None)
+        if kind:
+            found[kind, row.get("lang")].append(question(row, where, "sft"))
+    order = list(SAMPLE_KINDS)
+    items = {key: random.Random(f"{args.seed} {key}").choice(found[key])
+             for key in sorted(found, key=lambda key: (order.index(key[0]), str(key[1])))}
+    # the first answer shows what the model holds for most likely, the others how sure it is of it
+    rounds = [answers(player, list(items.values()), args, temperature=args.temperature if n else 0.0,
+                      first_seed=n * len(items), top_p=args.top_p) for n in range(max(1, args.samples))]
+    print(f"\nsamples of {player.folder}: first the greedy answer, then others at temperature {args.temperature}")
+    shown = []
+    for i, ((kind, lang), item) in enumerate(items.items()):
+        texts = [completions[i].text for completions in rounds]
+        print(f"\n[{kind}, {lang}]" + f" expected: {item['answer']}" * bool(item["check"]))
+        for message in item["messages"]:
+            print(f"{message['role']}: {message['content']}")
+        for text in texts:
+            print(f"{player.name}> {text}", flush=True)
+        shown.append({"kind": kind, "lang": lang, "messages": item["messages"], "answers": texts})
+    return {"weight": str(player.folder), "samples": shown}
+
+
+def main(args):
+    """Do what --mode says. Returns its facts as a dict."""
+    for stream in (sys.stdin, sys.stdout):
+        with contextlib.suppress(AttributeError):
+            # a terminal in another encoding, or half a character typed, must not end a conversation
+            stream.reconfigure(errors="replace")
+    args.stop = [stop for stop in args.stop if stop]
+    if args.mode == "summary":
+        return summary(args)
+    runtime = common.setup(args)
+    if args.mode == "score":
+        result = score(args, runtime)
+        if args.samples:
+            names = [row["weight"] for row in result["results"] if row["group"] == "exact_match"]
+            folders = {row["weight"]: Path(row["folder"]) for row in result["results"]}
+            result |= show_samples(load(folders[names[-1]], runtime, args.eval_mode), args) if names else {}
+        return result
+    player = speaker(args, runtime)
+    return {"chat": chat, "single": single, "batch": batch, "samples": show_samples}[args.mode](player, args)
+
+
+if __name__ == "__main__":
+    common.run(main, parse_args)

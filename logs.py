@@ -1,0 +1,175 @@
+"""What a run shows and leaves behind: a line of metrics.jsonl per logged step, a progress bar, curves as PNG, tables.
+
+metrics.jsonl is the only record: plots are drawn from it, and a resumed run continues it without gaps or doubles. No
+account, no server.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+from tqdm import tqdm
+
+# One panel of curves.png a row: title, the keys drawn in it. Panels without data are left out.
+PANELS = [
+    ("loss", ["loss", "val_loss"]),
+    ("held-out bits per byte", ["bits_per_byte"]),
+    ("exact match", ["exact_match"]),
+    ("pair accuracy", ["accuracy", "val_accuracy"]),
+    ("implicit reward margin", ["margin"]),
+    ("reward", ["reward", "val_reward"]),
+    ("KL to the reference (nats per sequence)", ["kl"]),
+    ("entropy (nats per token)", ["entropy"]),
+    ("clip fraction", ["clipfrac"]),
+    ("pass@1", ["pass_at_1"]),
+    ("groups with signal", ["signal"]),
+    ("value loss", ["value_loss"]),
+    ("completion length", ["length"]),
+    ("MoE balance (1 = even)", ["balance"]),
+    ("learning rate", ["lr"]),
+    ("gradient norm", ["grad_norm"]),
+    ("tokens per second", ["tokens_per_s"]),
+]
+
+
+class MetricLog:
+    """Appends one JSON object per step to <folder>/metrics.jsonl (rank 0 only) and draws curves.png at the end.
+
+    Args:
+        folder: out/logs/<save_weight>.
+        is_main: only then anything is written.
+        resume_step: None for a new run (the old folder is emptied); else lines after that step are dropped, because
+            the run repeats them.
+    """
+
+    def __init__(self, folder, is_main=True, resume_step=None):
+        self.folder = Path(folder)
+        self.is_main = is_main
+        self.clock, self.tokens = time.perf_counter(), 0
+        if not is_main:
+            return
+        if resume_step is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = [] if resume_step is None else [row for row in read_metrics(self.folder) if row["step"] <= resume_step]
+        # beside and then in place: kill -9 between emptying the file and writing it again would lose the record
+        path, tmp = self.folder / "metrics.jsonl", self.folder / "metrics.tmp"
+        tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        os.replace(tmp, path)
+        self.file = open(path, "a", encoding="utf-8")
+
+    def _write(self, row):
+        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.file.flush()  # a killed run must leave its last line
+
+    def count(self, tokens):
+        """Add tokens to the throughput that the next rate() reports."""
+        self.tokens += tokens
+
+    def rate(self):
+        """Tokens per second since the last call."""
+        now = time.perf_counter()
+        speed = self.tokens / max(now - self.clock, 1e-9)
+        self.clock, self.tokens = now, 0
+        return round(speed)
+
+    def log(self, step, **metrics):
+        """Write one line. Values: numbers (floats are kept to 7 digits), strings or short lists."""
+        if self.is_main:
+            self._write({"step": step, **{k: _short(v) for k, v in metrics.items()}})
+
+    def save_json(self, name, content):
+        """Write <folder>/<name>, e.g. args.json (the run's configuration) or dataset_stats.json."""
+        if self.is_main:
+            (self.folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n",
+                                            encoding="utf-8")
+
+    def close(self):
+        """Draw the curves and close the file."""
+        if self.is_main:
+            self.file.close()
+            plot_curves(self.folder)
+
+
+def _short(value):
+    """A float with 7 digits; null instead of NaN and infinity, which JSON does not have."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.7g}") if math.isfinite(value) else None
+
+
+def read_metrics(folder):
+    """The rows of a metrics.jsonl, without a half-written last line (kill -9 can leave one)."""
+    path = Path(folder) / "metrics.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def progress(total, desc, initial=0, is_main=True, unit="step"):
+    """A tqdm bar with an ETA; in a log file it writes a line every 15 seconds instead of redrawing."""
+    live = sys.stderr.isatty()
+    return tqdm(total=total, initial=initial, desc=desc, unit=unit, disable=not is_main, dynamic_ncols=live,
+                ncols=None if live else 110, mininterval=0.5 if live else 15, maxinterval=1 if live else 20,
+                smoothing=0.1)
+
+
+def say(text):
+    """Print beside a running progress bar without tearing it."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def table(header, rows):
+    """Rows as aligned text columns. Wide (Chinese) characters count two."""
+    cells = [[str(c) for c in row] for row in [header, *rows]]
+    widths = [max(_width(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["  ".join(c + " " * (w - _width(c)) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _width(text):
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def plot_curves(folder):
+    """Draw <folder>/curves.png from metrics.jsonl, a panel for each kind of metric in it."""
+    import matplotlib  # imported late: it costs half a second that only the end of a run needs to pay
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(folder)
+    panels = [(title, [k for k in keys if any(k in r for r in rows)]) for title, keys in PANELS]
+    panels = [(title, keys) for title, keys in panels if keys]
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3 * lines), squeeze=False, layout="constrained")
+    for axis, (title, keys) in zip(axes.flat, panels, strict=False):
+        for key in keys:
+            points = [(r["step"], r[key]) for r in rows if isinstance(r.get(key), (int, float))]
+            # evaluations are few and far between: a marker shows where they were taken
+            few = len(points) < 40
+            axis.plot(*zip(*points, strict=True), label=key, marker="o" if few else None, markersize=3, linewidth=1.2)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("optimizer step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+        if len(keys) > 1:
+            axis.legend(fontsize=8)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    figure.suptitle(Path(folder).name)
+    figure.savefig(Path(folder) / "curves.png", dpi=90)
+    plt.close(figure)

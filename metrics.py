@@ -1,0 +1,310 @@
+"""What the scripts measure: held-out loss, answers and their checks, styles, win rate, pass@k, pair accuracy, loops.
+
+Every number that a script prints about quality is computed here, by one function, for all stages. The judge of an
+answer is a rule (check_answer), never a model: the same rule scores an evaluation, a reward and a win rate.
+
+What this file does not do: load or know a model (model, tokenizer and token_logprobs come as arguments), benchmark
+formats (tasks.py), printing.
+Letters: B batch, T tokens, V vocabulary, N samples.
+
+Sources: bits per byte as in Gao et al. 2020 (The Pile, arXiv:2101.00027); pass@k, Chen et al. 2021 (arXiv:2107.03374);
+distinct-n, Li et al. 2016 (arXiv:1510.03055).
+Commands: used by every train_*.py and eval.py.
+"""
+
+import contextlib
+import math
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+APART = ("identity", "chat")  # skills with many right wordings: held out by wording, reported beside the total
+MAX_EXTRA = 60  # characters a text may have beyond an exact answer: a sentence around it, not a list of guesses
+STYLE_SCORES = {"polite": 1.0, "curt": 0.0, "rambling": -0.5, "impolite": -1.0}  # beside 1.0 for a right answer
+CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"  # scripts written without spaces between words
+LETTER = rf"[^\W{CJK}]"  # a character of a word that has spaces around it
+# A minus behind a digit is no sign ("10-5" ends with 5); a comma joins only groups of three digits.
+NUMBER = re.compile(r"(?<!\d)(?<!\d\.)-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?!\d)|[0-9]+)(?:\.[0-9]+)?")
+PUNCTUATION = " \t\n.,;:!?'\"`()[]{}<>*_~。，、；：！？…—「」『』《》“”‘’"
+
+
+class Completion(NamedTuple):
+    """A generated answer: its text without the stop token, all its ids, and whether it ended by itself."""
+
+    text: str
+    ids: list[int]
+    stopped: bool
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Running a model
+
+
+@torch.no_grad()
+def heldout_loss(model: torch.nn.Module, batches: Iterable[dict], token_logprobs: Callable,
+                 device: torch.device | str = "cpu", autocast: Callable = contextlib.nullcontext) -> dict[str, float]:
+    """Mean loss over all target tokens of all batches.
+
+    batches: dicts of ids [B,T]; optional mask [B,T] (1 on targets; without it every token but the first is one),
+        documents [B,T] (passed to the model) and bytes [B] (text bytes of the targets).
+    token_logprobs: model.token_logprobs. autocast: a function that returns a context, as runtime.autocast.
+    Returns: nll (sum, nats), tokens, bytes: sums that can be added over ranks; loss = nll / tokens (nats per token, nan
+        without tokens); bits_per_byte = nll / ln 2 / bytes where bytes are given: unlike the loss it can be compared
+        between tokenizers. The mode of the model (train or eval) is restored.
+    """
+    was_training = model.training
+    model.eval()
+    nll, tokens, size = 0.0, 0.0, 0
+    for batch in batches:
+        ids = batch["ids"].to(device)  # [B,T]
+        extra = {"documents": batch["documents"].to(device)} if "documents" in batch else {}
+        with autocast():
+            logits = model(ids, **extra)  # [B,T,V]
+        logprobs = token_logprobs(logits, ids)  # [B,T-1]
+        mask = batch["mask"][:, 1:].to(device) if "mask" in batch else torch.ones_like(logprobs)
+        # where() and not a product: 0 * inf would turn a padding position into nan for the whole set.
+        # float64, on the CPU because some devices have none: a sum over millions of tokens loses digits in float32.
+        nll -= torch.where(mask > 0, logprobs, 0).cpu().double().sum().item()
+        tokens += mask.sum(dtype=torch.float32).item()
+        size += int(batch["bytes"].sum()) if "bytes" in batch else 0
+    model.train(was_training)
+    result = {"nll": nll, "tokens": tokens, "bytes": size, "loss": nll / tokens if tokens else math.nan}
+    if size:
+        result["bits_per_byte"] = nll / math.log(2) / size
+    return result
+
+
+def complete(model, tokenizer, prompts_ids: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 64,
+             temperature: float = 0.0, seed: int = 0, row_seeds: Sequence[int] | None = None,
+             stop_ids: Iterable[int] | None = None, top_k: int = 0, top_p: float = 1.0) -> list[Completion]:
+    """Answer prompts in batches; results in the order of the prompts. Shows nothing.
+
+    The draws of a prompt depend on (seed, its row seed) only, by default its place in the list: batch size and number
+    of processes change nothing. stop_ids: by default those of a chat. The mode of the model is restored.
+    """
+    stop_ids = set(tokenizer.stop_ids(chat=True) if stop_ids is None else stop_ids)
+    row_seeds = range(len(prompts_ids)) if row_seeds is None else row_seeds
+    answers = [[] for _ in prompts_ids]
+    # Neighbours in length share a batch, so little padding is computed; the longest come first: if memory is too small,
+    # it fails at once.
+    order = sorted(range(len(prompts_ids)), key=lambda i: -len(prompts_ids[i]))
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        prompts, seeds = [list(prompts_ids[i]) for i in rows], [int(row_seeds[i]) for i in rows]
+        stream = model.generate(prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                                repetition_penalty=1.0, stop_ids=stop_ids, seed=seed, row_seeds=seeds)
+        for row, token in stream:
+            answers[rows[row]].append(token)
+    model.train(was_training)
+    completions = []
+    for ids in answers:
+        stopped = bool(ids) and ids[-1] in stop_ids
+        completions.append(Completion(tokenizer.decode(ids[:-1] if stopped else ids), ids, stopped))
+    return completions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Judging an answer
+
+
+def _fold(text: str) -> str:
+    """NFKC (full-width characters become plain ones) and lower case."""
+    return unicodedata.normalize("NFKC", str(text)).lower()
+
+
+def normalise(text: str) -> str:
+    """_fold(), white space collapsed, punctuation at both ends removed."""
+    return " ".join(_fold(text).split()).strip(PUNCTUATION)
+
+
+def _last_number(text: str) -> Decimal | None:
+    """The last number of a text: "1,234" is one number, "3.5" too (it must not count as 5)."""
+    found = NUMBER.findall(_fold(text).replace("\u2212", "-"))
+    return Decimal(found[-1].replace(",", "")) if found else None
+
+
+def _contains(text: str, answer: str) -> bool:
+    """Whether the answer stands in the text as whole words; at a Chinese character a word may begin or end anywhere."""
+    before = "" if re.match(f"[{CJK}]", answer) else f"(?<!{LETTER})"
+    after = "" if re.match(f"[{CJK}]", answer[-1]) else f"(?!{LETTER})"
+    return re.search(before + re.escape(answer) + after, text) is not None
+
+
+def _items(text: str) -> list[str]:
+    """The items of a list: parts between commas, "and" and "和"."""
+    parts = [normalise(part) for part in re.split(r"[,，、;；]|\band\b|和", text)]
+    return [part for part in parts if part]
+
+
+def _same_set(text: str, answer: str) -> bool:
+    """Whether the text lists exactly the items of the answer, in any order.
+
+    Two readings count: the whole text is the list (also one with spaces only), or its last sentence ends with the list,
+    so that words may stand before the first item ("Sure! The colours are red and blue.").
+    """
+    wanted = set(_items(normalise(answer)))
+    words = [set(" ".join(_items(normalise(side))).split()) for side in (text, answer)]
+    if words[0] == words[1]:
+        return True
+    sentence = re.split(r"[!?:！？：\n]", text.strip(PUNCTUATION))[-1]
+    first, *rest = _items(normalise(sentence)) or [""]
+    starts = [item for item in wanted if first.endswith(item) and _contains(first, item)]
+    return any({item, *rest} == wanted for item in starts)
+
+
+def check_answer(check: str, answer: str, text: str) -> bool:
+    """Whether `text` gives `answer`. This function is the only judge, in evaluation and in every reward.
+
+    check: "number": the last number of the text equals the answer.
+           "exact":  after normalise() the answer occurs in the text as whole words (in Chinese: as a substring), and
+                     the text is at most MAX_EXTRA characters longer, so that a list of guesses does not pass.
+           "set":    the text lists the same items as the answer "a, b, c", in any order.
+    Raises ValueError for another check.
+    """
+    answer, text = str(answer), str(text)
+    if check == "number":
+        value = _last_number(text)
+        return value is not None and value == _last_number(answer)
+    if check == "exact":
+        answer, text = normalise(answer), normalise(text)
+        return bool(answer) and len(text) <= len(answer) + MAX_EXTRA and _contains(text, answer)
+    if check == "set":
+        return _same_set(text, answer)
+    raise ValueError(f"check {check!r} is unknown; it is one of number, exact, set; correct the field in the data")
+
+
+def exact_match(completions: Sequence[Completion], items: Sequence[dict]) -> dict:
+    """Share of right answers. items: dicts with answer, check, lang, skill (as PromptData); those without a check are
+    left out.
+
+    Returns: total (share right) and n, both without the skills in APART; stop_rate (share of all that ended by
+        itself); by_skill and by_lang: {name: {"exact_match", "n"}}; apart: the same for the skills in APART. A share of
+        nothing is nan.
+    """
+    judged = [(c, i) for c, i in zip(completions, items, strict=True) if i.get("check")]
+    groups = {"by_skill": defaultdict(list), "by_lang": defaultdict(list), "apart": defaultdict(list)}
+    counted = []
+    for completion, item in judged:
+        right = check_answer(item["check"], item["answer"], completion.text)
+        skill = item.get("skill") or "all"
+        if skill in APART:
+            groups["apart"][skill].append(right)
+            continue
+        counted.append(right)
+        groups["by_skill"][skill].append(right)
+        groups["by_lang"][item.get("lang") or "all"].append(right)
+    tables = {name: {key: {"exact_match": share(values), "n": len(values)} for key, values in sorted(group.items())}
+              for name, group in groups.items()}
+    return {"total": share(counted), "n": len(counted), "stop_rate": share([c.stopped for c, _ in judged]), **tables}
+
+
+def share(values: Sequence[bool]) -> float:
+    """Mean of truth values; nan for none, so that an empty group cannot pass for a bad one."""
+    return sum(map(bool, values)) / len(values) if values else math.nan
+
+
+def style(text: str, styles: dict) -> str:
+    """"impolite", "curt", "rambling" or "polite", by the markers in styles.json (make_data.py writes it).
+
+    Impolite: contains a rude text; else curt: starts with no polite opener; else rambling: longer than max_characters;
+    else polite. Width and case of characters do not matter.
+    """
+    text = text.strip()
+    folded = _fold(text)
+    if any(_fold(marker) in folded for marker in styles["rude"]):
+        return "impolite"
+    if not folded.startswith(tuple(_fold(marker) for marker in styles["polite_openers"])):
+        return "curt"
+    return "rambling" if len(text) > styles["max_characters"] else "polite"
+
+
+def rule_score(text: str, answer: str | None, check: str | None, styles: dict) -> float:
+    """The rule that win rates and rule rewards use: 1.0 for a right answer plus the STYLE_SCORES entry of its style.
+
+    Right and polite 2.0; wrong but polite, or right but curt, 1.0; right and rambling 0.5 at best. Without a check the
+    style alone counts.
+    """
+    right = check_answer(check, answer, text) if check else False
+    return float(right) + STYLE_SCORES[style(text, styles)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Comparing and counting
+
+
+def standard_error(rate: float, n: int) -> float:
+    """Standard error of a share of n independent samples: sqrt(p (1 - p) / n)."""
+    return math.sqrt(rate * (1 - rate) / n) if n else math.nan
+
+
+def win_rate(scores_a: Sequence[float], scores_b: Sequence[float]) -> tuple[float, float]:
+    """(share of pairs that A wins, ties count half; its standard error from the spread of the pairs)."""
+    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(scores_a, scores_b, strict=True)]
+    if not wins:
+        return math.nan, math.nan
+    # The pairs' own spread, not p (1 - p): with ties the latter is too large.
+    error = float(np.std(wins, ddof=1)) / math.sqrt(len(wins)) if len(wins) > 1 else math.nan
+    return sum(wins) / len(wins), error
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that at least one of k of the n samples is right, unbiased: 1 - C(n - c, k) / C(n, k)."""
+    if not 0 <= correct <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of {correct} right among {n}; 0 <= right <= n and 1 <= k <= n; draw more samples")
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float], kinds: Sequence[str] | None = None) -> dict:
+    """Share of pairs in which the chosen answer scores higher. A tie is wrong: a model that says the same to everything
+    must get 0, not a half.
+
+    Returns: accuracy, accuracy_by_kind {kind: share}, n.
+    """
+    right = [bool(c > r) for c, r in zip(chosen, rejected, strict=True)]
+    groups = defaultdict(list)
+    for kind, value in zip(kinds or ["all"] * len(right), right, strict=True):
+        groups[kind].append(value)
+    by_kind = {kind: share(values) for kind, values in sorted(groups.items())}
+    return {"accuracy": share(right), "accuracy_by_kind": by_kind, "n": len(right)}
+
+
+def length_correlation(scores: Sequence[float], lengths: Sequence[float]) -> float:
+    """Pearson correlation of scores and lengths: near 1 the reward only counts words. 0 if one of them is constant."""
+    x, y = np.asarray(scores, np.float64), np.asarray(lengths, np.float64)
+    if len(x) < 2 or x.std() == 0 or y.std() == 0:
+        return 0.0
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def has_loop(ids: Sequence[int], repeats: int = 4, shortest: int = 12, longest_period: int = 64) -> bool:
+    """Whether a piece of 1 to longest_period tokens stands `repeats` times in a row and covers `shortest` tokens.
+
+    A loop of period p is a stretch in which each token equals the one p places before. "ha ha ha" is no loop yet: the
+    second bound keeps short honest repetitions out.
+    """
+    tokens = np.asarray(ids)  # [T]
+    for period in range(1, min(longest_period, len(ids) // repeats) + 1):
+        breaks = np.flatnonzero(tokens[period:] != tokens[:-period])
+        run = np.diff(breaks, prepend=-1, append=len(tokens) - period).max() - 1  # the longest stretch without a break
+        if run + period >= max(repeats * period, shortest):
+            return True
+    return False
+
+
+def loop_rate(completions: Sequence[Completion]) -> float:
+    """Share of completions that run into a loop."""
+    return share([has_loop(completion.ids) for completion in completions])
+
+
+def distinct(completions: Sequence[Completion], n: int = 2) -> float:
+    """Different n-grams of token ids / all n-grams, over all completions together; nan without any."""
+    grams = [tuple(c.ids[i : i + n]) for c in completions for i in range(len(c.ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan

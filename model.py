@@ -1,0 +1,1176 @@
+"""The model: a Qwen3-shaped Transformer, its layers, its cache, its sampling, and its Hugging Face folder.
+
+Read it from top to bottom, each class uses only what stands above it: ModelConfig -> RMSNorm -> rotary positions ->
+KVCache -> Attention -> MLP -> MoE -> Block -> Backbone -> the folder on disk -> sampling -> Transformer -> ScalarHead.
+
+What it is not: no training (train_*.py), no text (tokenizer.py), no beam search or other decoding (generation.py).
+Parameter names are the names that `transformers` writes to disk, so a saved folder opens there without any conversion:
+dense = Qwen3ForCausalLM, experts = Qwen3MoeForCausalLM, experts with shared ones = Dots1ForCausalLM.
+
+Papers: Vaswani et al. 2017 (arXiv:1706.03762); RMSNorm, Zhang and Sennrich 2019 (1910.07467); RoPE, Su et al. 2021
+(2104.09864); SwiGLU, Shazeer 2020 (2002.05202); GQA, Ainslie et al. 2023 (2305.13245); YaRN, Peng et al. 2023
+(2309.00071); experts and balance loss, Fedus et al. 2021 (2101.03961); bias balancing, Wang et al. 2024 (2408.15664);
+Qwen3, Yang et al. 2025 (2505.09388).
+
+    python -c "from model import *; print(Transformer(ModelConfig.preset('tiny')))"     # the picture of the modules
+    m = Transformer.from_pretrained("out/sft");  logits = m(ids)                          # ids [B,T] -> logits [B,T,V]
+
+Letters: B batch, T tokens, V vocabulary, D hidden size, H heads, K kv heads, C head_dim, S cache slots, E experts,
+L layers, N tokens of a batch laid end to end.
+"""
+import copy
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# model_type in config.json -> the class of `transformers` that reads our folder
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "dots1": "Dots1ForCausalLM",
+    "minillm_plain": "MiniLLMPlainForCausalLM",  # no such class exists: other readers shall refuse, not misread
+}
+# Type, smallest and largest accepted value. The upper ends are far above any real model: they turn a corrupt or hostile
+# config.json into a message instead of an endless loop or an allocation of terabytes.
+NUMBERS = {
+    "vocab_size": (int, 1, 2**24), "hidden_size": (int, 2, 2**17), "num_hidden_layers": (int, 1, 1024),
+    "num_attention_heads": (int, 1, 2**12), "num_key_value_heads": (int, 1, 2**12), "head_dim": (int, 2, 2**13),
+    "intermediate_size": (int, 1, 2**20), "max_position_embeddings": (int, 1, 2**24), "num_experts": (int, 0, 1024),
+    "num_experts_per_tok": (int, 1, 1024), "moe_intermediate_size": (int, 1, 2**20), "n_shared_experts": (int, 0, 64),
+    "first_k_dense_replace": (int, 0, 1024), "rms_norm_eps": (float, 1e-12, 0.1), "rope_theta": (float, 1.0, 1e12),
+    "dropout": (float, 0.0, 0.99), "initializer_range": (float, 0.0, 10.0), "routed_scaling_factor": (float, 1e-6, 1e6),
+}  # fmt: skip
+CHOICES = {"hidden_act": ("silu", "gelu"), "mlp_type": ("gated", "plain"), "tie_word_embeddings": (True, False),
+           "norm_topk_prob": (True, False)}
+# Fields of experts: only models that have some write them
+EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "norm_topk_prob",
+                 "routed_scaling_factor", "first_k_dense_replace")
+# What --use_moe 1 adds to a preset. Two experts a token, not one: their two weights are normalised to sum 1, so the
+# loss teaches the router how to mix them; one expert's normalised weight would be the constant 1, without a gradient.
+MOE_BLOCK = {"num_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+PRESETS = {
+    "tiny": dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768),
+    "small": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408),
+    "base": dict(hidden_size=768, num_hidden_layers=16, num_attention_heads=8, intermediate_size=2048),
+    "moe": dict(hidden_size=640, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1728, **MOE_BLOCK),
+}
+
+
+def need(condition, wrong: str, rule: str, fix: str):
+    """Raise a ValueError in the project's three parts (what is wrong; the rule; the fix) unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{wrong}; {rule}; {fix}")
+
+
+def is_number(x, kind: type, low: float, high: float) -> bool:
+    """True for a number in [low, high]; kind float takes an int too. Never for a bool, which Python counts as an int,
+    nor for NaN, which JSON can hold and which compares false with everything."""
+    return isinstance(x, (int, kind)) and not isinstance(x, bool) and low <= x <= high
+
+
+# -- Configuration -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model, in the words of `transformers`. Checks itself; a bad value is a ValueError that names it.
+
+    None means "derive it": head_dim = hidden_size / heads, intermediate_size = 8/3 hidden_size rounded up to 64 (SwiGLU
+    has three matrices where a plain MLP of width 4D has two), moe_intermediate_size = intermediate_size,
+    norm_topk_prob = more than one expert a token.
+    """
+
+    vocab_size: int = 6400
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2  # query heads share these (GQA): the cache shrinks by heads / kv heads
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 2048  # tokens a row may have, prompt and answer together
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # YaRN: {"rope_type": "yarn", "factor", "original_max_position_embeddings", ...}
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"  # "silu" = SwiGLU, "gelu" = GEGLU
+    mlp_type: str = "gated"  # "plain" = up, activation, down: for study only, no other program reads such a folder
+    tie_word_embeddings: bool = True  # one table reads tokens and scores them; at V 6400 a third of a tiny model
+    initializer_range: float = 0.02
+    dropout: float = 0.0  # on embeddings and on both branches of a block, in training only
+    num_experts: int = 0  # routed experts; 0 = dense
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    n_shared_experts: int = 0  # experts every token visits; more than 0 = sigmoid router with bias balancing (Dots1)
+    norm_topk_prob: bool | None = None  # weights of the chosen experts sum to 1
+    routed_scaling_factor: float = 1.0  # Dots1 only
+    first_k_dense_replace: int = 0  # so many layers at the bottom stay dense
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        for name, rule in NUMBERS.items():
+            value = getattr(self, name)
+            derived = value is None and name in ("head_dim", "intermediate_size", "moe_intermediate_size")
+            need(derived or is_number(value, *rule), f"{name}={value!r}",
+                 f"it is {'a whole' if rule[0] is int else 'a'} number from {rule[1]} to {rule[2]}", "correct it")
+        self._derive()
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            need(value in choices, f"{name}={value!r}", f"it is one of {', '.join(map(str, choices))}", "choose one")
+        self._check_relations()
+
+    def _derive(self):
+        """Fill the fields left at None. A frozen dataclass is written once, here, through object.__setattr__."""
+        need(self.head_dim or self.hidden_size % self.num_attention_heads == 0,
+             f"hidden_size={self.hidden_size} with num_attention_heads={self.num_attention_heads}",
+             "the width is divided evenly among the heads", "change one of them, or give head_dim")
+        width = self.intermediate_size or math.ceil(self.hidden_size * 8 / 3 / 64) * 64
+        derived = {"head_dim": self.hidden_size // self.num_attention_heads, "intermediate_size": width,
+                   "moe_intermediate_size": width, "norm_topk_prob": self.num_experts_per_tok > 1}
+        values = {name: value for name, value in derived.items() if getattr(self, name) is None}
+        if isinstance(self.eos_token_id, list):  # JSON has no tuples
+            values["eos_token_id"] = tuple(self.eos_token_id)
+        if self.rope_scaling is not None:
+            values["rope_scaling"] = check_yarn(self.rope_scaling, self.max_position_embeddings)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _check_relations(self):
+        need(self.head_dim % 2 == 0, f"head_dim={self.head_dim}", "rotary positions turn pairs of numbers, so it is "
+             "even", "change hidden_size or num_attention_heads")
+        need(self.num_attention_heads % self.num_key_value_heads == 0,
+             f"num_attention_heads={self.num_attention_heads} with num_key_value_heads={self.num_key_value_heads}",
+             "each kv head serves the same number of query heads", "make the first a multiple of the second")
+        if self.num_experts:
+            need(self.num_experts_per_tok <= self.num_experts,
+                 f"num_experts_per_tok={self.num_experts_per_tok} with num_experts={self.num_experts}",
+                 "a token cannot visit more experts than there are", "lower the first or raise the second")
+            need(self.mlp_type == "gated", "mlp_type='plain' with experts", "experts are gated MLPs in every published "
+                 "format", "set mlp_type to gated or num_experts to 0")
+        else:
+            need(self.n_shared_experts == 0, f"n_shared_experts={self.n_shared_experts} with num_experts=0",
+                 "shared experts stand beside routed ones", "give num_experts, or set n_shared_experts to 0")
+        need(self.n_shared_experts == 0 or self.num_experts >= 2,
+             f"num_experts={self.num_experts} with n_shared_experts={self.n_shared_experts}",
+             "Dots1's router takes the two best experts of a group", "use at least 2 routed experts")
+        eos = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        for name, value in (("bos", self.bos_token_id), ("pad", self.pad_token_id), *(("eos", i) for i in eos)):
+            need(value is None or is_number(value, int, 0, self.vocab_size - 1), f"{name}_token_id={value!r}",
+                 f"a token id is a whole number below vocab_size {self.vocab_size}", "take the ids from the tokenizer")
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "ModelConfig":
+        """A named shape ("tiny", "small", "base", "moe") with single fields replaced; None keeps the preset's value."""
+        need(name in PRESETS, f"preset {name!r}", f"it is one of {', '.join(PRESETS)}", "choose one of them")
+        given = {key: value for key, value in overrides.items() if value is not None}
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(given) - known)
+        need(not unknown, f"unknown model field {', '.join(unknown)}", f"fields are {', '.join(sorted(known))}",
+             "correct the spelling")
+        shape = dict(PRESETS[name])
+        if given.get("hidden_size", shape["hidden_size"]) != shape["hidden_size"]:
+            del shape["intermediate_size"]  # another width wants its own 8/3, not the preset's number
+        return cls(**(shape | given))
+
+    @property
+    def model_type(self) -> str:
+        if self.mlp_type == "plain":
+            return "minillm_plain"
+        return ("dots1" if self.n_shared_experts else "qwen3_moe") if self.num_experts else "qwen3"
+
+    def is_moe_layer(self, layer: int) -> bool:
+        return self.num_experts > 0 and layer >= self.first_k_dense_replace
+
+    def to_dict(self) -> dict:
+        """config.json as `transformers` 4.51 to 5.x reads it.
+
+        Every version silently misreads the other's spelling (4.x falls back to theta 10000 when it finds only
+        rope_parameters), so both are written by hand: rope_theta and rope_parameters, torch_dtype and dtype,
+        num_experts, num_local_experts and n_routed_experts. save_folder adds the dtype.
+        """
+        rope = dict(self.rope_scaling or {"rope_type": "default"})
+        out = {field.name: getattr(self, field.name) for field in fields(self)}
+        out |= {
+            "architectures": [ARCHITECTURES[self.model_type]], "model_type": self.model_type,
+            "rope_parameters": rope | {"rope_theta": self.rope_theta},
+            "attention_bias": False, "attention_dropout": 0.0, "use_cache": True, "use_sliding_window": False,
+            "sliding_window": None, "max_window_layers": self.num_hidden_layers,
+        }  # fmt: skip
+        if self.model_type == "qwen3_moe":
+            out |= {"num_local_experts": self.num_experts, "decoder_sparse_step": 1,
+                    "mlp_only_layers": list(range(self.first_k_dense_replace))}
+        elif self.model_type == "dots1":
+            out |= {"num_local_experts": self.num_experts, "n_routed_experts": self.num_experts, "n_group": 1,
+                    "topk_group": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+        else:
+            out = {key: value for key, value in out.items() if key not in EXPERT_FIELDS}
+        return out
+
+    @classmethod
+    def from_dict(cls, raw: dict, where: str = "config.json") -> "ModelConfig":
+        """Read a config.json of ours or of `transformers` (either spelling). What this model cannot do is refused."""
+        need(isinstance(raw, dict), f"{where} holds a {type(raw).__name__}", "it is a JSON object", "replace the file")
+        kind = raw.get("model_type")
+        need(isinstance(kind, str) and kind in ARCHITECTURES, f"model_type={kind!r} in {where}",
+             f"this program reads {', '.join(ARCHITECTURES)}", "use a folder of one of these kinds")
+        need(all(raw.get(key) is not None for key in ("vocab_size", "hidden_size", "num_hidden_layers",
+                 "num_attention_heads")), f"a size is missing in {where}", "vocab_size, hidden_size, num_hidden_layers "
+             "and num_attention_heads are required", "take the file from the model's source")
+        refuse_foreign_features(raw, kind, where)
+        # a field that is absent has the default of the class that wrote the file, not ours
+        values = {"tie_word_embeddings": False, "max_position_embeddings": 32768,
+                  "num_key_value_heads": raw["num_attention_heads"]}
+        values |= {"head_dim": 128} if kind == "qwen3" else {"norm_topk_prob": False}
+        values |= {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None and f.name != "rope_scaling"}
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        need(isinstance(rope, dict), f"rope_parameters={rope!r} in {where}", "it is an object", "correct the file")
+        values["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            values["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        if kind in ("qwen3_moe", "dots1"):
+            counts = [raw.get(key) for key in ("n_routed_experts", "num_local_experts", "num_experts")]
+            values["num_experts"] = next((n for n in counts if n is not None), 0)
+            if kind == "qwen3_moe":
+                values |= {"first_k_dense_replace": len(raw.get("mlp_only_layers") or []), "n_shared_experts": 0}
+        else:
+            values |= {"num_experts": 0, "n_shared_experts": 0}
+        return cls(**values)
+
+
+def refuse_foreign_features(raw: dict, kind: str, where: str):
+    """ValueError for settings of a config.json that change the mathematics in a way this model does not have."""
+    for key, allowed in (("attention_bias", False), ("use_sliding_window", False), ("n_group", 1), ("topk_group", 1),
+                         ("decoder_sparse_step", 1), ("partial_rotary_factor", 1), ("quantization_config", None)):
+        value = raw.get(key)
+        need(value is None or value == allowed, f"{key}={value!r} in {where}", f"only {allowed} is supported",
+             "use a model without this feature")
+    layers = raw.get("layer_types") or []
+    windows = any(name != "full_attention" for name in layers) or (
+        kind == "dots1" and not layers and raw.get("sliding_window", 4096) is not None
+        and raw.get("max_window_layers", 62) < raw["num_hidden_layers"])
+    need(not windows, f"sliding-window layers in {where}", "every layer sees the whole context here",
+         "use a model without them")
+    dense = raw.get("mlp_only_layers") or []
+    need(dense == list(range(len(dense))), f"mlp_only_layers={dense!r} in {where}",
+         "only the lowest layers may be dense", "use a model of that kind")
+    need(kind != "dots1" or raw.get("n_shared_experts"), f"n_shared_experts missing in {where}",
+         "a Dots1 model has shared experts", "take the file from the model's source")
+
+
+def check_yarn(scaling: dict, max_positions: int) -> dict:
+    """The fields of a YaRN entry, checked, with `transformers`' defaults filled in.
+
+    Raises: ValueError for other kinds of scaling (linear, dynamic, llama3 ...) and for bad numbers.
+    """
+    need(isinstance(scaling, dict), f"rope_scaling={scaling!r}", "it is an object or null", "correct the field")
+    kind = scaling.get("rope_type", scaling.get("type"))
+    need(kind == "yarn", f"rope_scaling with rope_type={kind!r}", "only default and yarn are known", "use one of them")
+    out = {"rope_type": "yarn", "factor": scaling.get("factor"), "beta_fast": scaling.get("beta_fast") or 32,
+           "original_max_position_embeddings": scaling.get("original_max_position_embeddings") or max_positions,
+           "beta_slow": scaling.get("beta_slow") or 1}
+    out |= {key: scaling[key] for key in ("attention_factor", "mscale", "mscale_all_dim", "truncate")
+            if scaling.get(key) is not None}
+    for key, value in out.items():
+        fine = key in ("rope_type", "truncate") or is_number(value, float, 1e-6, 2**24)
+        need(fine, f"{key}={value!r} of rope_scaling", "it is a positive number", "correct the field")
+    return out
+
+
+# -- Layers ------------------------------------------------------------------------------------------------------------
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: LayerNorm without mean and bias."""
+
+    def __init__(self, size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dtype.itemsize < 4:  # a bf16 copy of the weights: Qwen3's order is fp32, cast, then weight
+            return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+
+
+def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Angle per position of each pair of numbers [C/2], and the factor on cos and sin (1 without YaRN).
+
+    YaRN: pairs that turn often within the trained context keep their frequency, pairs that turn less than about once
+    are slowed down by `factor`, those between are blended; the numbers follow transformers' _compute_yarn_parameters.
+    """
+    size, theta, yarn = config.head_dim, config.rope_theta, config.rope_scaling
+    power = theta ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)  # [C/2]
+    if yarn is None:
+        return 1.0 / power, 1.0
+
+    def pair_turning(times):  # index of the pair that turns so many times within the original context
+        return size * math.log(yarn["original_max_position_embeddings"] / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    def scale(weight=1.0):
+        return 0.1 * weight * math.log(yarn["factor"]) + 1.0 if yarn["factor"] > 1 else 1.0
+
+    low, high = pair_turning(yarn["beta_fast"]), pair_turning(yarn["beta_slow"])
+    if yarn.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    ramp = (torch.arange(size // 2).float() - low) / ((high - low) or 0.001)  # 0.001: transformers' guard against 0/0
+    slowed = ramp.clamp(0, 1)  # [C/2], 0 keep, 1 divide by factor
+    frequencies = slowed / (yarn["factor"] * power) + (1 - slowed) / power
+    factor = yarn.get("attention_factor")
+    if factor is None and yarn.get("mscale") and yarn.get("mscale_all_dim"):
+        factor = scale(yarn["mscale"]) / scale(yarn["mscale_all_dim"])
+    return frequencies, scale() if factor is None else factor
+
+
+class Rotary(nn.Module):
+    """Positions -> (cos, sin) of the rotary angles. Angles are never narrower than fp32, also in a bf16 model."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        frequencies, self.factor = rotary_frequencies(config)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        # .to(bfloat16) would round the frequencies: at position 1000 the angle would be off by radians. So after any
+        # move or cast they are computed anew on the new device.
+        super()._apply(fn, recurse)
+        self.frequencies = rotary_frequencies(self.config)[0].to(self.frequencies.device)
+        return self
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions [B,T] (or [1,T]) -> cos and sin [B,T,1,C/2], one angle for a pair, the same for all heads."""
+        wide = torch.promote_types(dtype, torch.float32)
+        angles = (positions[..., None].to(wide) * self.frequencies)[:, :, None]  # [B,T,1,C/2]
+        return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + C/2]) of x [B,T,H,C] by its angle. Pairs are halves apart, as in Qwen3 and Llama
+    files, not neighbours as in the paper."""
+    a, b = x.chunk(2, dim=-1)  # [B,T,H,C/2] each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values of all layers for up to `batch` rows of up to `slots` tokens, allocated once.
+
+    Slot s of a row holds position s. `lengths` says how many slots of each row are real; what lies behind is never
+    attended to and is overwritten next. Rows may differ in length ("ragged"), so prompts are padded on the right.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, slots: int, dtype=torch.float32, device="cpu"):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)  # [L,B,K,S,C]
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.slots, self.batch = slots, batch
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # [B]
+        # `end` >= every length and `ragged` live on the Python side: asking the tensor would stall a GPU at each token
+        self.end, self.ragged = 0, False
+
+    def reserve(self, count: int) -> Tensor:
+        """Positions [B,count] of the next tokens. Raises: ValueError when they do not fit."""
+        need(self.end + count <= self.slots, f"KV cache overflow: {self.end} + {count} tokens in {self.slots} slots",
+             "a cache holds prompt and answer", "make it longer, or call truncate()")
+        self.positions = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+        return self.positions
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [B,T,K,C] at the reserved positions; returns all keys and values so far [B,K,S',C]."""
+        count, b = k.shape[1], self.batch
+        keys, values = self.k[layer, :b], self.v[layer, :b]  # [B,K,S,C]
+        if self.ragged:
+            rows = torch.arange(b, device=k.device)[:, None]  # [B,1]
+            keys[rows, :, self.positions] = k.to(keys.dtype)  # indexed dimensions come first: [B,T,K,C]
+            values[rows, :, self.positions] = v.to(keys.dtype)
+        else:
+            keys[:, :, self.end : self.end + count] = k.transpose(1, 2)
+            values[:, :, self.end : self.end + count] = v.transpose(1, 2)
+        return keys[:, :, : self.end + count], values[:, :, : self.end + count]
+
+    def advance(self, count: int):
+        """Count the tokens that all layers have written."""
+        self.lengths = self.lengths + count
+        self.end += count
+
+    def set_lengths(self, lengths: list[int]):
+        """Say how many slots of each row are real, after a prompt batch with padding on the right was written."""
+        self.lengths = torch.tensor(lengths, dtype=torch.int64, device=self.lengths.device)
+        self.end, self.ragged = max(lengths), len(set(lengths)) > 1
+
+    def keep(self, rows: list[int]):
+        """Row i becomes what row rows[i] was; rows may be dropped, reordered or repeated."""
+        assert len(rows) <= self.k.shape[1], "more rows than the cache was made for"
+        moves = [(new, old) for new, old in enumerate(rows) if new != old]
+        if all(old >= len(rows) for _, old in moves):  # holes filled from the tail: only those rows are copied
+            for new, old in moves:
+                self.k[:, new, :, : self.end] = self.k[:, old, :, : self.end]
+                self.v[:, new, :, : self.end] = self.v[:, old, :, : self.end]
+        else:
+            for table in (self.k, self.v):
+                table[:, : len(rows), :, : self.end] = table[:, rows, :, : self.end]
+        self.lengths = self.lengths[rows]
+        self.batch = len(rows)
+
+    def expand(self, count: int):
+        """Repeat every row `count` times, neighbours together: one prompt, many samples."""
+        self.k, self.v = self.k.repeat_interleave(count, dim=1), self.v.repeat_interleave(count, dim=1)
+        self.lengths = self.lengths.repeat_interleave(count)
+        self.batch = self.batch * count
+
+    def truncate(self, length: int):
+        """Forget everything behind position `length`: the next chat turn keeps the common prefix."""
+        self.lengths = self.lengths.clamp(max=length)
+        self.end = min(self.end, length)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RMSNorm on queries and keys before the rotation (Qwen3)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        d, c = config.hidden_size, config.head_dim
+        self.layer, self.head_dim = layer, c
+        self.q_proj = nn.Linear(d, config.num_attention_heads * c, bias=False)
+        self.k_proj = nn.Linear(d, config.num_key_value_heads * c, bias=False)
+        self.v_proj = nn.Linear(d, config.num_key_value_heads * c, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * c, d, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(c, config.rms_norm_eps), RMSNorm(c, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope, mask: Tensor | None = None, causal=True, cache: KVCache | None = None) -> Tensor:
+        """x [B,T,D] -> [B,T,D]. mask [B,1,T,S] bool (True = may look) replaces the causal rule."""
+        b, t, _ = x.shape
+        q = rotate(self.q_norm(self.q_proj(x).view(b, t, -1, self.head_dim)), *rope)  # [B,T,H,C]
+        k = rotate(self.k_norm(self.k_proj(x).view(b, t, -1, self.head_dim)), *rope)  # [B,T,K,C]
+        v = self.v_proj(x).view(b, t, -1, self.head_dim)  # [B,T,K,C]
+        q, keys, values = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,H,T,C], [B,K,T,C] twice
+        if cache is not None:
+            keys, values = cache.write(self.layer, k, v)  # [B,K,S,C]
+            q, keys, values = q.to(v.dtype), keys.to(v.dtype), values.to(v.dtype)
+        if cache is not None and t == 1:
+            # One token a row: the query heads of a kv head become the query rows of one head, so that keys are read
+            # once and never repeated.
+            q = q.reshape(b, keys.shape[1], -1, self.head_dim)  # [B,K,H/K,C]
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            return self.o_proj(y.reshape(b, 1, -1))
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # [B,H,T,C] -> [B,T,H*C] -> [B,T,D]
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)): SwiGLU with silu, GEGLU with gelu; the plain kind has no gate."""
+
+    def __init__(self, config: ModelConfig, width: int | None = None):
+        super().__init__()
+        d, width = config.hidden_size, width or config.intermediate_size
+        if config.mlp_type == "gated":
+            self.gate_proj = nn.Linear(d, width, bias=False)
+        self.up_proj = nn.Linear(d, width, bias=False)
+        self.down_proj = nn.Linear(width, d, bias=False)
+        self.act = F.silu if config.hidden_act == "silu" else F.gelu
+        self.gated = config.mlp_type == "gated"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.gated:
+            return self.down_proj(self.act(self.up_proj(x)))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nn.Module):
+    """Chooses the experts of each token: softmax scores (Qwen3Moe), or sigmoid scores plus a bias that takes part in
+    the choice only (Dots1, DeepSeek-V3)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        if config.n_shared_experts:
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N,D] -> scores of all experts [N,E], weights and indices of the chosen ones [N,k]."""
+        config = self.config
+        # at least fp32 even under autocast: in bf16 near-ties flip, and a flipped expert is another function
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(x.dtype, torch.float32)
+            logits = x.to(wide) @ self.weight.to(wide).t()  # [N,E]
+        scores = logits.sigmoid() if config.n_shared_experts else logits.softmax(-1)
+        choice = scores + self.e_score_correction_bias if config.n_shared_experts else scores
+        chosen = choice.topk(config.num_experts_per_tok, dim=-1).indices  # [N,k]
+        weights = scores.gather(1, chosen)
+        if config.norm_topk_prob:
+            # 1e-20 stands in Dots1 against sigmoids that all underflow; far too small to change a softmax's sum
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return scores, weights * (config.routed_scaling_factor if config.n_shared_experts else 1.0), chosen
+
+
+class MoE(nn.Module):
+    """Mixture of experts: each token visits its num_experts_per_tok best MLPs, and all shared ones.
+
+    Two ways to keep the experts equally busy, one per router: softmax models add a balance loss (returned by forward);
+    models with shared experts shift the router's bias once a step (update_bias) and need no second loss.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.gate = Router(config)
+        self.experts = nn.ModuleList(MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        if config.n_shared_experts:
+            self.shared_experts = MLP(config, config.n_shared_experts * config.moe_intermediate_size)
+        # Tokens each expert got since the last bias update. A plain attribute, not a buffer: DDP copies rank 0's
+        # buffers over everybody else's at each forward.
+        self.counts = None
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [B,T,D] -> ([B,T,D], balance loss of each row [B]). token_mask [B,T]: real tokens, for statistics only."""
+        b, t, d = x.shape
+        tokens = x.reshape(-1, d)  # [N,D], N = B*T
+        scores, weights, chosen = self.gate(tokens)  # [N,E], [N,k], [N,k]
+        k = chosen.shape[1]
+        order = chosen.flatten().argsort(stable=True)  # [N*k], visits sorted by expert
+        visits = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
+        parts = tokens[order // k].split(visits)  # E tensors [visits,D]
+        # Every expert runs, if need be on zero tokens: its gradient is then zero, not missing, and DDP, which waits
+        # for the gradient of every parameter, does not hang.
+        outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])  # [N*k,D]
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        y = (outputs[back].view(-1, k, d) * weights[..., None].to(outputs.dtype)).sum(1).view(b, t, d)
+        if self.config.n_shared_experts:
+            y = y + self.shared_experts(x)
+        return y, self._statistics(scores.view(b, t, -1), chosen.view(b, t, k), token_mask)
+
+    def _statistics(self, scores: Tensor, chosen: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Balance loss E * sum_e f_e P_e of each row [B]: f_e visits per token, P_e mean score; the value is
+        num_experts_per_tok when all experts are equally busy, and grows up to E times that."""
+        real = torch.ones_like(scores[..., 0]) if token_mask is None else token_mask.to(scores.dtype)  # [B,T]
+        visits = F.one_hot(chosen, scores.shape[-1]).sum(2) * real[..., None]  # [B,T,E]
+        if self.config.n_shared_experts:
+            # recomputation under gradient checkpointing counts everything twice: the bias uses only comparisons
+            if self.training and torch.is_grad_enabled():
+                counts = visits.detach().sum((0, 1))
+                self.counts = counts if self.counts is None else self.counts + counts
+            return scores.new_zeros(len(scores))
+        tokens = real.sum(1, keepdim=True).clamp(min=1)  # [B,1]; a row of padding gives 0, not NaN
+        f, p = visits.sum(1) / tokens, (scores * real[..., None]).sum(1) / tokens  # [B,E]
+        return scores.shape[-1] * (f * p).sum(-1)
+
+    @torch.no_grad()
+    def update_bias(self, rate: float, counts: Tensor):
+        """Raise by `rate` the bias of experts with fewer tokens than the mean, lower the others. counts [E]."""
+        self.gate.e_score_correction_bias += rate * torch.sign(counts.float().mean() - counts)
+        self.counts = None
+
+
+class Block(nn.Module):
+    """One layer:   x ---+-- norm -- attention --(+)--+-- norm -- MLP or MoE --(+)--> x
+                         +-----------------------/    +------------------------/"""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.is_moe = config.is_moe_layer(layer)
+        self.mlp = MoE(config) if self.is_moe else MLP(config)
+        self.dropout = config.dropout
+
+    def forward(self, x, rope, mask=None, causal=True, cache=None, token_mask=None) -> tuple[Tensor, Tensor | None]:
+        """x [B,T,D] -> (x [B,T,D], balance loss [B] or None in a dense layer)."""
+        branch = self.self_attn(self.input_layernorm(x), rope, mask, causal, cache)
+        x = x + F.dropout(branch, self.dropout, self.training)
+        h = self.post_attention_layernorm(x)
+        branch, balance = self.mlp(h, token_mask) if self.is_moe else (self.mlp(h), None)
+        return x + F.dropout(branch, self.dropout, self.training), balance
+
+
+class Backbone(nn.Module):
+    """Token ids -> hidden states after the final norm; what Transformer and ScalarHead share."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config)
+
+    def forward(self, ids, positions=None, documents=None, cache=None, token_mask=None, recompute=False):
+        """ids [B,T] -> (hidden states [B,T,D], balance loss [B], 0 where no layer has one). See Transformer.forward."""
+        b, t = ids.shape
+        mask, causal = None, True
+        if cache is not None:
+            assert documents is None and positions is None, "a cache brings its own positions, and no documents"
+            if cache.end > 0:  # else the cache is empty and the causal rule says it all: padding lies on the right
+                mask, causal = self._cache_mask(cache, t), False
+            positions = cache.reserve(t)
+        elif documents is not None:
+            same = documents[:, None, :, None] == documents[:, None, None, :]  # [B,1,T,T]
+            mask, causal = same & torch.ones(t, t, dtype=torch.bool, device=ids.device).tril(), False
+        if positions is None:
+            positions = torch.arange(t, device=ids.device)[None]  # [1,T]
+        x = F.dropout(self.embed_tokens(ids), self.config.dropout, self.training)  # [B,T,D]
+        rope = self.rotary(positions, x.dtype)
+        balances = []
+        for layer in self.layers:
+            if recompute and torch.is_grad_enabled():
+                x, balance = checkpoint(layer, x, rope, mask, causal, cache, token_mask, use_reentrant=False)
+            else:
+                x, balance = layer(x, rope, mask, causal, cache, token_mask)
+            if balance is not None:
+                balances.append(balance)
+        if cache is not None:
+            cache.advance(t)
+        return self.norm(x), torch.stack(balances).mean(0) if balances else x.new_zeros(b)
+
+    @staticmethod
+    def _cache_mask(cache: KVCache, count: int) -> Tensor | None:
+        """Which slots each new token may look at [B,1,count,S'], or None when it is all of them."""
+        if count == 1 and not cache.ragged:
+            return None
+        slots = torch.arange(cache.end + count, device=cache.lengths.device)
+        positions = cache.lengths[:, None] + slots[:count]  # [B,count]
+        return slots <= positions[:, None, :, None]
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, std: float):
+    """Normal(0, std) for all matrices, ones for norms, and zeros for the two projections that write into the residual
+    stream: at step 0 every block is the identity, which trains more calmly (zero init as in GPT-2-style speed runs)."""
+    for name, parameter in module.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.zero_()
+        elif parameter.ndim > 1:
+            parameter.normal_(0.0, std)
+
+
+# -- The folder on disk ------------------------------------------------------------------------------------------------
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises: FileNotFoundError, or ValueError that names file and place."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; a model folder holds config.json and model.safetensors; "
+                                "give the folder of a finished stage")
+    try:
+        out = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); the file is damaged; restore it") from None
+    need(isinstance(out, dict), f"{path} holds a {type(out).__name__}", "it is a JSON object", "restore the file")
+    return out
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The ModelConfig of a folder's config.json."""
+    path = folder / "config.json"
+    try:
+        return ModelConfig.from_dict(read_json(path), str(path))
+    except (TypeError, AttributeError) as error:  # a list where a number belongs, and the like
+        raise ValueError(f"{path} has a field of the wrong type ({error}); the file is damaged; restore it") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that model.safetensors.index.json lists."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return [folder / "model.safetensors"]
+    names = read_json(index).get("weight_map")
+    safe = isinstance(names, dict) and all(isinstance(n, str) and Path(n).name == n for n in names.values())
+    need(safe and names, f"weight_map of {index}", "it maps tensor names to files of the same folder", "restore it")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def read_tensors(folder: Path) -> dict[str, tuple[Path, tuple, str]]:
+    """Name -> (file, shape, dtype) of every stored tensor, from the files' headers only."""
+    found = {}
+    for path in weight_files(folder):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; the weights belong beside config.json; copy all files "
+                                    "of the model")
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    part = file.get_slice(name)
+                    found[name] = (path, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file ({error}); it is damaged or incomplete; copy "
+                             "it again or use an earlier checkpoint") from None
+    return found
+
+
+def likely_reason(missing: list[str], unexpected: list[str]) -> str:
+    """A guess in words why the names in a file are not the model's names."""
+    names = " ".join(unexpected)
+    for pattern, reason in (
+        (r"(^| )score\.weight", "this is a reward model; open it with ScalarHead.from_pretrained"),
+        (r"(^| )(_orig_mod|module)\.", "it was saved through torch.compile or DDP; save the inner module instead"),
+        (r"experts\.gate_up_proj", "the experts are fused in memory order; write the folder with save_pretrained()"),
+        (r"\.bias", "the layers have biases, so this is another architecture; use a Qwen3, Qwen3Moe or Dots1 folder"),
+        (r"(^| )layers\.", "the names lack 'model.', so only the backbone was saved; save the model with its head"),
+        (r"experts\.", "config.json and weights disagree about experts; check num_experts and n_shared_experts"),
+        (r"lora", "this is an adapter, not a model; merge it first (lora.py)"),
+    ):
+        if re.search(pattern, names):
+            return reason
+    if missing == ["lm_head.weight"]:
+        return "the head is tied to the embedding; set tie_word_embeddings to true in config.json"
+    if any("experts." in name for name in missing):
+        return "config.json and weights disagree about experts; check num_experts and n_shared_experts"
+    return "config.json belongs to another model; check num_hidden_layers, or take both files from one folder"
+
+
+def check_names(targets: dict, found: dict, folder: Path, optional: tuple[str, ...], ignore: tuple[str, ...]):
+    """Compare the model's tensors with the files' headers. Raises: ValueError with the first differences."""
+    missing = sorted(set(targets) - set(found) - set(optional))
+    unexpected = sorted(set(found) - set(targets) - set(ignore))
+    if missing or unexpected:
+        listed = "".join(f", {word} {len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+                         for word, names in (("missing", missing), ("unexpected", unexpected)) if names)
+        raise ValueError(f"weights of {folder} do not fit{listed}; the names must be exactly the model's; "
+                         f"likely reason: {likely_reason(missing, unexpected)}")
+    for name in sorted(set(targets) & set(found)):
+        path, shape, dtype = found[name]
+        need(shape == tuple(targets[name].shape), f"{name} in {path} has shape {list(shape)}",
+             f"config.json asks for {list(targets[name].shape)}", "take both files from one folder")
+        need(dtype in ("F64", "F32", "F16", "BF16"), f"{name} in {path} has type {dtype}",
+             "weights are F32, F16, BF16 or F64", "use a folder that is not quantised")
+
+
+def load_model(build, folder: Path, device, dtype, optional: tuple[str, ...] = (), ignore: tuple[str, ...] = ()):
+    """build(config) with every parameter and persistent buffer read from the folder, strictly.
+
+    optional: tensors that the files may lack (the caller fills them); ignore: tensors they may have beyond the model's.
+    The module is built on the "meta" device: names and shapes are checked before any memory is taken, no time is lost
+    on random numbers, and the global random state stays as it was (the exactness of a resumed run depends on it).
+    """
+    with torch.device("meta"):
+        model = build(read_config(folder))
+    found = read_tensors(folder)
+    check_names(model.state_dict(), found, folder, optional, ignore)
+    model = model.to_empty(device=device).to(dtype)
+    targets = model.state_dict()
+    for path in {path for path, _, _ in found.values()}:
+        with safe_open(path, "pt") as file:
+            for name in set(file.keys()) & set(targets):
+                targets[name].copy_(file.get_tensor(name))  # casts to the model's own dtype
+    return model.eval()
+
+
+def save_folder(model: nn.Module, folder, config: dict, skip: tuple[str, ...] = ()):
+    """Write config.json, generation_config.json, model.safetensors; skip: tied weights, stored under another name."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config = config | {"torch_dtype": dtype, "dtype": dtype}  # transformers 4 reads the first, 5 the second
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    generation = ids | {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    tensors = {name: x.detach().contiguous() for name, x in model.state_dict().items() if name not in skip}
+    # transformers refuses files without this metadata
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# -- Probabilities and sampling ----------------------------------------------------------------------------------------
+def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p of each token given those before it: logits [B,T,V], ids [B,T] -> [B,T-1], entry t is log p(ids[:,t+1]).
+
+    In fp32 at least, also under autocast: a bf16 log-probability has two digits.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits[:, :-1].to(wide)
+    return -F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(ids[:, 1:].shape)
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """token_logprobs(h @ weight.T) a few rows at a time, so that the logits [N,V] never exist as a whole.
+
+    For a small model with a large vocabulary the logits are by far the largest tensor, and writing and reading them
+    costs more than computing them: the backward pass computes each piece again instead of keeping it.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """h [N,D], weight [V,D], targets [N] -> log p(targets) [N], in fp32 at least."""
+        wide = torch.promote_types(h.dtype, torch.float32)
+        out, norm = h.new_empty(len(h), dtype=wide), h.new_empty(len(h), dtype=wide)
+        for part in _pieces(h, weight):
+            logits = (h[part] @ weight.T).to(wide)  # [n,V]
+            norm[part] = logits.logsumexp(-1)
+            out[part] = logits.gather(1, targets[part, None]).squeeze(1) - norm[part]
+        ctx.save_for_backward(h, weight, targets, norm)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """d log p / d logits = onehot - softmax."""
+        h, weight, targets, norm = ctx.saved_tensors
+        grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=norm.dtype)
+        for part in _pieces(h, weight):
+            d = (h[part] @ weight.T).to(norm.dtype).sub_(norm[part, None]).exp_()  # [n,V] softmax
+            d.mul_(-grad[part, None]).scatter_add_(1, targets[part, None], grad[part, None])
+            d = d.to(h.dtype)
+            grad_h[part] = d @ weight
+            grad_weight += d.T @ h[part]
+        return grad_h, grad_weight.to(weight.dtype), None
+
+
+def _pieces(h: Tensor, weight: Tensor) -> list[slice]:
+    """Slices of the rows of h whose logits fit a CPU's cache (2 million numbers), or a small part of a GPU's memory."""
+    rows = max(1, (2**21 if h.device.type == "cpu" else 2**28) // len(weight))
+    return [slice(i, i + rows) for i in range(0, len(h), rows)]
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
+    """Draw one id a row: logits [B,V], uniform [B] in [0,1) -> ids [B].
+
+    Inverse transform: the id at which the running sum of probabilities passes `uniform`. One number a row decides, so a
+    row's draw does not depend on its neighbours. temperature 0 = the most likely id. top_k keeps the k most likely ids
+    (0, or k >= V: all); then top_p keeps the smallest set whose mass reaches p (1: all; 0: the most likely id only).
+    """
+    if temperature == 0 or top_k == 1 or top_p == 0:
+        return logits.argmax(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    size = logits.shape[-1]
+    keep_all = not 0 < top_k < size
+    if keep_all and top_p >= 1:
+        return invert(logits.softmax(-1).cumsum(-1), math.inf, uniform)
+    # Sorting a whole vocabulary costs more than a small model's forward pass, and the 128 most likely ids nearly always
+    # hold the mass p. Rows where they do not are drawn again from a full sort.
+    values, order = logits.topk(min(size, 128) if keep_all else top_k, dim=-1)  # [B,k], most likely first
+    total = (logits if keep_all else values).logsumexp(-1, keepdim=True)  # [B,1]
+    sums = (values - total).exp().cumsum(-1)  # [B,k]
+    limit = top_p if top_p < 1 else math.inf
+    ids = order.gather(1, invert(sums, limit, uniform)[:, None]).squeeze(1)
+    short = (sums[:, -1] < top_p) & (keep_all and order.shape[1] < size)  # [B]
+    if short.any():
+        values, order = logits[short].sort(dim=-1, descending=True)
+        sums = (values - total[short]).exp().cumsum(-1)
+        ids[short] = order.gather(1, invert(sums, limit, uniform[short])[:, None]).squeeze(1)
+    return ids
+
+
+def invert(sums: Tensor, limit: float, uniform: Tensor) -> Tensor:
+    """Index [B] at which the running sums [B,k] pass uniform * (mass of the kept entries). Kept are the entries up to
+    the one at which the sum reaches `limit`."""
+    last = (sums < limit).sum(-1).clamp(max=sums.shape[-1] - 1)  # [B]
+    target = uniform.to(sums.dtype)[:, None] * sums.gather(1, last[:, None])  # [B,1]
+    index = torch.searchsorted(sums, target, right=True).squeeze(1)  # right: an entry of probability 0 is never drawn
+    return torch.minimum(index, last)  # rounding may carry uniform ~ 1 past the end
+
+
+def row_uniforms(seed: int, rows: list[int], count: int) -> Tensor:
+    """[len(rows), count] numbers in [0,1); each row's stream depends on (seed, row) only, not on who else is there."""
+    out = []
+    for row in rows:
+        # torch's CPU generator uses 32 bits of its seed; an odd factor keeps all rows of one seed apart
+        generator = torch.Generator().manual_seed((int(seed) * 0x9E3779B1 + int(row)) % 2**32)
+        out.append(torch.rand(count, generator=generator))
+    return torch.stack(out)
+
+
+# -- The language model ------------------------------------------------------------------------------------------------
+class Transformer(nn.Module):
+    """Backbone plus language-model head.
+
+        m = Transformer(ModelConfig.preset("tiny"));  logits = m(ids)     # ids int64 [B,T] -> [B,T,V]
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.gradient_checkpointing = False  # set to True: activations are computed twice, memory falls
+        initialize(self, config.initializer_range)
+        self.tie()
+
+    def tie(self):
+        """Let head and embedding be one parameter, if the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def hidden_states(self, ids, positions=None, documents=None, cache=None, token_mask=None) -> Tensor:
+        """Hidden states after the final norm [B,T,D]; arguments as in forward. lm_head turns them into logits."""
+        return self.model(ids, positions, documents, cache, token_mask, self.gradient_checkpointing)[0]
+
+    def forward(self, ids, positions=None, documents=None, cache=None, token_mask=None, return_balance=False,
+                logits_to_keep=0, target_mask=None):
+        """Logits [B,T,V]: logits[:, t] scores token t + 1. With return_balance the pair (logits, balance [B]).
+
+        Args:
+            ids: int64 [B,T]. Padding stands on the right; no real token sees it, so no mask is needed for it.
+            positions: int [B,T], when they are not 0..T-1.
+            documents: int [B,T]; a token looks only at earlier tokens with its own number (packed rows).
+            cache: KVCache with the tokens before these; they are appended. Positions then come from it.
+            token_mask: bool [B,T], the real tokens; router statistics leave out the others.
+            logits_to_keep: only the last so many positions, 0 = all.
+            target_mask: [B,T], nonzero on target tokens: instead of logits the result is token_logprobs(logits, ids)
+                [B,T-1], with 0 where it is zero. What training needs, several times cheaper than all logits.
+        balance[b] is the mean over the expert layers of E * sum_e f_e P_e over the row's real tokens (see MoE).
+        """
+        h, balance = self.model(ids, positions, documents, cache, token_mask, self.gradient_checkpointing)
+        if target_mask is None:
+            out = self.lm_head(h[:, -logits_to_keep:])  # -0: means all
+        else:
+            out = self._target_logprobs(h, ids, target_mask)
+        return (out, balance) if return_balance else out
+
+    def _target_logprobs(self, h: Tensor, ids: Tensor, target_mask: Tensor) -> Tensor:
+        """log p of the target tokens [B,T-1] from hidden states [B,T,D]; the head runs on their positions only."""
+        wanted = target_mask[:, 1:] != 0  # [B,T-1]
+        dtype = autocast_dtype(h.device.type) or h.dtype
+        found = _HeadLogprobs.apply(h[:, :-1][wanted].to(dtype), self.lm_head.weight.to(dtype), ids[:, 1:][wanted])
+        return torch.zeros(wanted.shape, dtype=found.dtype, device=h.device).masked_scatter(wanted, found)
+
+    def num_parameters(self, trainable: bool = False) -> int:
+        """Parameters, a tied one counted once; trainable: only those that an optimizer would change."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable)
+
+    def flops_per_token(self, tokens: int) -> int:
+        """Floating-point operations of forward and backward for one token of a row of `tokens` tokens.
+
+        6 per weight that multiplies (2 forward, 4 backward; lookups are free, of the experts only the visited ones
+        count) plus 12 * L * H * C * T for attention without a discount for the causal half (PaLM, arXiv:2204.02311).
+        """
+        c = self.config
+        weights = sum(p.numel() for p in self.parameters() if p.ndim > 1)
+        weights -= 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size  # the lookup; tied, it is the head
+        idle = (c.num_experts - c.num_experts_per_tok) * 3 * c.hidden_size * c.moe_intermediate_size
+        weights -= sum(idle for i in range(c.num_hidden_layers) if c.is_moe_layer(i))
+        return 6 * weights + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * tokens
+
+    def update_router_bias(self, rate: float, reduce=None) -> Tensor | None:
+        """Bias balancing, once per optimizer step: busy experts become less attractive by `rate`, idle ones more.
+
+        reduce: sums a tensor over the ranks (in place or returned). Returns the expert visits [L,E] since the last
+        call; None for models without shared experts, where there is nothing to do.
+        """
+        layers = [m for m in self.modules() if isinstance(m, MoE)] if self.config.n_shared_experts else []
+        if not any(layer.counts is not None for layer in layers):
+            return None
+        counts = torch.stack([layer.counts for layer in layers]).float()
+        reduced = reduce(counts) if reduce else None
+        counts = counts if reduced is None else reduced
+        for layer, row in zip(layers, counts, strict=True):
+            layer.update_bias(rate, row)
+        return counts
+
+    def save_pretrained(self, folder):
+        """Write config.json, generation_config.json and model.safetensors (in the weights' own dtype) to a folder."""
+        tied = ("lm_head.weight",) if self.config.tie_word_embeddings else ()
+        save_folder(self, folder, self.config.to_dict(), skip=tied)
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32) -> "Transformer":
+        """Open a folder written by save_pretrained, or by transformers (Qwen3, Qwen3Moe, Dots1; also in shards).
+
+        Raises: FileNotFoundError, ValueError (not this architecture, damaged file, names or shapes that do not fit).
+        """
+        tied = ("lm_head.weight",) if read_config(Path(folder)).tie_word_embeddings else ()
+        model = load_model(cls, Path(folder), device, dtype, optional=tied)
+        model.tie()  # new memory broke the tie
+        return model
+
+    def new_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty KVCache that fits this model's shape, device and (autocast) dtype."""
+        weight = self.model.embed_tokens.weight
+        dtype = autocast_dtype(weight.device.type) or weight.dtype
+        return KVCache(self.config, batch, slots, dtype, weight.device)
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
+                 top_p: float = 1.0, repetition_penalty: float = 1.0, stop_ids: Iterable[int] = (), seed: int = 0,
+                 row_seeds: list[int] | None = None) -> Iterator[tuple[int, int]]:
+        """Yield (row, token id) as tokens are made, row by row within a step.
+
+        A row ends with its stop id (which is yielded), after max_new_tokens, or when prompt and answer fill
+        max_position_embeddings. Its draws depend on (seed, row_seeds[row], default the row number) only. An empty
+        prompt becomes [bos_token_id]. See sample() for temperature, top_k and top_p; repetition_penalty divides
+        positive and multiplies negative logits of ids that occur in prompt or answer (arXiv:1909.05858), 1 = off.
+        Raises: ValueError for a prompt that is empty without bos, too long, or has ids outside the vocabulary.
+        """
+        bos = self.config.bos_token_id
+        prompts = [list(p) or ([] if bos is None else [bos]) for p in prompts]
+        row_seeds = list(range(len(prompts))) if row_seeds is None else list(row_seeds)
+        need(len(row_seeds) == len(prompts), f"{len(row_seeds)} row_seeds for {len(prompts)} prompts",
+             "each row has one", "give as many seeds as prompts")
+        check_prompts(prompts, self.config)
+        rules = {"max_new_tokens": (int, 0, 2**31), "temperature": (float, 0, 1e4), "top_k": (int, 0, 2**31),
+                 "top_p": (float, 0, 1), "repetition_penalty": (float, 0.01, 100)}
+        given = (max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+        for (name, rule), value in zip(rules.items(), given, strict=True):
+            wrong, allowed = f"{name}={value!r}", f"it is a number from {rule[1]} to {rule[2]}"
+            need(is_number(value, *rule), wrong, allowed, "correct it")
+        if not prompts or max_new_tokens == 0:
+            return iter(())
+        return self._stream(prompts, max_new_tokens, given[1:], frozenset(stop_ids), seed, row_seeds)
+
+    def _stream(self, prompts, max_new_tokens, choose, stop_ids, seed, row_seeds):
+        """The loop behind generate(). It computes in chunks of one step inside, and yields outside, inference mode."""
+        decoder, context = self._decoder()
+        lengths = [len(p) for p in prompts]
+        limits = [min(max_new_tokens, self.config.max_position_embeddings - n) for n in lengths]
+        live = list(range(len(prompts)))  # which prompt sits in each row of the batch
+        with torch.inference_mode(), context():
+            state = _Decoding(decoder, prompts, max(limits), choose, seed, row_seeds)
+            tokens = state.first()
+        for step in range(max(limits)):
+            yield from zip(live, tokens, strict=True)
+            keep = [i for i, row in enumerate(live) if tokens[i] not in stop_ids and step + 1 < limits[row]]
+            if not keep:
+                return
+            with torch.inference_mode(), context():
+                if len(keep) < len(live):
+                    keep = fill_holes(keep, len(keep))
+                    live = [live[i] for i in keep]
+                    state.keep(keep)
+                tokens = state.more(step + 1)
+
+    def _decoder(self):
+        """(model to decode with, autocast context). Under autocast every matrix would be cast again for every token;
+        a twin whose Linear weights are cast once, and which shares everything else, gives the same numbers."""
+        device = self.model.embed_tokens.weight.device.type
+        dtype = autocast_dtype(device)
+        needs_eval = self.training and self.config.dropout > 0
+        if dtype is None and not needs_eval:
+            return self, nullcontext
+        twin = copy.deepcopy(self, {id(p): p for p in self.parameters()}).eval()
+        if dtype is None:
+            return twin, nullcontext
+        for linear in twin.modules():
+            if isinstance(linear, nn.Linear):
+                linear.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
+        return twin, lambda: torch.autocast(device, dtype)
+
+
+def check_prompts(prompts: list[list[int]], config: ModelConfig):
+    """ValueError for a prompt that is empty, fills the whole context, or holds an id outside the vocabulary."""
+    room, size = config.max_position_embeddings, config.vocab_size
+    for row, prompt in enumerate(prompts):
+        need(prompt, f"prompt {row} is empty", "the model continues at least one token, and this one has no "
+             "bos_token_id to start from", "give a prompt")
+        need(len(prompt) < room, f"prompt {row} has {len(prompt)} tokens", f"max_position_embeddings {room} must "
+             "leave room for an answer", "shorten the prompt")
+        need(0 <= min(prompt) and max(prompt) < size, f"prompt {row} has an id outside 0..{size - 1}",
+             "ids are below vocab_size", "use the tokenizer saved with the model")
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast uses on this kind of device right now, None when it is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def fill_holes(keep: list[int], count: int) -> list[int]:
+    """Order the kept rows so that as few as possible move: rows below `count` stay, the others fill the holes."""
+    tail = [row for row in keep if row >= count]
+    stay = set(keep)
+    return [row if row in stay else tail.pop() for row in range(count)]
+
+
+class _Decoding:
+    """State of a running batch: cache, random numbers, and the ids seen so far (for the repetition penalty)."""
+
+    def __init__(self, model: Transformer, prompts, steps, choose, seed, row_seeds):
+        self.model, self.prompts = model, prompts
+        self.temperature, self.top_k, self.top_p, self.penalty = choose
+        self.device = model.model.embed_tokens.weight.device
+        draws = 1 if self.temperature == 0 else steps
+        self.uniform = row_uniforms(seed, row_seeds, draws).to(self.device)  # [B,steps]
+        self.cache = model.new_cache(len(prompts), max(map(len, prompts)) + steps - 1)
+        self.seen = None
+        if self.penalty != 1:
+            self.seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=self.device)
+            for row, prompt in enumerate(prompts):
+                self.seen[row, prompt] = True
+
+    def first(self) -> list[int]:
+        """Read the prompts, equal ones once (GRPO asks for many answers to each); logits of the last positions only."""
+        rows = {tuple(p): None for p in self.prompts}
+        rows = {prompt: row for row, prompt in enumerate(rows)}  # distinct prompt -> row
+        lengths = [len(p) for p in rows]
+        padded = [[*p, *[0] * (max(lengths) - len(p))] for p in rows]  # padding on the right is invisible
+        self.cache.keep(list(range(len(rows))))
+        h = self.model.hidden_states(torch.tensor(padded, device=self.device), cache=self.cache)  # [distinct,T,D]
+        self.cache.set_lengths(lengths)
+        index = [rows[tuple(p)] for p in self.prompts]
+        h = h[torch.arange(len(h)), self.cache.lengths - 1][index]  # [B,D]
+        self.cache.keep(index)
+        return self._pick(h, 0)
+
+    def more(self, step: int) -> list[int]:
+        """One more token for every row of the batch."""
+        return self._pick(self.model.hidden_states(self.ids, cache=self.cache)[:, 0], step)
+
+    def _pick(self, h: Tensor, step: int) -> list[int]:
+        """Choose an id for each row from its hidden state h [B,D]."""
+        logits = self.model.lm_head(h)  # [B,V]
+        if self.seen is not None:
+            weaker = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
+            logits = torch.where(self.seen, weaker, logits)
+        uniform = self.uniform[:, min(step, self.uniform.shape[1] - 1)]
+        self.ids = sample(logits, self.temperature, self.top_k, self.top_p, uniform)[:, None]  # [B,1]
+        if self.seen is not None:
+            self.seen.scatter_(1, self.ids, True)
+        return self.ids[:, 0].tolist()
+
+    def keep(self, rows: list[int]):
+        """Finished rows leave the batch."""
+        self.cache.keep(rows)
+        self.ids, self.uniform = self.ids[rows], self.uniform[rows]
+        self.seen = None if self.seen is None else self.seen[rows]
+
+
+# -- The reward and value model ----------------------------------------------------------------------------------------
+class ScalarHead(nn.Module):
+    """Backbone plus one number per token: a reward model (number at the last real token) or a value model (all).
+
+    Saved as Qwen3ForSequenceClassification or Qwen3MoeForSequenceClassification with one label.
+    score_mean and score_std are for the scripts, which keep them in minillm.json.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        need(not config.n_shared_experts, f"n_shared_experts={config.n_shared_experts} under a score head",
+             "no published class stores such a reward model", "start the reward model from a dense model or from one "
+             "trained with --n_shared_experts 0")
+        self.config = config
+        self.model = Backbone(config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        self.gradient_checkpointing = False
+        self.score_mean, self.score_std = 0.0, 1.0
+        initialize(self, config.initializer_range)
+
+    def values(self, ids: Tensor) -> Tensor:
+        """ids [B,T] -> a number for every position [B,T], in fp32 at least."""
+        h, _ = self.model(ids, recompute=self.gradient_checkpointing)
+        return self.score(h).squeeze(-1).to(torch.promote_types(self.score.weight.dtype, torch.float32))
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """ids [B,T], lengths [B] -> scores [B]: the value at each row's last real token."""
+        return self.values(ids).gather(1, lengths[:, None] - 1).squeeze(1)
+
+    def save_pretrained(self, folder):
+        """Write the folder as a classifier with one label. Raises: ValueError without pad_token_id."""
+        need(self.config.pad_token_id is not None, "pad_token_id=None in a reward model", "transformers finds the last "
+             "real token by the padding id", "build the config with the tokenizer's pad_id")
+        need(self.config.model_type in ("qwen3", "qwen3_moe"), f"mlp_type={self.config.mlp_type!r} in a reward model",
+             "no published class stores it", "use mlp_type gated")
+        config = self.config.to_dict()
+        config["architectures"] = [ARCHITECTURES[self.config.model_type].replace("CausalLM", "SequenceClassification")]
+        config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
+                   "problem_type": "regression"}
+        save_folder(self, folder, config)
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32) -> "ScalarHead":
+        """Open a reward folder, or a Transformer folder, whose head is replaced by a fresh random score head."""
+        model = load_model(cls, Path(folder), device, dtype, optional=("score.weight",), ignore=("lm_head.weight",))
+        if "score.weight" not in read_tensors(Path(folder)):
+            nn.init.normal_(model.score.weight, 0.0, model.config.initializer_range)
+        return model

@@ -1,0 +1,155 @@
+//! The border to Python: convert, release the GIL, look for Ctrl-C, turn errors into exceptions. No algorithm here.
+
+use crate::encode::{self, TokenId};
+use crate::split::Splitter;
+use crate::train::{Counter, Pair, TrainError};
+use pyo3::exceptions::{PyOverflowError, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
+use pyo3::types::PyByteArray;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+
+/// Texts are counted in groups of about this many bytes, with a look for Ctrl-C in between (about 30 ms of work).
+const GROUP_BYTES: usize = 4 << 20;
+
+/// Run work without the GIL. A panic would surface as PanicException, which `except Exception` does not catch: it
+/// becomes a RuntimeError instead.
+fn without_gil<R: Send>(py: Python<'_>, work: impl FnOnce() -> R + Send) -> PyResult<R> {
+    let result = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
+    result.map_err(|_| PyRuntimeError::new_err("minillm_bpe failed internally; this is a bug of the crate"))
+}
+
+/// Counts words batch by batch, then learns merges. Memory grows with the number of distinct words.
+#[pyclass]
+struct Trainer {
+    counter: Counter,
+}
+
+#[pymethods]
+impl Trainer {
+    #[new]
+    #[pyo3(signature = (num_threads=0))]
+    fn new(num_threads: usize) -> Self {
+        Trainer { counter: Counter::new(num_threads) }
+    }
+
+    #[getter]
+    fn num_words(&mut self, py: Python<'_>) -> PyResult<usize> {
+        let counter = &mut self.counter;
+        without_gil(py, || counter.num_words())
+    }
+
+    fn feed(&mut self, py: Python<'_>, texts: Vec<PyBackedStr>) -> PyResult<()> {
+        let texts: Vec<&str> = texts.iter().map(|text| &**text).collect();
+        let mut rest = texts.as_slice();
+        while !rest.is_empty() {
+            let mut bytes = 0;
+            let group = rest.iter().take_while(|text| {
+                let fits = bytes < GROUP_BYTES;
+                bytes += text.len();
+                fits
+            });
+            let (group, others) = rest.split_at(group.count());
+            let counter = &mut self.counter;
+            without_gil(py, || counter.feed(group))?;
+            py.check_signals()?;
+            rest = others;
+        }
+        Ok(())
+    }
+
+    fn train(&mut self, py: Python<'_>, num_merges: usize) -> PyResult<Vec<Pair>> {
+        let counter = &mut self.counter;
+        let mut signal = None;
+        let result = without_gil(py, || {
+            counter.train(num_merges, || {
+                signal = Python::attach(|py| py.check_signals()).err();
+                signal.is_some()
+            })
+        })?;
+        result.map_err(|error| match error {
+            TrainError::Interrupted => signal.unwrap_or_else(|| PyRuntimeError::new_err("interrupted")),
+            TrainError::TooManyWords => PyOverflowError::new_err(
+                "the distinct words exceed 4 GiB; the trainer counts positions in 32 bits; train on a sample",
+            ),
+        })
+    }
+}
+
+/// Ids as uint16 or uint32.
+enum Width {
+    Narrow(encode::Encoder<u16>),
+    Wide(encode::Encoder<u32>),
+}
+
+/// Text to ids for tokens in merge order. Equal to tiktoken with the same ranks and the GPT-4 pattern.
+#[pyclass(frozen)]
+struct Encoder {
+    width: Width,
+}
+
+type Arrays<'py> = (Bound<'py, PyByteArray>, Bound<'py, PyByteArray>);
+
+#[pymethods]
+impl Encoder {
+    #[new]
+    fn new(py: Python<'_>, tokens: Vec<PyBackedBytes>, ids: Vec<u32>, narrow: bool) -> PyResult<Self> {
+        let tokens: Vec<&[u8]> = tokens.iter().map(|token| &**token).collect();
+        let width = without_gil(py, || match narrow {
+            true => encode::Encoder::new(&tokens, &ids).map(Width::Narrow),
+            false => encode::Encoder::new(&tokens, &ids).map(Width::Wide),
+        })?;
+        Ok(Encoder { width: width.map_err(PyValueError::new_err)? })
+    }
+
+    #[pyo3(signature = (texts, num_threads=0))]
+    fn encode_batch<'py>(&self, py: Python<'py>, texts: Vec<PyBackedStr>, num_threads: usize) -> PyResult<Arrays<'py>> {
+        match &self.width {
+            Width::Narrow(encoder) => encode_batch(py, encoder, &texts, num_threads, u16::to_ne_bytes),
+            Width::Wide(encoder) => encode_batch(py, encoder, &texts, num_threads, u32::to_ne_bytes),
+        }
+    }
+}
+
+fn encode_batch<'py, T: TokenId, const SIZE: usize>(
+    py: Python<'py>,
+    encoder: &encode::Encoder<T>,
+    texts: &[PyBackedStr],
+    num_threads: usize,
+    to_bytes: impl Fn(T) -> [u8; SIZE],
+) -> PyResult<Arrays<'py>> {
+    let texts: Vec<&str> = texts.iter().map(|text| &**text).collect();
+    let (parts, counts) = without_gil(py, || encoder.encode_batch(&texts, num_threads))?;
+    py.check_signals()?;
+    // A bytearray, because numpy makes a writable array of it; the copy runs at memory speed
+    let total: usize = parts.iter().map(Vec::len).sum();
+    let ids = PyByteArray::new_with(py, total * SIZE, |buffer| {
+        for (cell, id) in buffer.chunks_exact_mut(SIZE).zip(parts.iter().flatten()) {
+            cell.copy_from_slice(&to_bytes(*id));
+        }
+        Ok(())
+    })?;
+    let offsets = PyByteArray::new_with(py, (counts.len() + 1) * 8, |buffer| {
+        let mut sum = 0i64;
+        for (cell, count) in buffer.chunks_exact_mut(8).skip(1).zip(&counts) {
+            sum += *count as i64;
+            cell.copy_from_slice(&sum.to_ne_bytes());
+        }
+        Ok(())
+    })?;
+    Ok((ids, offsets))
+}
+
+/// The pieces of a text, as the pattern cuts them. For tests and for looking at.
+#[pyfunction]
+fn split(text: &str) -> Vec<&str> {
+    Splitter::new(text).collect()
+}
+
+/// Byte-level BPE in Rust: the fast half of tokenizer.py.
+#[pymodule]
+fn minillm_bpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Trainer>()?;
+    module.add_class::<Encoder>()?;
+    module.add_function(wrap_pyfunction!(split, module)?)
+}

@@ -1,0 +1,547 @@
+//! Learning merges.
+//!
+//! The rule: make the most frequent pair of neighbouring tokens a new token, again and again; ties go to the smallest
+//! (left id, right id); pairs are counted within words, overlapping ones too ("aaa" holds (a, a) twice), and replaced
+//! from left to right. The result depends on nothing else, so any number of threads gives the same merges.
+//!
+//! What makes it fast is doing work only where something changes:
+//! * Words are counted first, so each distinct word is merged once, with a weight.
+//! * All words lie in one flat array. A token writes its id at its first and at its last byte, so both neighbours of
+//!   any token are found without links: one cell to the left, one cell behind the end.
+//! * Each pair knows the places where it occurs. A place may be out of date; two comparisons tell (see `Trainer`).
+//! * The pairs that a merge destroys and creates are first tallied by neighbour in dense arrays; the hash table of
+//!   pairs is then touched once for each distinct neighbour, not four times for each occurrence.
+//! * The queue is lazy: counts only sink, so an entry is checked when it comes up and queued again if it is too high.
+
+use crate::{even_ranges, hash_bytes, split::Splitter, thread_count};
+use std::collections::{BinaryHeap, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
+use std::time::Instant;
+
+/// A pair of token ids, and in a list of merges the recipe of token 256 + index.
+pub type Pair = (u32, u32);
+
+/// Why a training came to no result.
+#[derive(Debug, PartialEq, Eq)]
+pub enum TrainError {
+    /// The caller's check asked to stop (Ctrl-C).
+    Interrupted,
+    /// The distinct words are longer than 4 GiB altogether; positions are kept in 32 bits.
+    TooManyWords,
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Counting words
+
+struct Word {
+    start: usize,
+    length: u32,
+    hash: u32,
+    count: u64,
+}
+
+/// Distinct words with their counts. The bytes lie in one arena: no allocation for each word.
+#[derive(Default)]
+struct WordTable {
+    arena: Vec<u8>,
+    words: Vec<Word>,
+    /// Open addressing: index into `words` plus one, 0 = free; the length is a power of two.
+    slots: Vec<u32>,
+}
+
+impl WordTable {
+    fn bytes(&self, word: &Word) -> &[u8] {
+        &self.arena[word.start..word.start + word.length as usize]
+    }
+
+    #[inline]
+    fn add(&mut self, bytes: &[u8], count: u64) {
+        if self.words.len() * 2 >= self.slots.len() {
+            self.grow();
+        }
+        let hash = hash_bytes(bytes) as u32;
+        let mask = self.slots.len() - 1;
+        let mut slot = hash as usize & mask;
+        loop {
+            let index = self.slots[slot];
+            if index == 0 {
+                break;
+            }
+            let word = &self.words[index as usize - 1];
+            if word.hash == hash && self.bytes(word) == bytes {
+                self.words[index as usize - 1].count += count;
+                return;
+            }
+            slot = (slot + 1) & mask;
+        }
+        let start = self.arena.len();
+        self.arena.extend_from_slice(bytes);
+        self.words.push(Word { start, length: bytes.len() as u32, hash, count });
+        self.slots[slot] = self.words.len() as u32;
+    }
+
+    #[cold]
+    fn grow(&mut self) {
+        let size = (self.slots.len() * 2).max(1 << 12);
+        self.slots.clear();
+        self.slots.resize(size, 0);
+        for (index, word) in self.words.iter().enumerate() {
+            let mut slot = word.hash as usize & (size - 1);
+            while self.slots[slot] != 0 {
+                slot = (slot + 1) & (size - 1);
+            }
+            self.slots[slot] = index as u32 + 1;
+        }
+    }
+}
+
+/// Counts the words of documents, as many batches as there are. Memory: about 40 bytes for each distinct word, plus
+/// its text; nothing is kept of the documents.
+pub struct Counter {
+    tables: Vec<WordTable>, // one for each thread, merged when asked for
+    num_threads: usize,
+}
+
+impl Counter {
+    /// `num_threads`: 0 = one per core.
+    pub fn new(num_threads: usize) -> Self {
+        Counter { tables: vec![WordTable::default()], num_threads }
+    }
+
+    /// Count the words of some documents. Each is split by itself: no word spans two.
+    pub fn feed(&mut self, texts: &[&str]) {
+        let sizes: Vec<usize> = texts.iter().map(|text| text.len()).collect();
+        // a thread costs some 20 us to start: below 64 KiB it does not pay
+        let threads = thread_count(self.num_threads, sizes.iter().sum::<usize>() >> 16);
+        let ranges = even_ranges(&sizes, threads);
+        self.tables.resize_with(self.tables.len().max(ranges.len()), WordTable::default);
+        let count = |table: &mut WordTable, texts: &[&str]| {
+            for word in texts.iter().flat_map(|text| Splitter::new(text)) {
+                table.add(word.as_bytes(), 1);
+            }
+        };
+        if ranges.len() == 1 {
+            return count(&mut self.tables[0], texts);
+        }
+        std::thread::scope(|scope| {
+            for (table, range) in self.tables.iter_mut().zip(ranges) {
+                scope.spawn(move || count(table, &texts[range]));
+            }
+        });
+    }
+
+    /// Number of distinct words so far.
+    pub fn num_words(&mut self) -> usize {
+        self.merged().words.len()
+    }
+
+    fn merged(&mut self) -> &WordTable {
+        let (first, others) = self.tables.split_at_mut(1);
+        for table in others {
+            let table = std::mem::take(table);
+            for word in &table.words {
+                first[0].add(table.bytes(word), word.count);
+            }
+        }
+        &self.tables[0]
+    }
+
+    /// Learn at most `num_merges` merges from what was counted; fewer when no pair is left.
+    ///
+    /// `interrupted` is asked between merges, about every 20 ms.
+    pub fn train(&mut self, num_merges: usize, interrupted: impl FnMut() -> bool) -> Result<Vec<Pair>, TrainError> {
+        let table = self.merged();
+        Trainer::new(table)?.run(num_merges, interrupted)
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Merging
+
+/// Stands between words.
+const BORDER: u32 = u32::MAX;
+/// Stands in cells inside a token: no pair begins here.
+const INSIDE: u32 = u32::MAX - 1;
+
+/// One byte of a word.
+#[derive(Clone, Copy)]
+struct Cell {
+    /// Id of the token that begins or ends at this byte, or INSIDE, or BORDER
+    id: u32,
+    /// Index of the word's count
+    word: u32,
+}
+
+/// What is known about a pair: how often it occurs, and where it did when it arose.
+struct Place {
+    pair: Pair,
+    count: u64,
+    start: usize, // first of its positions in Trainer::positions
+    length: usize,
+}
+
+/// Neighbours of one side met while a pair is merged.
+#[derive(Default)]
+struct Tally {
+    weight: Vec<u64>,        // [ids] summed counts, by neighbour
+    number: Vec<usize>,      // [ids] occurrences, by neighbour; a prefix sum of it later
+    seen: Vec<u32>,          // neighbours met; one whose only event was taken back may be listed twice
+    events: Vec<(u32, u32)>, // (neighbour, position of the new pair), positions ascending
+}
+
+impl Tally {
+    fn push(&mut self, neighbour: u32, position: u32, weight: u64) {
+        let index = neighbour as usize;
+        if self.weight[index] == 0 {
+            self.seen.push(neighbour);
+        }
+        self.weight[index] += weight;
+        self.number[index] += 1;
+        self.events.push((neighbour, position));
+    }
+
+    /// Take the newest event back.
+    fn pop(&mut self, weight: u64) {
+        let (neighbour, _) = self.events.pop().expect("the event of the merge just before");
+        self.weight[neighbour as usize] -= weight;
+        self.number[neighbour as usize] -= 1;
+    }
+}
+
+/// Multiplicative hashing of pair keys: they are small integers, spread is all that is needed.
+#[derive(Default)]
+struct PairHasher(u64);
+
+impl Hasher for PairHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("keys are u64")
+    }
+    fn write_u64(&mut self, key: u64) {
+        let mixed = key.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        self.0 = mixed ^ (mixed >> 32);
+    }
+}
+
+fn key(pair: Pair) -> u64 {
+    (pair.0 as u64) << 32 | pair.1 as u64
+}
+
+/// Order of merging: highest count, then smallest pair; `place` only says where to look.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Queued {
+    count: u64,
+    pair: std::cmp::Reverse<Pair>,
+    place: u32,
+}
+
+/// The state of a training.
+///
+/// Whether a kept position `p` of pair (a, b) still holds: cell `p` must read a, and the cell behind that token b.
+/// This suffices. Cells inside tokens read INSIDE, so `p` is a token's first or last byte. No token a is made after
+/// the pair has arisen, so a cell that reads a belongs to a token that was there then, and `p` was its first byte.
+/// The cell behind a token is the first byte of the next one.
+struct Trainer {
+    cells: Vec<Cell>,
+    weights: Vec<u64>, // [words]
+    lengths: Vec<u32>, // [ids] bytes of each token
+    positions: Vec<u32>,
+    places: Vec<Place>,
+    place_of: HashMap<u64, u32, BuildHasherDefault<PairHasher>>,
+    left: Tally,
+    right: Tally,
+    queue: BinaryHeap<Queued>,
+}
+
+impl Trainer {
+    fn new(table: &WordTable) -> Result<Self, TrainError> {
+        let total = table.arena.len() + table.words.len() + 1;
+        if total >= INSIDE as usize {
+            return Err(TrainError::TooManyWords);
+        }
+        let mut cells = Vec::with_capacity(total);
+        let mut weights = Vec::with_capacity(table.words.len());
+        cells.push(Cell { id: BORDER, word: 0 });
+        for word in &table.words {
+            let index = weights.len() as u32;
+            cells.extend(table.bytes(word).iter().map(|&byte| Cell { id: byte as u32, word: index }));
+            cells.push(Cell { id: BORDER, word: index });
+            weights.push(word.count);
+        }
+        let mut trainer = Trainer {
+            cells,
+            weights,
+            lengths: vec![1; 256],
+            positions: Vec::new(),
+            places: Vec::new(),
+            place_of: HashMap::default(),
+            left: Tally::default(),
+            right: Tally::default(),
+            queue: BinaryHeap::new(),
+        };
+        trainer.index_bytes();
+        Ok(trainer)
+    }
+
+    /// The pairs of bytes: counts and positions by a counting sort over the 65,536 possible pairs.
+    fn index_bytes(&mut self) {
+        let mut weight = vec![0u64; 1 << 16];
+        let mut number = vec![0usize; 1 << 16];
+        let slot = |cells: &[Cell]| match (cells[0].id, cells[1].id) {
+            (BORDER, _) | (_, BORDER) => None,
+            (a, b) => Some((a << 8 | b) as usize),
+        };
+        for cells in self.cells.windows(2) {
+            if let Some(slot) = slot(cells) {
+                weight[slot] += self.weights[cells[0].word as usize];
+                number[slot] += 1;
+            }
+        }
+        let mut start = 0;
+        for slot in 0..1 << 16 {
+            let length = number[slot];
+            number[slot] = start; // from here on: where the next position of this pair goes
+            if length > 0 {
+                self.add_place((slot as u32 >> 8, slot as u32 & 0xFF), weight[slot], start, length);
+            }
+            start += length;
+        }
+        self.positions.resize(start, 0);
+        for (position, cells) in self.cells.windows(2).enumerate() {
+            if let Some(slot) = slot(cells) {
+                self.positions[number[slot]] = position as u32;
+                number[slot] += 1;
+            }
+        }
+    }
+
+    fn add_place(&mut self, pair: Pair, count: u64, start: usize, length: usize) {
+        let place = self.places.len() as u32;
+        self.places.push(Place { pair, count, start, length });
+        self.place_of.insert(key(pair), place);
+        self.queue.push(Queued { count, pair: std::cmp::Reverse(pair), place });
+    }
+
+    fn run(mut self, num_merges: usize, mut interrupted: impl FnMut() -> bool) -> Result<Vec<Pair>, TrainError> {
+        let mut merges = Vec::new();
+        let mut checked: Option<Instant> = None; // so that it is asked before the first merge, too
+        while merges.len() < num_merges {
+            if checked.is_none_or(|at| at.elapsed().as_millis() >= 20) {
+                if interrupted() {
+                    return Err(TrainError::Interrupted);
+                }
+                checked = Some(Instant::now());
+            }
+            let Some(top) = self.queue.pop() else { break };
+            let count = self.places[top.place as usize].count;
+            if count == top.count {
+                merges.push(top.pair.0);
+                self.merge(top.place as usize);
+            } else if count > 0 {
+                self.queue.push(Queued { count, ..top });
+            }
+        }
+        Ok(merges)
+    }
+
+    /// Replace a pair by a new token everywhere and bring all counts up to date. Time: proportional to the places
+    /// where the pair once was, plus the number of distinct neighbours.
+    fn merge(&mut self, place: usize) {
+        let (a, b) = self.places[place].pair;
+        let new = self.lengths.len() as u32;
+        let (a_length, b_length) = (self.lengths[a as usize], self.lengths[b as usize]);
+        self.lengths.push(a_length + b_length);
+        for tally in [&mut self.left, &mut self.right] {
+            tally.weight.resize(new as usize + 1, 0);
+            tally.number.resize(new as usize + 1, 0);
+        }
+
+        // Pairs (new, new): from "abab". Tallied apart, since they come from two replacements.
+        let mut doubled: Vec<u32> = Vec::new();
+        let mut doubled_weight = 0;
+        let range = self.places[place].start..self.places[place].start + self.places[place].length;
+        for &position in &self.positions[range] {
+            let first = position as usize;
+            let second = first + a_length as usize;
+            if self.cells[first].id != a || self.cells[second].id != b {
+                continue;
+            }
+            let behind = second + b_length as usize;
+            let weight = self.weights[self.cells[first].word as usize];
+            // the seam first: for tokens of one byte it is also the token's first or last byte
+            self.cells[second - 1].id = INSIDE;
+            self.cells[second].id = INSIDE;
+            self.cells[first].id = new;
+            self.cells[behind - 1].id = new;
+
+            let before = self.cells[first - 1].id;
+            if before == new {
+                // The left neighbour was replaced a moment ago and saw `a` to its right: that pair is gone
+                self.right.pop(weight);
+                doubled.push(position - (a_length + b_length));
+                doubled_weight += weight;
+            } else if before != BORDER {
+                self.left.push(before, position - self.lengths[before as usize], weight);
+            }
+            let after = self.cells[behind].id;
+            if after != BORDER {
+                self.right.push(after, position, weight);
+            }
+        }
+
+        self.places[place].count = 0;
+        self.lower((b, a), doubled_weight, (a, b));
+        if !doubled.is_empty() {
+            let start = self.positions.len();
+            self.positions.extend_from_slice(&doubled);
+            self.add_place((new, new), doubled_weight, start, doubled.len());
+        }
+        let mut left = std::mem::take(&mut self.left);
+        self.settle(&mut left, (a, b), |x| (x, a), |x| (x, new));
+        self.left = left;
+        let mut right = std::mem::take(&mut self.right);
+        self.settle(&mut right, (a, b), |y| (b, y), |y| (new, y));
+        self.right = right;
+    }
+
+    /// Book one side: for each neighbour the old pair loses what the new pair gains, and the new pair gets its
+    /// positions, as one run of the arena (a counting sort by neighbour). Leaves the tally empty.
+    fn settle(&mut self, tally: &mut Tally, merged: Pair, old: impl Fn(u32) -> Pair, new: impl Fn(u32) -> Pair) {
+        let mut start = self.positions.len();
+        for &neighbour in &tally.seen {
+            let index = neighbour as usize;
+            let weight = std::mem::take(&mut tally.weight[index]);
+            if weight == 0 {
+                continue; // its events were taken back, or this is its second listing
+            }
+            let length = tally.number[index];
+            tally.number[index] = start; // where this neighbour's next position goes
+            self.lower(old(neighbour), weight, merged);
+            self.add_place(new(neighbour), weight, start, length);
+            start += length;
+        }
+        self.positions.resize(start, 0);
+        for (neighbour, position) in tally.events.drain(..) {
+            let next = &mut tally.number[neighbour as usize];
+            self.positions[*next] = position;
+            *next += 1;
+        }
+        for neighbour in tally.seen.drain(..) {
+            tally.number[neighbour as usize] = 0;
+        }
+    }
+
+    /// A pair has lost `weight` occurrences. The pair being merged is already at zero.
+    fn lower(&mut self, pair: Pair, weight: u64, merged: Pair) {
+        if weight > 0 && pair != merged {
+            let place = self.place_of[&key(pair)];
+            self.places[place as usize].count -= weight;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn learn(texts: &[&str], num_merges: usize) -> Vec<Pair> {
+        let mut counter = Counter::new(1);
+        counter.feed(texts);
+        counter.train(num_merges, || false).expect("not interrupted")
+    }
+
+    /// The rule of the module's first paragraph, word for word, with no thought of speed.
+    fn learn_slowly(texts: &[&str], num_merges: usize) -> Vec<Pair> {
+        let split = |text| Splitter::new(text).map(|word| word.bytes().map(u32::from).collect::<Vec<_>>());
+        let mut words: Vec<Vec<u32>> = texts.iter().flat_map(|text| split(text)).collect();
+        let mut merges = Vec::new();
+        while merges.len() < num_merges {
+            let mut counts: HashMap<Pair, u64> = HashMap::new();
+            for pair in words.iter().flat_map(|word| word.windows(2)) {
+                *counts.entry((pair[0], pair[1])).or_default() += 1;
+            }
+            let best = counts.into_iter().max_by_key(|&(pair, count)| (count, std::cmp::Reverse(pair)));
+            let Some((pair, _)) = best else { break };
+            let new = 256 + merges.len() as u32;
+            merges.push(pair);
+            for word in &mut words {
+                let mut merged = Vec::new();
+                for &id in word.iter() {
+                    // a token just made never equals pair.0, so "aaa" becomes (aa)(a)
+                    if id == pair.1 && merged.last() == Some(&pair.0) {
+                        merged.pop();
+                        merged.push(new);
+                    } else {
+                        merged.push(id);
+                    }
+                }
+                *word = merged;
+            }
+        }
+        merges
+    }
+
+    #[test]
+    fn wikipedia_example() {
+        // aaabdaaabac: aa (4 overlapping counts), then ab before (aa)a by the smaller ids, then (aa)(ab)
+        assert_eq!(learn(&["aaabdaaabac"], 3), [(97, 97), (97, 98), (256, 257)]);
+    }
+
+    #[test]
+    fn runs_of_one_letter() {
+        for length in 0..40 {
+            let text = "a".repeat(length);
+            assert_eq!(learn(&[&text], 20), learn_slowly(&[&text], 20), "{length} letters");
+        }
+    }
+
+    #[test]
+    fn random_words_give_the_merges_of_the_slow_rule() {
+        let mut seed = 7u64;
+        let mut next = |bound: usize| {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (seed >> 33) as usize % bound
+        };
+        for letters in [2, 3, 5] {
+            for _ in 0..60 {
+                let texts: Vec<String> = (0..6)
+                    .map(|_| (0..next(40)).map(|_| ["a", "b", "字", " ", "c"][next(letters)]).collect())
+                    .collect();
+                let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+                assert_eq!(learn(&texts, 60), learn_slowly(&texts, 60), "{texts:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_to_learn() {
+        assert_eq!(learn(&[], 10), []);
+        assert_eq!(learn(&["", "a", "b"], 10), []);
+        assert_eq!(learn(&["ab"], 10), [(97, 98)]);
+        assert_eq!(learn(&["ab"], 0), []);
+    }
+
+    #[test]
+    fn batches_and_threads_do_not_matter() {
+        let texts: Vec<String> =
+            (0..4000).map(|n| format!("word{} 数字{} and the rest of it\n", n % 97, n % 31)).collect();
+        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+        let expected = learn(&texts, 300);
+        let mut counter = Counter::new(3);
+        for batch in texts.chunks(1500) {
+            counter.feed(batch);
+        }
+        assert_eq!(counter.train(300, || false), Ok(expected.clone()));
+        assert_eq!(counter.train(300, || false), Ok(expected), "training leaves the counts alone");
+    }
+
+    #[test]
+    fn an_interrupt_ends_training() {
+        let mut counter = Counter::new(1);
+        counter.feed(&["some words to learn from"]);
+        assert_eq!(counter.train(10, || true), Err(TrainError::Interrupted));
+        assert_eq!(counter.train(3, || false).map(|merges| merges.len()), Ok(3), "and the counts survive it");
+    }
+}

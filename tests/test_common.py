@@ -1,0 +1,806 @@
+"""Proves the ground every script stands on: flags, schedule, device choice, checkpoints that survive any interruption,
+stage keys, signals, error messages.
+
+    python -m pytest tests/test_common.py
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+
+with contextlib.suppress(ImportError):  # Windows
+    import pty
+    import resource
+
+SCHEDULES = ("linear", "cosine", "wsd", "constant")
+
+
+def parse(*argv, build=None):
+    """Namespace of a small parser with one flag of each kind, from these words."""
+    parser = common.Parser("test")
+    parser.add_argument("--data_path", nargs="+", default=["a.jsonl"])
+    parser.add_argument("--hidden_size", type=common.positive(int), help="width")
+    common.switch(parser, "--use_moe", 0, "experts")
+    common.optim_flags(parser, batch_size=8, learning_rate=1e-3, muon_learning_rate=1e-2)
+    common.run_flags(parser, save_weight="test", eval_interval=10)
+    return parser.parse_args(list(argv))
+
+
+def refusal(capsys, *argv):
+    """The message with which a command line is refused; checks the exit code and that it is short."""
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 2 and message.startswith("error: ")
+    return message
+
+
+# -- Learning rate ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warm_up_rises_evenly_and_is_never_zero(schedule):
+    scales = [common.lr_scale(step, 100, 9, schedule) for step in range(10)]
+    assert scales == pytest.approx([(step + 1) / 10 for step in range(10)])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+def test_schedules_end_at_the_floor(schedule):
+    assert common.lr_scale(100, 100, 10, schedule) == pytest.approx(0)
+    assert common.lr_scale(100, 100, 10, schedule, floor=0.1) == pytest.approx(0.1)
+    assert common.lr_scale(99, 100, 10, schedule) > 0, "the last step still learns"
+    falling = [common.lr_scale(step, 100, 10, schedule) for step in range(10, 101)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_schedules_pass_through_their_known_points():
+    assert common.lr_scale(55, 100, 10, "linear") == pytest.approx(0.5)
+    assert common.lr_scale(55, 100, 10, "cosine") == pytest.approx(0.5)
+    assert common.lr_scale(10 + 22.5, 100, 10, "cosine") == pytest.approx(0.5 * (1 + math.sqrt(0.5)))
+    # wsd: stable until 60% of what follows the warm-up, then straight down
+    assert common.lr_scale(10 + 54, 100, 10, "wsd") == pytest.approx(1)
+    assert common.lr_scale(10 + 72, 100, 10, "wsd") == pytest.approx(0.5)
+    assert common.lr_scale(99, 100, 10, "constant") == 1
+
+
+def test_warm_up_below_one_is_a_share_of_the_steps():
+    for step in range(40):
+        assert common.lr_scale(step, 200, 0.05) == common.lr_scale(step, 200, 10)
+    assert common.lr_scale(0, 200, 0) == 1
+    assert common.lr_scale(0, 200, 1) == 0.5, "1 is one step, not all of them"
+
+
+def test_unknown_schedule_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'step' is unknown.*linear, cosine, wsd, constant"):
+        common.lr_scale(5, 10, 0, "step")
+
+
+def test_epochs_become_steps_and_max_steps_wins():
+    args = parse("--batch_size", "4", "--accumulation_steps", "2", "--epochs", "1.5")
+    assert common.count_steps(args, samples=100, world_size=2) == math.ceil(150 / 16)
+    assert common.count_steps(args, samples=1, world_size=2) == 1
+    args.max_steps = 7
+    assert common.count_steps(args, samples=100, world_size=2) == 7
+
+
+# -- Command line ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("words, value", [([], 0), (["--use_moe"], 1), (["--use_moe", "1"], 1), (["--use_moe", "0"], 0),
+                                          (["--use-moe=0"], 0)])
+def test_switch_takes_a_value_or_none(words, value):
+    assert parse(*words).use_moe == value
+
+
+def test_switch_that_is_on_by_default_can_be_switched_off():
+    assert parse().keep_resume == 1
+    assert parse("--keep_resume", "0").keep_resume == 0
+
+
+@pytest.mark.parametrize("words", [["--use_moe", "True"], ["--use_moe", "2"]])
+def test_switch_refuses_other_words(words, capsys):
+    assert "--use_moe" in refusal(capsys, *words)
+
+
+def test_hyphens_are_accepted_in_flags_and_kept_in_values():
+    args = parse("--batch-size", "3", "--data-path", "my-data/a-b.jsonl", "--save-dir=my-out")
+    assert (args.batch_size, args.data_path, args.save_dir) == (3, ["my-data/a-b.jsonl"], "my-out")
+
+
+@pytest.mark.parametrize("words", [["--learn", "0.5"], ["--batch", "3"], ["--lerning_rate", "0.5"], ["stray"]])
+def test_abbreviations_and_unknown_flags_are_refused(words, capsys):
+    assert words[0] in refusal(capsys, *words)
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--batch_size", "0"), ("--batch_size", "-1"), ("--batch_size", "1.5"), ("--batch_size", "1" + "0" * 400),
+    ("--learning_rate", "0"), ("--learning_rate", "-0.1"), ("--learning_rate", "nan"), ("--learning_rate", "3"),
+    ("--warmup_steps", "-1"), ("--epochs", "inf"), ("--epochs", "0"), ("--grad_clip", "-1"),
+    ("--log_interval", "0"), ("--threads", "-2"),
+    ("--dtype", "int8"), ("--optimizer", "sgd"), ("--schedule", "step"), ("--seed", "x")], ids=lambda v: v[:20])
+def test_absurd_values_are_refused(flag, value, capsys):
+    assert flag in refusal(capsys, flag, value)
+
+
+def test_every_flag_shows_help_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "samples per process and micro-step (default: 8)" in " ".join(text.split())
+
+
+# -- Device and dtype ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "xpu"])
+def test_unknown_device_is_refused_with_the_choices(name):
+    with pytest.raises(ValueError, match="cannot be used.*here there are: cpu.*leave the flag out"):
+        common.pick_device(name)
+
+
+def test_auto_device_prefers_cuda_then_mps_then_cpu(monkeypatch):
+    cuda, mps = [True], [True]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda[0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps[0])
+    assert common.pick_device("auto") == (torch.device("cuda"), "a card found")
+    cuda[0] = False
+    assert common.pick_device("auto")[0].type == "mps"
+    mps[0] = False
+    assert common.pick_device("auto") == (torch.device("cpu"), "no GPU found")
+
+
+@pytest.mark.parametrize("name, major, expected", [
+    ("auto", 9, torch.bfloat16), ("auto", 8, torch.bfloat16), ("auto", 7, torch.float16), ("bf16", 7, torch.float16),
+    ("bfloat16", 8, torch.bfloat16), ("fp32", 9, torch.float32), ("fp16", 9, torch.float16),
+    ("float64", 7, torch.float64)])
+def test_cuda_dtype_follows_the_compute_capability(name, major, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    assert common.pick_dtype(name, torch.device("cuda"))[0] == expected
+
+
+@pytest.mark.parametrize("name, speedup, expected", [
+    ("auto", 2.5, torch.bfloat16), ("auto", 1.1, torch.float32), ("auto", 0.0, torch.float32),
+    ("bf16", 0.4, torch.bfloat16), ("fp32", 9.0, torch.float32), ("fp64", 9.0, torch.float64)])
+def test_cpu_dtype_follows_the_measured_speed(name, speedup, expected, monkeypatch):
+    monkeypatch.setattr(common, "bf16_speedup", lambda: speedup)
+    assert common.pick_dtype(name, torch.device("cpu"))[0] == expected
+
+
+def test_bf16_is_refused_where_it_crashes(monkeypatch):
+    monkeypatch.setattr(common, "bf16_speedup", lambda: 0.0)
+    with pytest.raises(ValueError, match="bf16"):
+        common.pick_dtype("bf16", torch.device("cpu"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_probe_survives_a_crash_and_a_hang():
+    assert common._in_child(lambda: 1.5) == 1.5
+    assert common._in_child(lambda: os.kill(os.getpid(), signal.SIGKILL)) is None
+    assert common._in_child(lambda: time.sleep(60), patience=0.1) is None
+
+
+def run_args(folder, **changes):
+    """Namespace of a run that writes to folder/run."""
+    args = parse("--save_dir", str(folder), "--save_weight", "run", "--device", "cpu", "--dtype", "float32",
+                 "--threads", "1")
+    for name, value in changes.items():
+        setattr(args, name, value)
+    return args
+
+
+def test_setup_seeds_everything_and_says_what_it_chose(tmp_path, capsys):
+    runtime = common.setup(run_args(tmp_path))
+    first = torch.rand(3)
+    common.setup(run_args(tmp_path))
+    assert torch.equal(first, torch.rand(3))
+    assert "device cpu (asked for), dtype float32 (asked for), 1 process(es) x 1 thread(s)" in capsys.readouterr().out
+    assert not runtime.scaler.is_enabled()
+
+
+def test_resumed_run_keeps_probed_dtype_but_threads_only_for_as_many_processes(tmp_path, monkeypatch):
+    facts = {"dtype": "float32", "threads": 1, "world_size": 1}
+    (tmp_path / "run").mkdir()
+    common.write_minillm(tmp_path / "run", {"runtime": facts})
+    monkeypatch.setattr(common, "bf16_speedup", lambda: 99.0)
+    runtime = common.setup(run_args(tmp_path, from_resume=1, dtype="auto", threads=0))
+    assert (runtime.dtype, runtime.threads) == (torch.float32, 1)
+    common.write_minillm(tmp_path / "run", {"runtime": facts | {"world_size": 4, "threads": 1000}})
+    runtime = common.setup(run_args(tmp_path, from_resume=1, dtype="auto", threads=0))
+    assert (runtime.dtype, runtime.threads) != (torch.float32, 1000) and runtime.threads < 1000
+    assert common.setup(run_args(tmp_path, dtype="auto")).dtype == torch.bfloat16, "a fresh run probes"
+    torch.set_num_threads(1)
+
+
+def test_shares_of_all_ranks_put_together_are_the_list(monkeypatch):
+    for world in (1, 2, 3):
+        items = list(range(7))
+        ranks = [common.Runtime(torch.device("cpu"), torch.float32, rank, world) for rank in range(world)]
+        shares = [runtime.shard(items) for runtime in ranks]
+        monkeypatch.setattr(common.Runtime, "gather", lambda self, value, shares=shares: shares)
+        assert all(runtime.unshard(share) == items for runtime, share in zip(ranks, shares, strict=True))
+
+
+# -- Atomic folders --------------------------------------------------------------------------------------------------
+def fill(folder, content):
+    """A complete small checkpoint in `folder` (which exists)."""
+    (folder / "config.json").write_text(f'{{"content": "{content}"}}')
+    (folder / "model.safetensors").write_text(content * 100)
+    common.write_minillm(folder, {"progress": {"step": content}, "key": content, "stage": "test"})
+
+
+def content_of(path):
+    return json.loads((path / "config.json").read_text())["content"]
+
+
+def checkpoint(tmp_path, *contents):
+    """Write these one after the other to tmp_path/run, as a training run does."""
+    for content in contents:
+        with common.atomic_folder(tmp_path / "run") as tmp:
+            fill(tmp, content)
+    return tmp_path / "run"
+
+
+def test_save_keeps_the_one_before_as_previous(tmp_path):
+    path = checkpoint(tmp_path, "first", "second", "third")
+    assert content_of(path) == "third"
+    assert content_of(tmp_path / "run.previous") == "second"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.previous"]
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_exception_while_writing_leaves_the_old_folder(tmp_path, moment):
+    path = checkpoint(tmp_path, "old")
+
+    class Failure(Exception):
+        pass
+
+    with pytest.raises(Failure), common.atomic_folder(path) as tmp:
+        for i, name in enumerate(["config.json", "model.safetensors", "minillm.json"]):
+            if i == moment:
+                raise Failure
+            (tmp / name).write_text("new")
+        raise Failure
+    assert content_of(common.find_checkpoint(tmp_path, "run")) == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"], "nothing half-written stays"
+
+
+class Killed(BaseException):
+    """Stands for kill -9: it is caught by nobody."""
+
+
+# the calls with which a save touches the disk, in order: each is once the last thing the process does
+CALLS = [("shutil.rmtree", 0), ("os.fsync", 0), ("os.fsync", 2), ("shutil.rmtree", 1), ("os.replace", 0),
+         ("os.replace", 1), ("os.fsync", -1)]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("name, count", CALLS, ids=lambda v: str(v))
+def test_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path, monkeypatch, name, count, after):
+    checkpoint(tmp_path, "older", "old")
+    module, function = name.split(".")
+    real = getattr(getattr(common, module), function)
+    calls, dead = [], []
+
+    def total():
+        return len(list((tmp_path / "run").iterdir())) + 2 if count < 0 else count + 1
+
+    wanted = total()
+
+    def dying(*args, **options):
+        if dead:  # a killed process cleans nothing up either
+            raise Killed
+        calls.append(args)
+        if len(calls) < wanted:
+            return real(*args, **options)
+        if after:
+            real(*args, **options)
+        dead.append(1)
+        raise Killed
+
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        patch.setattr(getattr(common, module), function, dying)
+        checkpoint(tmp_path, "new")
+    assert content_of(common.find_checkpoint(tmp_path, "run")) in ("old", "new")
+    checkpoint(tmp_path, "newest")
+    assert content_of(common.find_checkpoint(tmp_path, "run")) == "newest"
+
+
+def test_between_the_two_renames_the_previous_one_is_used(tmp_path, capsys):
+    path = checkpoint(tmp_path, "old")
+    os.replace(path, tmp_path / "run.previous")
+    assert common.find_checkpoint(tmp_path, "run") == tmp_path / "run.previous"
+    assert "a save was interrupted" in capsys.readouterr().out
+
+
+# -- Finding checkpoints ---------------------------------------------------------------------------------------------
+def test_checkpoint_is_found_by_name_and_by_path(tmp_path, monkeypatch):
+    path = checkpoint(tmp_path, "one")
+    monkeypatch.chdir(tmp_path)
+    assert common.find_checkpoint(tmp_path, "run") == path
+    assert common.find_checkpoint("elsewhere", str(path)) == path
+    assert common.find_checkpoint("elsewhere", "./run") == Path("run")
+    assert common.find_checkpoint(".", "run") == Path("run")
+    monkeypatch.chdir(path)
+    assert common.find_checkpoint("elsewhere", ".") == Path(".")
+
+
+def test_folder_of_the_same_name_in_the_working_directory_hides_nothing(tmp_path, monkeypatch):
+    path = checkpoint(tmp_path / "out", "one")
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert common.find_checkpoint("out", "run") == Path("out/run")
+    assert path.is_dir()
+
+
+def test_missing_checkpoint_is_answered_with_what_there_is(tmp_path):
+    checkpoint(tmp_path, "one", "two")
+    with pytest.raises(FileNotFoundError) as error:
+        common.find_checkpoint(tmp_path, "sft")
+    assert "'sft' not found" in str(error.value) and "there are: run;" in str(error.value)
+    with pytest.raises(FileNotFoundError, match="there are: none; train that stage first"):
+        common.find_checkpoint(tmp_path / "empty", "sft")
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES = [(cut, "model.safetensors", "model.safetensors has .* bytes, not"),
+           (os.remove, "model.safetensors", "model.safetensors is missing"),
+           (cut, "minillm.json", "minillm.json is unreadable"), (cut, "config.json", "config.json has .* bytes")]
+
+
+@pytest.mark.parametrize("harm, name, words", DAMAGES)
+def test_damage_is_named_and_the_previous_checkpoint_used(tmp_path, capsys, harm, name, words):
+    path = checkpoint(tmp_path, "first", "second")
+    harm(path / name)
+    assert content_of(common.find_checkpoint(tmp_path, "run")) == "first"
+    assert f"checkpoint {path} is damaged" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run.previous")
+    with pytest.raises(ValueError, match=f"damaged .{words}.*train that stage again"):
+        common.find_checkpoint(tmp_path, "run")
+
+
+def test_folder_from_elsewhere_is_taken_as_it_is(tmp_path):
+    (tmp_path / "qwen").mkdir()
+    (tmp_path / "qwen" / "config.json").write_text("{}")
+    assert common.find_checkpoint("out", str(tmp_path / "qwen")) == tmp_path / "qwen"
+
+
+# -- Saving and resuming ---------------------------------------------------------------------------------------------
+class Part:
+    """Stands for a model: something with save_pretrained."""
+
+    def save_pretrained(self, folder):
+        (folder / "config.json").write_text("{}")
+
+
+def save(tmp_path, step, runtime=None, parts=None, **options):
+    """Save a run of one weight at this step into tmp_path/run."""
+    runtime = runtime or common.Runtime(torch.device("cpu"), torch.float32, scaler=torch.amp.GradScaler(enabled=False))
+    args = run_args(tmp_path, **options.pop("flags", {}))
+    state = {"model": {"w": torch.full((1000,), float(step))}, "progress": {"step": step}}
+    facts = {"stage": "test", "key": "k", "progress": {"step": step}}
+    return common.save_checkpoint(runtime, args, parts or [Part()], state, facts, **options), runtime, args
+
+
+def test_resume_state_and_random_numbers_come_back(tmp_path):
+    torch.manual_seed(3)
+    written, runtime, args = save(tmp_path, 5)
+    expected = torch.rand(4)
+    torch.manual_seed(4)
+    state = common.load_resume(runtime, args)
+    assert written and torch.equal(torch.rand(4), expected)
+    assert state["progress"] == {"step": 5} and state["model"]["w"][0] == 5
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 0.5}, {"seed": 1}, {"data_path": ["other.jsonl"]}])
+def test_resume_refuses_changed_flags_and_names_both_values(tmp_path, changes):
+    _, runtime, args = save(tmp_path, 5)
+    (name, value), = changes.items()
+    with pytest.raises(ValueError) as error:
+        common.load_resume(runtime, run_args(tmp_path, **changes))
+    assert f"--{name}: was {getattr(args, name)!r}, is {value!r}" in str(error.value)
+    assert "--overwrite 1" in str(error.value)
+
+
+def test_resume_allows_flags_that_cannot_change_the_mathematics(tmp_path):
+    _, runtime, _ = save(tmp_path, 5)
+    args = run_args(tmp_path, max_steps=99, log_interval=1, save_interval=3, batch_size=2, accumulation_steps=4)
+    assert common.load_resume(runtime, args)["progress"]["step"] == 5
+
+
+def test_resume_with_other_process_count_says_so(tmp_path, capsys):
+    _, runtime, args = save(tmp_path, 5)
+    path = tmp_path / "run" / "resume" / "state.pt"
+    state = torch.load(path)
+    torch.save(state | {"rng": state["rng"] * 2}, path)
+    common.write_minillm(tmp_path / "run", {})
+    common.load_resume(runtime, args)
+    assert "resuming with 1 process(es), saved with 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 50, b"PK\x03\x04" + b"0" * 500,
+                                     pickle.dumps(argparse.Namespace(), protocol=2)],
+                         ids=["empty", "garbage", "broken archive", "foreign class"])
+def test_unreadable_resume_state_is_one_message(tmp_path, content):
+    _, runtime, args = save(tmp_path, 5)
+    (tmp_path / "run" / "resume" / "state.pt").write_bytes(content)
+    common.write_minillm(tmp_path / "run", {})  # sizes fit: the damage shows only when it is read
+    with pytest.raises(ValueError, match="state.pt cannot be read.*--overwrite 1"):
+        common.load_resume(runtime, args)
+
+
+def test_finished_run_drops_the_previous_and_on_request_the_resume_state(tmp_path):
+    save(tmp_path, 5)
+    save(tmp_path, 6)
+    assert (tmp_path / "run.previous").is_dir()
+    save(tmp_path, 7, finished=True, flags={"keep_resume": 0})
+    assert not (tmp_path / "run.previous").exists()
+    assert not (tmp_path / "run" / "resume").exists()
+    assert common.read_minillm(tmp_path / "run")["finished"] is True
+
+
+def test_too_little_space_is_seen_before_writing_and_training_goes_on(tmp_path, capsys, monkeypatch):
+    save(tmp_path, 5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
+    assert not save(tmp_path, 6)[0]
+    text = capsys.readouterr().out
+    assert "MB are free" in text and "Training goes on; last good checkpoint: step 5" in text
+    assert common.read_minillm(tmp_path / "run")["progress"]["step"] == 5
+    monkeypatch.undo()
+    assert save(tmp_path, 7)[0]
+
+
+class BigPart(Part):
+    """A model whose file does not fit any more."""
+
+    def save_pretrained(self, folder):
+        from safetensors.torch import save_file
+        super().save_pretrained(folder)
+        save_file({"w": torch.zeros(100_000)}, folder / "model.safetensors")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX file size limits")
+@pytest.mark.parametrize("part, limit", [(Part, 3000), (BigPart, 100_000)], ids=["resume state", "weights"])
+def test_disk_that_fills_up_while_writing_costs_no_training(tmp_path, capsys, part, limit):
+    save(tmp_path, 5)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # writes beyond it fail, as on a full disk
+    try:
+        written = save(tmp_path, 6, parts=[part()])[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not written
+    assert "Training goes on; last good checkpoint: step 5" in capsys.readouterr().out
+    assert common.read_minillm(common.find_checkpoint(tmp_path, "run"))["progress"]["step"] == 5
+    assert not (tmp_path / "run.tmp").exists(), "what was half-written is removed, there is no space to spare"
+    assert save(tmp_path, 7)[0]
+
+
+# -- Stages ----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def key(tmp_path):
+    """key(**changes of flags) -> stage key of a run with one data file and one parent."""
+    (tmp_path / "data.jsonl").write_text("one\n")
+    parent = checkpoint(tmp_path, "parent")
+
+    def of(**changes):
+        return common.stage_key(run_args(tmp_path, **changes), [tmp_path / "data.jsonl"], [parent])
+
+    return of
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 0.5}, {"seed": 1}, {"batch_size": 2}, {"max_steps": 3},
+                                     {"epochs": 2.0}, {"optimizer": "adamw"}])
+def test_stage_key_changes_with_flags_that_change_the_result(key, changes):
+    assert key(**changes) != key()
+
+
+@pytest.mark.parametrize("changes", [{"log_interval": 3}, {"save_interval": 3}, {"from_resume": 1}, {"overwrite": 1},
+                                     {"if_needed": 1}, {"debug": 1}, {"threads": 7}, {"save_weight": "other"}])
+def test_stage_key_stays_with_flags_that_do_not(key, changes):
+    assert key(**changes) == key()
+
+
+def test_stage_key_changes_with_data_content_but_not_with_its_date(key, tmp_path):
+    first = key()
+    os.utime(tmp_path / "data.jsonl", (0, 0))
+    assert key() == first
+    (tmp_path / "data.jsonl").write_text("two\n")
+    assert key() != first
+
+
+def test_stage_key_changes_with_the_parent(key, tmp_path):
+    first = key()
+    checkpoint(tmp_path, "another parent")
+    assert key() != first
+
+
+def test_stage_key_tells_an_interrupted_parent_from_a_finished_one(key, tmp_path):
+    common.write_minillm(tmp_path / "run", {"key": "same", "progress": {"step": 10}})
+    first = key()
+    common.write_minillm(tmp_path / "run", {"key": "same", "progress": {"step": 20}})
+    assert key() != first
+
+
+def decide(tmp_path, key="k", **flags):
+    runtime = common.Runtime(torch.device("cpu"), torch.float32)
+    return common.begin(runtime, run_args(tmp_path, **flags), key)
+
+
+def test_first_start_is_fresh_and_says_so_when_asked_to_resume(tmp_path, capsys):
+    assert decide(tmp_path) == decide(tmp_path, if_needed=1) == "fresh"
+    assert capsys.readouterr().out == ""
+    assert decide(tmp_path, from_resume=1) == "fresh"
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_existing_run_is_not_replaced_silently(tmp_path):
+    save(tmp_path, 5)
+    with pytest.raises(ValueError) as error:
+        decide(tmp_path)
+    assert all(words in str(error.value) for words in ("already holds an unfinished run (stage test)",
+                                                       "--from_resume 1", "--overwrite 1", "--save_weight"))
+    assert decide(tmp_path, overwrite=1) == "fresh"
+    assert decide(tmp_path, from_resume=1) == "resume"
+
+
+def test_run_in_a_folder_with_a_slash_is_not_replaced_silently(tmp_path):
+    save(tmp_path, 5, flags={"save_weight": "a/b"})
+    with pytest.raises(ValueError, match="already holds"):
+        decide(tmp_path, save_weight="a/b")
+
+
+def test_needed_stage_is_skipped_resumed_or_redone(tmp_path, capsys):
+    save(tmp_path, 5)
+    assert decide(tmp_path, if_needed=1) == "resume"
+    save(tmp_path, 9, finished=True)
+    assert decide(tmp_path, if_needed=1) == "skip"
+    assert "is finished with these flags and inputs: skipped" in capsys.readouterr().out
+    assert decide(tmp_path, key="other", if_needed=1) == "fresh"
+    assert "made with other flags or inputs: doing it again" in capsys.readouterr().out
+
+
+def test_damaged_run_without_predecessor_is_named_before_it_is_done_again(tmp_path, capsys):
+    save(tmp_path, 5)
+    os.remove(tmp_path / "run" / "resume" / "state.pt")
+    assert decide(tmp_path, if_needed=1) == "fresh"
+    assert "is damaged (resume/state.pt is missing)" in capsys.readouterr().out
+
+
+def test_resume_without_state_starts_fresh_and_says_so(tmp_path, capsys):
+    save(tmp_path, 9, finished=True, flags={"keep_resume": 0})
+    assert decide(tmp_path, from_resume=1) == "fresh"
+    assert "holds no resume state: starting fresh" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("--seed 1", "python train.py --seed 1 --from_resume 1"),
+    ("--overwrite 1 --seed 1", "python train.py --seed 1 --from_resume 1"),
+    ("--overwrite --from-resume 0 --seed=1", "python train.py --seed=1 --from_resume 1"),
+    ("--seed 1 --from_resume=1 --use_moe 1", "python train.py --seed 1 --use_moe 1 --from_resume 1")])
+def test_resume_command_can_be_pasted(monkeypatch, words, expected):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words.split()])
+    assert common.resume_command() == expected
+
+
+def test_resume_command_quotes_and_keeps_the_launcher(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data_path", "my data/*.jsonl"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert common.resume_command() == ("torchrun --nproc_per_node 2 train.py --data_path 'my data/*.jsonl' "
+                                       "--from_resume 1")
+
+
+# -- Guards ----------------------------------------------------------------------------------------------------------
+def scaler(scale):
+    """A gradient scaler at this scale; None = none in use."""
+    return argparse.Namespace(is_enabled=lambda: scale is not None, get_scale=lambda: scale)
+
+
+def guard(dtype=torch.float32, scale=None):
+    return common.NonFinite(common.Runtime(torch.device("cpu"), dtype, scaler=scaler(scale)))
+
+
+def test_nonfinite_step_is_skipped_counted_and_explained(capsys):
+    check = guard()
+    assert not check.skip(1, 2.0, 1.0, 1e-3)
+    assert check.skip(2, math.nan, 1.0, 1e-3)
+    text = capsys.readouterr().out
+    assert all(words in text for words in ("step 2", "loss nan", "1.00e-03", "float32", "learning rate is too high"))
+    assert check.skip(3, 2.0, math.inf, 1e-3)
+    assert not check.skip(4, 2.0, 1.0, 1e-3)
+    assert check.skip(5, math.nan, 1.0, 1e-3) and check.skip(6, math.nan, 1.0, 1e-3)
+    assert check.total == 4
+    with pytest.raises(ValueError, match="3 steps in a row, last at step 7.*--learning_rate"):
+        check.skip(7, math.nan, 1.0, 1e-3)
+
+
+def test_fp16_overflow_belongs_to_the_scaler_until_its_scale_is_used_up():
+    check = guard(torch.float16, scale=1024.0)
+    assert not any(check.skip(step, 2.0, math.inf, 1e-3) for step in range(5))
+    assert check.skip(6, math.nan, math.inf, 1e-3), "a loss that is not finite is no matter of scale"
+    assert guard(torch.float16, scale=1.0).skip(1, 2.0, math.inf, 1e-3)
+
+
+def test_budget_sets_the_steps_from_the_measured_speed(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    runtime = common.Runtime(torch.device("cpu"), torch.float32)
+    budget = common.Budget(minutes=2)
+    total = 10_000
+    seen = []
+    for done in range(1, 15):
+        now[0] += 2.0 if done <= 4 else 0.5  # the first steps are slow and must not count
+        total = budget.steps(done, total, runtime)
+        seen.append(total)
+    assert seen[:8] == [10_000] * 8
+    # at step 9, 10.5 s are gone: 0.96 * 120 - 10.5 at half a second each are left. The clock starts with the first step
+    assert len(set(seen[8:])) == 1
+    assert abs(seen[-1] - (9 + (0.96 * 120 - 10.5) / 0.5)) <= 2
+    assert common.Budget(minutes=0).steps(50, 77, runtime) == 77
+
+
+def test_budget_never_adds_steps(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    runtime = common.Runtime(torch.device("cpu"), torch.float32)
+    budget = common.Budget(minutes=60)
+    assert [budget.steps(done, 12, runtime) for done in range(1, 13) if not now.__setitem__(0, done)] == [12] * 12
+
+
+# -- Signals ---------------------------------------------------------------------------------------------------------
+def training(saved, deaf=False, nohup=False):
+    """A training loop of 200 steps, as a script would run it; a deaf one never gets to its save."""
+
+    def main(args):
+        if nohup:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does before it starts a program
+        stop = common.StopSignal()
+        print("ready", flush=True)
+        for step in range(200):
+            time.sleep(0.05)
+            number = stop.stop(common.Runtime(None, None))
+            if number and not deaf:
+                print(f"saved at step {step}", flush=True)
+                saved.write_text("saved")
+                raise common.Interrupted(number)
+
+    common.run(main, argparse.Namespace)
+
+
+class Child:
+    """A forked process that trains (a new Python would import torch for seconds), with its output behind a pipe or,
+    with terminal=True, a terminal."""
+
+    def __init__(self, saved, terminal=False, **options):
+        reader, writer = (None, None) if terminal else os.pipe()
+        self.pid, master = pty.fork() if terminal else (os.fork(), None)
+        self.output = master if terminal else reader
+        if self.pid == 0:
+            try:
+                for descriptor in (1, 2) if writer else ():
+                    os.dup2(writer, descriptor)
+                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+                training(saved, **options)
+            finally:
+                os._exit(99)
+        if writer:
+            os.close(writer)
+        self.text = b""
+        self.read_until(b"ready")
+
+    def read_until(self, word):
+        while word not in self.text:
+            self.text += os.read(self.output, 1000)
+
+    def send(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self, seconds=30.0):
+        """Exit code; None when it is still running after that time."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+        return None
+
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+
+
+@posix
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_signal_finishes_the_step_saves_and_exits_with_its_code(tmp_path, name, code):
+    child = Child(tmp_path / "saved")
+    child.send(getattr(signal, name))
+    assert child.wait() == code
+    child.read_until(b"saved at step")
+    assert b"stopping after this step" in child.text and b"Traceback" not in child.text
+    assert (tmp_path / "saved").exists()
+
+
+@posix
+def test_second_ctrl_c_leaves_at_once(tmp_path):
+    child = Child(tmp_path / "saved", deaf=True)
+    child.send(signal.SIGINT)
+    child.read_until(b"stopping")
+    child.send(signal.SIGINT)
+    assert child.wait(5) == 130
+    assert not (tmp_path / "saved").exists()
+
+
+@posix
+def test_closed_terminal_does_not_prevent_the_save(tmp_path):
+    child = Child(tmp_path / "saved", terminal=True)
+    os.close(child.output)  # the window is closed: SIGHUP, and every later print fails
+    assert child.wait() == 129
+    assert (tmp_path / "saved").read_text() == "saved"
+
+
+@posix
+def test_nohup_outlives_the_terminal(tmp_path):
+    child = Child(tmp_path / "saved", nohup=True)
+    child.send(signal.SIGHUP)
+    assert child.wait(0.3) is None
+    child.send(signal.SIGTERM)
+    assert child.wait() == 143
+
+
+# -- Errors ----------------------------------------------------------------------------------------------------------
+def outcome(monkeypatch, capsys, error, **flags):
+    """(exit code, what is printed to stderr) of a script whose main raises `error`."""
+
+    def main(args):
+        raise error
+
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    common.run(main, lambda: argparse.Namespace(batch_size=8, accumulation_steps=2, max_seq_len=256, **flags))
+    assert len(codes) == 1
+    return codes[0], capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (ValueError("line 3 is bad; the rule; the fix"), 2, "error: line 3 is bad; the rule; the fix\n"),
+    (FileNotFoundError("no such file"), 2, "error: no such file\n"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 3, "--batch_size 4 --accumulation_steps 4"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 3, "--max_seq_len 128"),
+    (MemoryError(), 3, "out of memory"),
+    (common.Interrupted(15), 143, ""), (KeyboardInterrupt(), 130, "")])
+def test_user_errors_are_one_message_and_an_exit_code(monkeypatch, capsys, error, code, words):
+    got, text = outcome(monkeypatch, capsys, error)
+    assert got == code
+    assert words in text and "Traceback" not in text and text.count("\n") <= 1
+
+
+def test_debug_shows_the_traceback(monkeypatch, capsys):
+    assert "Traceback" in outcome(monkeypatch, capsys, ValueError("bad"), debug=1)[1]
+
+
+def test_rank_is_named_in_the_message(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert outcome(monkeypatch, capsys, ValueError("bad"))[1] == "rank 1: error: bad\n"
+
+
+def test_bug_of_ours_is_not_hidden(monkeypatch, capsys):
+    with pytest.raises(RuntimeError, match="shapes"):
+        outcome(monkeypatch, capsys, RuntimeError("shapes do not fit"))
+
+
+def test_success_returns(monkeypatch):
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("no exit needed"))
+    common.run(lambda args: {}, lambda: argparse.Namespace())

@@ -1,0 +1,637 @@
+"""What is proved here: the Rust trainer and its Python twin learn the same merges; encoding equals three independent
+encoders; a saved folder opens in transformers with the same ids and the same chat text; text is never parsed for
+control tokens; only the assistant's words are trained; nothing a user types or feeds breaks it.
+
+    python -m pytest tests/test_tokenizer.py
+
+Without Rust, tokenizers, transformers or shared data the tests that need them skip by name.
+"""
+
+import gzip
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenizer as tokenizer_file
+from tokenizer import GPT2_PATTERN, PATTERN, SPECIALS, StreamDecoder, Tokenizer, train
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("MINILLM_DATA", ROOT.parent / "shared" / "data"))
+QWEN_PATTERN = PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+
+rust = tokenizer_file.rust_module()
+needs_rust = pytest.mark.skipif(rust is None, reason="minillm_bpe is not built (pip install ./rustbpe)")
+
+ENGLISH = "The cat sat on the mat; it's 12345 o'clock, and I'LL say: \"Hello, hello!\"  \n\n  Then they'd left.\r\n" * 3
+CHINESE = "春天来了，小猫在花园里玩。今天是2024年12月31日，天气很好！她说：“你好，世界。”　　春天来了。" * 3
+EMOJI = "😀😀 family 👨‍👩‍👧‍👦 flags 🇨🇳🇬🇧 e\u0301 \u00e9 ’\u017f '\u017f \u00a0x\u2028y\ufeff\x00" * 3
+TEXTS = [ENGLISH, CHINESE, EMOJI, "", "a", "\n", "    indented\n\tcode()\n", "<|im_end|> and <think>"]
+
+# pieces that exercise every branch of the pattern, for random texts
+PIECES = [*"aZé字，。'’!?_ \t\n\r0７\u00a0\u3000\u0301\u017f\x00"]
+PIECES += ["'s", "'LL", "  ", "\r\n", "123", "the", "你好", "😀", "🇨🇳"]
+random_text = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
+any_text = st.text(max_size=60)  # hypothesis leaves lone surrogates out; they have tests of their own
+
+CHAT = [
+    {"role": "system", "content": "你是一个助手。"},
+    {"role": "user", "content": "\n 2+2? 😀"},
+    {"role": "assistant", "content": "\n 4.\n", "reasoning_content": "\ntwo and two\n"},
+    {"role": "tool", "content": ""},
+    {"role": "assistant", "content": "不客气！"},
+]
+
+
+@pytest.fixture(scope="module")
+def tok():
+    """A small vocabulary from the texts above, trained without Rust."""
+    return train(TEXTS, vocab_size=400, backend="python", progress=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tok, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    tok.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fixes():
+    return tokenizer_file.class_fixes()
+
+
+def rows_of(batch):
+    ids, offsets = batch
+    return [ids[start:end].tolist() for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def cli(*arguments, text=None):
+    command = [sys.executable, str(ROOT / "tokenizer.py"), *map(str, arguments)]
+    return subprocess.run(command, input=text, capture_output=True, text=True, encoding="utf-8", timeout=60)
+
+
+def message_of(error):
+    """The parts of an error message; the house rule is: what is wrong; the rule; how to fix."""
+    parts = str(error.value).split("; ")
+    assert len(parts) >= 3, parts
+    return str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def naive_merges(words, num_merges):
+    """The rule in its shortest form: count all pairs anew for every merge."""
+    words = {tuple(word): count for word, count in words.items()}
+    merges = []
+    while len(merges) < num_merges:
+        counts = {}
+        for word, count in words.items():
+            for pair in zip(word, word[1:], strict=False):
+                counts[pair] = counts.get(pair, 0) + count
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        words = {tuple(tokenizer_file._merge(word, best, 255 + len(merges))): n for word, n in words.items()}
+    return merges
+
+
+def test_twin_follows_the_rule_of_largest_count_then_smallest_pair():
+    words = tokenizer_file.count_words(TEXTS)
+    assert tokenizer_file.learn_merges(words, 150) == naive_merges(words, 150)
+    # aaabdaaabac by hand: (a,a) counts 4 with overlaps; then (a,b) = (97,98) and (aa,a) tie at 2: smallest pair first
+    assert tokenizer_file.learn_merges({b"aaabdaaabac": 1}, 3) == [(97, 97), (97, 98), (256, 257)]
+
+
+@needs_rust
+@pytest.mark.parametrize(
+    "texts",
+    [TEXTS, [ENGLISH], [CHINESE], [EMOJI], [], [""], ["a"], ["ab"], ["\n"], ["a" * 999], ["ab\ud800c 你\udfff好"] * 3],
+    ids=["all", "english", "chinese", "emoji", "none", "empty", "1 byte", "1 pair", "newline", "aaa", "surrogates"],
+)
+def test_rust_and_python_learn_the_same_merges(texts):
+    fast = train(texts, vocab_size=600, backend="rust", progress=False)
+    slow = train(texts, vocab_size=600, backend="python", progress=False)
+    assert fast.files == slow.files
+    assert fast.fingerprint == slow.fingerprint
+
+
+@needs_rust
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(alphabet="ab字 \n", max_size=60), max_size=6))
+def test_rust_and_naive_rule_agree_on_random_texts(texts):
+    trainer = rust.Trainer()
+    trainer.feed(texts)
+    words = {}
+    for text in texts:
+        for piece in rust.split(text):
+            words[piece.encode()] = words.get(piece.encode(), 0) + 1
+    assert trainer.train(60) == naive_merges(words, 60)
+
+
+@needs_rust
+@settings(max_examples=60, deadline=None)
+@given(text=st.one_of(random_text, any_text))
+def test_rust_splitter_equals_the_regular_expression(fixes, text):
+    masked = text.translate(fixes)
+    spans = [match.span() for match in tokenizer_file.regex.finditer(PATTERN, masked)]
+    assert rust.split(text) == [text[start:end] for start, end in spans]
+
+
+@needs_rust
+def test_rust_and_tiktoken_class_every_character_alike():
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    every = "".join(characters)
+    single_bytes = {bytes([byte]): byte for byte in range(256)}
+
+    def tiktoken_matches(pattern):
+        probe = tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks=single_bytes, special_tokens={})
+        return set(bytes(probe.encode_ordinary(every)).decode())
+
+    def joins_behind(start):
+        # "a" + letter is one piece, "a" + anything else is not
+        pieces = rust.split("".join(f"\n{start}{character}" for character in characters))
+        return {piece[1] for piece in pieces if piece[0] == start and len(piece.rstrip("\n")) == 2}
+
+    letters, numbers, spaces = (tiktoken_matches(pattern) for pattern in (r"\p{L}+", r"\p{N}+", r"\s+"))
+    assert not joins_behind("a") ^ letters
+    assert not joins_behind("1") ^ numbers
+    # behind "!" letters and all that has no class join, so the rest must be numbers and white space
+    rest = set(characters) - joins_behind("!")
+    assert not (rest ^ (numbers | spaces)) - set("\r\n")
+
+
+@needs_rust
+def test_threads_and_batches_do_not_change_the_merges():
+    texts = [f"{ENGLISH[number % 90 :]} {number} {CHINESE[number % 50 :]}" for number in range(400)]
+    reference = rust.Trainer(1)
+    reference.feed(texts)
+    threaded = rust.Trainer(3)
+    for start in range(0, len(texts), 150):
+        threaded.feed(texts[start : start + 150])
+    assert threaded.num_words == reference.num_words
+    assert threaded.train(300) == reference.train(300)
+
+
+def test_a_document_is_a_boundary():
+    joined = tokenizer_file.count_words(["ab", "cd"])
+    assert joined == {b"ab": 1, b"cd": 1}
+
+
+def test_ids_that_no_merge_fills_are_padding_and_the_size_stays_as_asked(tmp_path):
+    small = train(["abab"], vocab_size=1000, backend="python", progress=False)
+    assert small.vocab_size == 1000
+    assert small.max_id == 256 + 2 + len(SPECIALS) - 1
+    assert len(small.token_bytes) == 1000
+    assert small.decode([999, small.max_id + 1]) == ""
+    small.save_pretrained(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path).vocab_size == 1000
+
+
+def test_python_trainer_says_that_it_is_used(monkeypatch, capsys):
+    monkeypatch.setattr(tokenizer_file, "rust_module", lambda: None)
+    train(["hello"], vocab_size=300, progress=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and "slow Python trainer" in lines[0]
+
+
+@needs_rust
+def test_ctrl_c_stops_rust_training():
+    program = (
+        "import minillm_bpe, random\n"
+        "random.seed(0)\n"
+        "words = ' '.join(''.join(random.choices('abcdefghij', k=12)) for _ in range(300_000))\n"
+        "trainer = minillm_bpe.Trainer(1)\n"
+        "trainer.feed([words])\n"
+        "print('ready', flush=True)\n"
+        "for _ in range(100): trainer.train(10**9)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    # 100 trainings take minutes; deaf ears would run into the timeout
+    _, errors = process.communicate(timeout=10)
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_training_reads_every_row_format(tmp_path, capsys):
+    rows = [
+        {"text": "alpha\u2028beta"},
+        {"conversations": [{"role": "user", "content": "gamma"}, {"content": "delta", "reasoning_content": "eps"}]},
+        {"messages": [{"role": "user", "content": "zeta"}]},
+        {"prompt": "eta", "chosen": "theta", "rejected": [{"role": "assistant", "content": "iota"}]},
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.txt").write_text("one\ntwo\n\n\nthree\n", encoding="utf-8")
+    expected = ["alpha\u2028beta", "gamma", "delta", "eps", "zeta", "eta", "theta", "iota"]
+    assert sorted(tokenizer_file.iter_texts([tmp_path / "a.jsonl"])) == sorted(expected)
+    assert sorted(tokenizer_file.iter_texts([tmp_path / "b.jsonl.gz"])) == sorted(expected)
+    assert list(tokenizer_file.iter_texts([tmp_path / "c.txt", "four"])) == ["one\ntwo\n", "three\n", "four"]
+    train([tmp_path / "a.jsonl", "x\ud800"], vocab_size=280, backend="python")
+    assert "1 lone surrogates became U+FFFD" in capsys.readouterr().out
+
+
+def test_a_sample_takes_equal_shares_of_all_files(tmp_path):
+    for name, letter in (("a.txt", "a"), ("b.txt", "b")):
+        (tmp_path / name).write_text((letter * 99 + "\n\n") * 1000, encoding="utf-8")
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    sample = "".join(tokenizer_file.sample_texts(paths, 0.05))
+    assert abs(sample.count("a") - sample.count("b")) <= 200
+    assert 50_000 <= len(sample) <= 50_200
+    assert len("".join(tokenizer_file.sample_texts(paths, 0))) == 200_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoding and decoding
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.one_of(random_text, any_text))
+def test_any_unicode_round_trips(tok, text):
+    assert tok.decode(tok.encode(text)) == text
+
+
+@needs_rust
+@settings(max_examples=150, deadline=None)
+@given(texts=st.lists(st.one_of(random_text, any_text), max_size=5))
+def test_rust_batches_equal_tiktoken(tok, texts):
+    assert tok._rust_encoder() is not None
+    assert rows_of(tok.encode_batch(texts)) == [tok.encode(text) for text in texts]
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.one_of(random_text, any_text))
+def test_encode_equals_hugging_face_tokenizers(folder, tok, text):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    other = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert other.encode(text).ids == tok.encode(text)
+
+
+def test_batches_without_rust_give_the_same_array(tok, monkeypatch):
+    expected = tok.encode_batch([*TEXTS, "x\ud800"])
+    monkeypatch.setattr(tokenizer_file, "rust_module", lambda: None)
+    ids, offsets = tok.encode_batch([*TEXTS, "x\ud800"])
+    assert ids.dtype == np.uint16 and offsets.dtype == np.int64
+    assert np.array_equal(ids, expected[0]) and np.array_equal(offsets, expected[1])
+    assert rows_of(tok.encode_batch([])) == []
+    ids[:1] = 0  # writable: torch.from_numpy wants it
+
+
+def test_large_vocabularies_give_wide_ids():
+    wide = train(["abab"], vocab_size=70_000, backend="python", progress=False)
+    ids, _ = wide.encode_batch(["abab cd"])
+    assert ids.dtype == np.uint32
+    assert ids.tolist() == wide.encode("abab cd")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " " * 1_000_000,
+        " " * 1_000_000 + "x tail",
+        "word" + " " * 1_000_000 + "5",
+        "\n" * 1_000_000,
+        "a\n" + "\n \n" * 300_000 + "  !",
+        "a" * 1_000_000,
+        "字" * 400_000,
+        "!" * 1_000_000,
+    ],
+    ids=["blanks", "blanks+word", "blanks+digit", "newlines", "mixed", "letters", "chinese", "marks"],
+)
+def test_a_million_equal_characters_encode_without_loss(tok, text):
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text
+    assert rows_of(tok.encode_batch([text])) == [ids]
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, GPT2_PATTERN, QWEN_PATTERN], ids=["gpt4", "gpt2", "qwen"])
+def test_long_runs_cut_by_hand_give_the_ids_of_the_pattern(tok, pattern, monkeypatch):
+    other = Tokenizer(tok.files)
+    other.pattern = pattern
+    other._encoding = tiktoken.Encoding("other", pat_str=pattern, mergeable_ranks=other._ranks, special_tokens={})
+    monkeypatch.setattr(tokenizer_file, "LONG_RUN", 3)
+    monkeypatch.setattr(tokenizer_file, "_LONG_SPACE", tokenizer_file.re.compile(f"[{tokenizer_file._SPACE}]{{3,}}"))
+    generator = random.Random(1)
+    for _ in range(3000):
+        text = "".join(generator.choices("a!7字'  \n\r\t\u3000", k=12))
+        assert other.encode(text) == other._encoding.encode_ordinary(text), repr(text)
+
+
+def test_lone_surrogates_become_one_replacement_each_and_are_counted(tok):
+    fresh = Tokenizer(tok.files)
+    assert fresh.decode(fresh.encode("a\ud800b\udfff \ufeff\ufffd")) == "a\ufffdb\ufffd \ufeff\ufffd"
+    assert fresh.replaced_surrogates == 2
+    assert fresh.decode(fresh.encode("\ud83d\ude00")) == "😀"  # a pair is a character
+    assert fresh.replaced_surrogates == 2
+
+
+def test_stream_decoder_gives_whole_characters_at_every_split_point(tok):
+    text = "你好，😀👨‍👩‍👧 e\u0301é!"
+    # one id a byte, the hardest case, and the ids the tokenizer would use
+    for ids in (list(text.encode()), tok.encode(text)):
+        for cut in range(len(ids) + 1):
+            stream = StreamDecoder(tok)
+            head = "".join(stream.push(index) for index in ids[:cut])
+            assert text.startswith(head) and "\ufffd" not in head
+            assert len(b"".join(tok.token_bytes[index] for index in ids[:cut])) - len(head.encode()) < 4
+            tail = "".join(stream.push(index) for index in ids[cut:])
+            assert head + tail + stream.flush() == text
+
+
+def test_stream_decoder_ends_a_broken_character_as_decode_does(tok):
+    for ids in ([*"你".encode()[:2]], [0xF0, 0x9F, ord("x")], [0xFF, 0xE4], [0xE4, tok.eos_id, 0xBD]):
+        stream = StreamDecoder(tok)
+        assert "".join(stream.push(index) for index in ids) + stream.flush() == tok.decode(ids)
+
+
+def test_tokenizer_survives_pickling(tok):
+    copy = pickle.loads(pickle.dumps(tok))
+    assert copy.fingerprint == tok.fingerprint
+    assert copy.encode(CHINESE) == tok.encode(CHINESE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Special tokens and conversations
+
+
+def test_special_tokens_follow_the_ranks_and_pad_differs_from_eos(tok):
+    assert [tok.token_bytes[index].decode() for index in sorted(tok.special_ids)] == SPECIALS
+    assert min(tok.special_ids) == tok.max_id + 1 - len(SPECIALS)
+    assert len({tok.bos_id, tok.eos_id, tok.pad_id, tok.im_start_id}) == 4
+    assert tok.token_bytes[tok.eos_id] == b"<|im_end|>"
+    assert tok.stop_ids(chat=True) == {tok.eos_id}
+    assert tok.stop_ids(chat=False) == {tok.eos_id, tok.bos_id}
+
+
+def test_markers_typed_by_a_user_stay_text(tok):
+    attack = "".join(SPECIALS)
+    assert not tok.special_ids & set(tok.encode(attack))
+    assert not tok.special_ids & set(tok.encode_batch([attack])[0].tolist())
+    ids, _ = tok.render([{"role": "user", "content": attack}])
+    assert [index for index in ids if index in tok.special_ids] == [tok.bos_id, tok.im_start_id, tok.eos_id]
+    assert tok.decode(ids) == f"<|bos|><|im_start|>user\n{attack}<|im_end|>\n"
+
+
+def test_render_trains_the_assistants_text_and_its_end_token_only(tok):
+    ids, mask = tok.render(CHAT)
+    assert len(ids) == len(mask) and set(mask) == {0, 1}
+    trained = tok.decode([index for index, on in zip(ids, mask, strict=True) if on])
+    assert trained == "<think>\ntwo and two\n</think>\n\n4.\n<|im_end|>不客气！<|im_end|>"
+    begin, end = tok.think_ids
+    assert ids.count(begin) == ids.count(end) == 1
+    assert tok.render(CHAT[:2])[1].count(1) == 0
+
+
+def test_generation_prompt_is_the_beginning_of_what_is_trained(tok):
+    prompt, mask = tok.render(CHAT[:2], add_generation_prompt=True)
+    full, full_mask = tok.render(CHAT[:3])
+    assert full[: len(prompt)] == prompt
+    assert not any(mask) and full_mask[len(prompt)] == 1
+    # an answer that opens with a newline must not change the tokens of the prompt either
+    full, _ = tok.render([*CHAT[:2], {"role": "assistant", "content": "\n\nhello"}])
+    assert full[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        "hello",
+        [{"role": "user"}],
+        [{"role": "asistant", "content": "x"}],
+        [{"role": "user", "content": None}],
+        [{"role": "assistant", "content": "", "tool_calls": [{}]}],
+        ["hello"],
+    ],
+)
+def test_render_says_what_is_wrong_with_a_message(tok, messages):
+    with pytest.raises(ValueError) as error:
+        tok.render(messages)
+    message_of(error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def test_saved_folder_opens_unchanged(tok, folder):
+    again = Tokenizer.from_pretrained(folder)
+    assert again.files == tok.files
+    assert again.fingerprint == tok.fingerprint
+    assert (again.bos_id, again.eos_id, again.pad_id) == (tok.bos_id, tok.eos_id, tok.pad_id)
+
+
+def test_fingerprint_changes_with_the_vocabulary_only(tok):
+    assert len(tok.fingerprint) == 16
+    assert train(TEXTS, vocab_size=401, backend="python", progress=False).fingerprint != tok.fingerprint
+    assert Tokenizer({**tok.files, "chat_template.jinja": "x"}).fingerprint == tok.fingerprint
+
+
+def test_transformers_opens_the_folder_with_identical_ids_and_chat(tok, folder):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    other = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (other.bos_token_id, other.eos_token_id, other.pad_token_id) == (tok.bos_id, tok.eos_id, tok.pad_id)
+    assert set(other("x")) == {"input_ids", "attention_mask"}
+    for text in TEXTS[:-1]:
+        assert other(text)["input_ids"] == tok.encode(text)
+        assert other.decode(tok.encode(text)) == text
+    marker = other(TEXTS[-1], split_special_tokens=True)["input_ids"]
+    assert marker == tok.encode(TEXTS[-1])
+    for messages, prompt in ((CHAT, False), (CHAT[:2], True), (CHAT[1:4], False)):
+        ids, mask = tok.render(messages, add_generation_prompt=prompt)
+        assert other.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt) == tok.decode(ids)
+        theirs = other.apply_chat_template(
+            messages, add_generation_prompt=prompt, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert theirs["input_ids"] == ids
+        assert theirs["assistant_masks"] == mask
+
+
+def variant(tok, **changes):
+    """The files of a tokenizer with changes to tokenizer.json, as another project might write it."""
+    spec = json.loads(tok.files["tokenizer.json"])
+    spec.update(changes)
+    return {"tokenizer.json": json.dumps(spec, ensure_ascii=False), "tokenizer_config.json": "{}"}
+
+
+def split_stage(pattern, use_regex=False):
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, byte_level]} if pattern else byte_level
+
+
+@pytest.mark.parametrize(
+    ("stage", "normalizer"),
+    [
+        (split_stage(QWEN_PATTERN), {"type": "NFC"}),
+        (split_stage(None, use_regex=True), None),
+        (split_stage(PATTERN.replace("{1,3}", "{1,3}+")), {"type": "Sequence", "normalizers": [{"type": "NFC"}]}),
+    ],
+    ids=["qwen", "gpt2", "possessive"],
+)
+def test_foreign_pipelines_give_the_ids_of_tokenizers(tok, stage, normalizer):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    files = variant(tok, pre_tokenizer=stage, normalizer=normalizer)
+    ours, theirs = Tokenizer(files), tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+    generator = random.Random(0)
+    for text in [*TEXTS[:-1], *("".join(generator.choices(PIECES, k=30)) for _ in range(300))]:
+        assert ours.encode(text) == theirs.encode(text).ids
+        expected = text if normalizer is None else unicodedata.normalize("NFC", text)
+        assert ours.decode(ours.encode(text)) == expected
+    assert rows_of(ours.encode_batch(TEXTS)) == [ours.encode(text) for text in TEXTS]
+
+
+def test_merges_written_as_strings_are_read(tok):
+    model = json.loads(tok.files["tokenizer.json"])["model"]
+    model["merges"] = [" ".join(pair) for pair in model["merges"]]
+    assert Tokenizer(variant(tok, model=model)).fingerprint == tok.fingerprint
+
+
+def test_a_foreign_pad_equal_to_eos_is_replaced(tok):
+    files = variant(tok)
+    files["tokenizer_config.json"] = json.dumps({"eos_token": "<|im_end|>", "pad_token": {"content": "<|im_end|>"}})
+    other = Tokenizer(files)
+    assert other.pad_id == tok.pad_id != other.eos_id
+    assert other.bos_id is None
+    assert other.render(CHAT)[0] == tok.render(CHAT)[0][1:]  # no bos where there is none
+
+
+def test_minimind_tokenizer_opens_with_identical_ids_and_keeps_its_template(tmp_path, tok):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    source = DATA / "tokenizers" / "minimind"
+    if not source.is_dir():
+        pytest.skip(f"no MiniMind tokenizer in {DATA} (set MINILLM_DATA)")
+    ours = Tokenizer.from_pretrained(source)
+    theirs = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    for text in TEXTS[:-1]:
+        assert ours.encode(text) == theirs.encode(text).ids
+    assert (ours.vocab_size, ours.eos_id, ours.pad_id) == (6400, 2, 0)
+    ids, mask = ours.render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}])
+    assert ours.decode(ids) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"
+    tok.save_pretrained(tmp_path)
+    ours.save_pretrained(tmp_path)  # over another tokenizer: nothing of the old one may stay
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert (tmp_path / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
+
+
+def test_real_text_encodes_as_in_tokenizers(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    source = DATA / "pretrain" / "pretrain_mini.jsonl"
+    if not source.is_file():
+        pytest.skip(f"no pretrain_mini.jsonl in {DATA} (set MINILLM_DATA)")
+    texts = list(tokenizer_file.iter_texts([source]))
+    tok = train(texts[:300], vocab_size=2000, progress=False)
+    tok.save_pretrained(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    expected = [row.ids for row in theirs.encode_batch(texts)]
+    assert [tok.encode(text) for text in texts] == expected
+    assert rows_of(tok.encode_batch(texts)) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong is said in one message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"type": "WordPiece", "vocab": {}}},
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {"type": "Metaspace"}},
+        {"pre_tokenizer": split_stage(PATTERN, use_regex=True)},
+        {"added_tokens": [{"id": 399, "content": ""}]},
+    ],
+    ids=["wordpiece", "lowercase", "metaspace", "double split", "empty special"],
+)
+def test_a_tokenizer_that_cannot_be_read_faithfully_is_refused(tok, changes):
+    with pytest.raises(ValueError) as error:
+        Tokenizer(variant(tok, **changes))
+    assert "tokenizer.json" in message_of(error)
+
+
+def test_missing_bytes_and_merges_out_of_order_are_refused(tok):
+    model = json.loads(tok.files["tokenizer.json"])["model"]
+    with pytest.raises(ValueError, match="0x41"):
+        Tokenizer(variant(tok, model={**model, "vocab": {k: v for k, v in model["vocab"].items() if k != "A"}}))
+    with pytest.raises(ValueError, match="order"):
+        Tokenizer(variant(tok, model={**model, "merges": model["merges"][::-1]}))
+
+
+def test_wrong_arguments_are_explained(tok, tmp_path):
+    for call in (
+        lambda: train(["x"], vocab_size=100),
+        lambda: train(["x"], backend="cuda"),
+        lambda: train([3]),
+        lambda: train([tmp_path / "missing.jsonl"]),
+        lambda: Tokenizer.from_pretrained(tmp_path / "nowhere"),
+        lambda: tok.encode(None),
+        lambda: tok.decode([100_000]),
+        lambda: tok.decode([-1]),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            call()
+        message_of(error)
+
+
+@needs_rust
+def test_rust_raises_ordinary_exceptions():
+    trainer = rust.Trainer()
+    with pytest.raises(UnicodeEncodeError):
+        trainer.feed(["ok", "\ud800"])
+    assert trainer.num_words == 0
+    with pytest.raises(TypeError):
+        trainer.feed([b"bytes"])
+    with pytest.raises(ValueError, match="byte 0x00"):
+        rust.Encoder([b"a"], [0], True)
+    with pytest.raises(OverflowError):
+        trainer.train(-1)
+
+
+def test_command_line_trains_encodes_decodes_and_inspects(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": ENGLISH + CHINESE}) + "\n", encoding="utf-8")
+    output = tmp_path / "tok"
+    done = cli("train", "--data-path", tmp_path / "*.jsonl", "--vocab-size", "400", "--output", output)
+    assert done.returncode == 0, done.stderr
+    ids = cli("encode", "--tokenizer", output, "--text", "Hello, 世界").stdout.split()
+    assert [int(index) for index in ids] == Tokenizer.from_pretrained(output).encode("Hello, 世界")
+    assert cli("decode", "--tokenizer", output, text=" ".join(ids)).stdout == "Hello, 世界\n"
+    shown = cli("inspect", "--tokenizer", output, "--text", "Hello").stdout
+    assert "vocab_size  400" in shown and "bytes/token" in shown
+
+
+def test_command_line_errors_are_one_message_and_exit_code_2(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n', encoding="utf-8")
+    (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
+    for arguments, hint in (
+        (["train", "--data_path", tmp_path / "bad.jsonl", "--output", tmp_path / "o"], "bad.jsonl:2"),
+        (["train", "--data_path", tmp_path / "empty.txt", "--output", tmp_path / "o"], "no text"),
+        (["train", "--data_path", tmp_path / "none*.jsonl"], "none*.jsonl"),
+        (["train", "--data_path", tmp_path / "bad.jsonl", "--vocab_size", "10"], "vocab_size"),
+        (["encode", "--tokenizer", tmp_path, "--text", "x"], "no tokenizer.json"),
+        (["inspect", "--tok", tmp_path], "--tok"),
+    ):
+        done = cli(*arguments)
+        assert done.returncode == 2, done
+        assert hint in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "o").exists()

@@ -1,0 +1,940 @@
+"""Byte-level BPE tokenizer: train, encode, decode, render conversations, and a Hugging Face folder in and out.
+
+A text is cut into pieces by a regular expression (words, runs of up to three digits, punctuation, white space), each
+piece becomes its UTF-8 bytes, and learned merges glue neighbouring bytes into longer tokens. Every byte is a token of
+its own, so every text can be encoded and decode(encode(text)) == text.
+
+Training runs in Rust (minillm_bpe, built from rustbpe/) or, where that is missing, in the slow Python twin below, which
+learns the same merges; encoding runs in tiktoken, batches in Rust where built. The tokenizer *is* its folder: an object
+is built from the texts of tokenizer.json and its companions and writes those texts back unchanged, so a folder of
+another project keeps its own template and settings.
+
+Not here: parsing control tokens out of text. Text is data: "<|im_end|>" typed by a user stays seven-odd plain tokens,
+and only render() writes control ids. (transformers does parse them; its split_special_tokens=True turns that off.)
+
+Papers: Gage 1994, A new algorithm for data compression; Sennrich et al. 2016 (arXiv 1508.07909); Radford et al. 2019
+(GPT-2, byte-level BPE). Pattern: GPT-4's, in the spelling of Llama 3, which every engine reads alike.
+
+    python tokenizer.py train --data_path out/data/pretrain.train.jsonl --vocab_size 6400 --output out/tokenizer
+    python tokenizer.py inspect --tokenizer out/tokenizer --text "Hello, 世界"
+    echo "Hello" | python tokenizer.py encode --tokenizer out/tokenizer
+"""
+
+import argparse
+import codecs
+import glob
+import gzip
+import hashlib
+import heapq
+import json
+import os
+import re
+import sys
+import time
+import unicodedata
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import regex
+import tiktoken
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Constants
+
+# The order of alternatives matters: the first that matches wins. No possessive quantifier behind {1,3}: Hugging Face's
+# engine reads "{1,3}+" as "one or more groups" and would cut digits differently from tiktoken.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# What a ByteLevel pre-tokenizer with use_regex=true means (MiniMind and other GPT-2 descendants)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+SPECIALS = [
+    "<|bos|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|pad|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+]
+ROLES = ("system", "user", "assistant", "tool")
+
+# The same text as render() writes. An assistant's text loses leading white space in both: a newline there would merge
+# with the newline of the header, and the model would be trained on a token that its prompt never ends with.
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {{- "<|im_start|>" + message["role"] + "\\n" -}}
+    {%- if message["role"] == "assistant" -%}
+        {%- generation -%}
+            {%- if message["reasoning_content"] -%}
+                {{- "<think>\\n" + message["reasoning_content"].strip("\\n") + "\\n</think>\\n\\n" -}}
+            {%- endif -%}
+            {{- message["content"].lstrip() + "<|im_end|>" -}}
+        {%- endgeneration -%}
+        {{- "\\n" -}}
+    {%- else -%}
+        {{- message["content"] + "<|im_end|>\\n" -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "<|im_start|>assistant\\n" -}}
+{%- endif -%}
+"""
+
+# Files that make up a tokenizer folder; the last four occur in folders of other projects and are passed through
+FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+]
+
+# tiktoken's regex engine keeps one stack entry per character of a white space run and dies (as a panic, not an
+# exception) somewhere between 500,000 and 1,000,000; longer runs than this are cut by hand in _encode_clean.
+LONG_RUN = 100_000
+# the 25 white space characters of \s in tiktoken and regex; Python's own \s has four more (U+001C to U+001F)
+_SPACE = " \t\n\x0b\x0c\r\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_LONG_SPACE = re.compile(f"[{_SPACE}]{{{LONG_RUN},}}")
+
+# Texts are handed to the Rust trainer in batches of about this many characters: memory stays flat, Ctrl-C stays quick
+_BATCH_CHARS = 4_000_000
+
+
+def repair(text):
+    """Make a str valid Unicode: surrogate pairs become their character, lone surrogates U+FFFD.
+
+    Python strings may hold lone surrogates (broken JSON escapes, undecodable file names); UTF-8 cannot.
+    Returns (text, number of lone surrogates replaced).
+    """
+    if text.isascii():
+        return text, 0
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # UTF-16 without a byte order mark: a U+FEFF at the start of the text must survive
+        fixed = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return fixed, fixed.count("\ufffd") - text.count("\ufffd")
+    return text, 0
+
+
+def byte_alphabet():
+    """The printable stand-in of each byte in tokenizer.json (GPT-2's table): list of 256 one-character strings.
+
+    Printable Latin-1 bytes stand for themselves, the other 68 are moved up to U+0100 and on.
+    """
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = [chr(byte) for byte in range(256)]
+    for shift, byte in enumerate(sorted(set(range(256)) - set(kept))):
+        letters[byte] = chr(256 + shift)
+    return letters
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Python twin of the Rust trainer: the same merges, 50 to 100 times slower. Read this one first.
+
+
+def class_fixes(pattern_classes=("\\p{L}", "\\p{N}")):
+    """Characters that the `regex` package classes unlike tiktoken, each with a stand-in of the class tiktoken sees.
+
+    The two carry different Unicode versions (regex knew 17,480 more letters and numbers when this was written). The
+    encoder decides what a letter is, so the trainer has to ask it: with a pattern that matches only letters, tiktoken
+    drops everything else, and what it returns is its table. Returns {code point: stand-in character}.
+    """
+    every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    single_bytes = {bytes([byte]): byte for byte in range(256)}
+    fixes = {}
+    for name, stand_in in zip(pattern_classes, "a1", strict=True):
+        probe = tiktoken.Encoding("probe", pat_str=name + "+", mergeable_ranks=single_bytes, special_tokens={})
+        seen = set(bytes(probe.encode_ordinary(every)).decode())
+        here = set(regex.findall(name, every))
+        fixes.update({ord(char): "\U0010fffd" for char in here - seen})  # neither letter nor number nor space
+        fixes.update({ord(char): stand_in for char in seen - here})
+    return fixes
+
+
+def count_words(documents):
+    """How often each piece occurs. A document is a boundary: no piece spans two. Returns Counter {bytes: count}."""
+    splitter = regex.compile(PATTERN)
+    fixes = class_fixes()
+    counts = Counter()
+    for text in documents:
+        masked = text if text.isascii() else text.translate(fixes)  # same length, so positions carry over
+        counts.update(text[slice(*match.span())] for match in splitter.finditer(masked))
+    return {word.encode(): count for word, count in counts.items()}
+
+
+def learn_merges(words, num_merges, report=None):
+    """Byte-pair encoding: again and again, make the most frequent pair of neighbours a new token.
+
+    words: {bytes: count}. Returns at most num_merges pairs (left id, right id); merge i creates id 256 + i.
+    Ties go to the smallest (left, right), so the result does not depend on the order of anything.
+    Every merge only touches the words that hold the pair; the queue is lazy: a count that has sunk since it was
+    queued is queued again with its true value (counts of a waiting pair never rise, since new pairs have a new id).
+    """
+    sequences = [list(word) for word in words]
+    weights = list(words.values())
+    counts = Counter()
+    holders = defaultdict(set)  # pair -> indices of words that held it at some time
+    for index, ids in enumerate(sequences):
+        for pair in zip(ids, ids[1:], strict=False):
+            counts[pair] += weights[index]
+            holders[pair].add(index)
+    queue = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(queue)
+    merges = []
+    while queue and len(merges) < num_merges:
+        queued, pair = heapq.heappop(queue)
+        if counts[pair] != -queued:
+            if counts[pair] > 0:
+                heapq.heappush(queue, (-counts[pair], pair))
+            continue
+        new_id = 256 + len(merges)
+        merges.append(pair)
+        changed = set()
+        for index in holders.pop(pair):
+            before = sequences[index]
+            after = _merge(before, pair, new_id)
+            if len(after) == len(before):
+                continue  # the word lost this pair to an earlier merge
+            sequences[index] = after
+            for old in zip(before, before[1:], strict=False):
+                counts[old] -= weights[index]
+            for new in zip(after, after[1:], strict=False):
+                counts[new] += weights[index]
+                if new_id in new:
+                    holders[new].add(index)
+                    changed.add(new)
+        for new in changed:
+            heapq.heappush(queue, (-counts[new], new))
+        if report and len(merges) % 500 == 0:
+            report(len(merges))
+    return merges
+
+
+def _merge(ids, pair, new_id):
+    """Replace every occurrence of pair, from left to right ("aaa" with (a, a) becomes "aa" + "a")."""
+    merged = []
+    position = 0
+    while position < len(ids):
+        if ids[position] == pair[0] and position + 1 < len(ids) and ids[position + 1] == pair[1]:
+            merged.append(new_id)
+            position += 2
+        else:
+            merged.append(ids[position])
+            position += 1
+    return merged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def rust_module():
+    """The compiled crate, or None where it was not built. Imported late: nothing here depends on it."""
+    try:
+        import minillm_bpe
+    except ImportError:
+        return None
+    return minillm_bpe
+
+
+def train(texts_or_paths, vocab_size=6400, backend="auto", progress=True):
+    """Learn a tokenizer.
+
+    texts_or_paths: iterable of documents (str) and files (pathlib.Path: .jsonl, .jsonl.gz, .txt), read in a stream;
+    memory grows with the number of distinct words only. vocab_size counts the special tokens; when the text has too
+    few pairs, the ids left over are padding, and vocab_size stays as asked.
+    backend: "rust", "python" (the slow twin, same merges) or "auto" (rust where built).
+    Returns a Tokenizer. Raises ValueError (bad size, backend or row) and FileNotFoundError.
+    """
+    smallest = 256 + len(SPECIALS)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size is {vocab_size}; 256 bytes and {len(SPECIALS)} special tokens need at least {smallest}; "
+            f"give --vocab_size {smallest} or more (6400 suits small models)"
+        )
+    rust = rust_module() if backend in ("auto", "rust") else None
+    if backend not in ("auto", "rust", "python"):
+        raise ValueError(f"backend is {backend!r}; it must be auto, rust or python; leave it out for auto")
+    if backend == "rust" and rust is None:
+        raise ValueError("backend is rust; its module minillm_bpe is not built; pip install ./rustbpe, or use auto")
+    if rust is None:
+        print("tokenizer: slow Python trainer in use (pip install ./rustbpe builds the fast one)", flush=True)
+
+    start = time.perf_counter()
+    tally = Counter()  # documents, characters, lone surrogates
+    documents = _counted(iter_texts(texts_or_paths), tally)
+    num_merges = vocab_size - smallest
+    if rust is None:
+        words = count_words(documents)
+        distinct = len(words)
+        counted = time.perf_counter()
+        merges = learn_merges(words, num_merges, _reporter(num_merges) if progress else None)
+    else:
+        trainer = rust.Trainer()
+        for batch in _batches(documents):
+            trainer.feed(batch)
+        distinct = trainer.num_words
+        counted = time.perf_counter()
+        merges = trainer.train(num_merges)
+    if progress:
+        print(
+            f"tokenizer: {tally['documents']:,} documents, {tally['characters']:,} characters, {distinct:,} distinct "
+            f"words in {counted - start:.1f} s; {len(merges):,} merges in {time.perf_counter() - counted:.1f} s",
+            flush=True,
+        )
+        if tally["surrogates"]:
+            print(f"tokenizer: {tally['surrogates']:,} lone surrogates became U+FFFD", flush=True)
+        if len(merges) < num_merges:
+            print(f"tokenizer: the text ran out of pairs; {num_merges - len(merges):,} ids are padding", flush=True)
+    return Tokenizer(folder_files(merges, vocab_size))
+
+
+def _counted(documents, tally):
+    for text in documents:
+        text, lone = repair(text)
+        tally["documents"] += 1
+        tally["characters"] += len(text)
+        tally["surrogates"] += lone
+        yield text
+
+
+def _batches(documents):
+    batch = []
+    size = 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch
+
+
+def _reporter(total):
+    start = time.perf_counter()
+
+    def report(done):
+        print(f"tokenizer: merge {done:,} of {total:,}, {time.perf_counter() - start:.0f} s", flush=True)
+
+    return report
+
+
+def iter_texts(sources):
+    """Documents of a mix of strings (each a document) and Paths (files), in order, one file at a time."""
+    if isinstance(sources, (str, Path)):
+        sources = [sources]
+    for source in sources:
+        if isinstance(source, Path):
+            yield from _read_file(source)
+        elif isinstance(source, str):
+            yield source
+        else:
+            raise ValueError(f"a {type(source).__name__} among the texts; texts are str, files Path; convert it")
+
+
+def _read_file(path):
+    """Texts of one file. Lines end at "\\n" only: U+2028 and its like occur inside real JSON rows."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; training text is .jsonl, .jsonl.gz or .txt; check --data_path")
+    if not path.name.endswith((".jsonl", ".jsonl.gz", ".txt")):
+        raise ValueError(f"{path}: unknown ending; training text is .jsonl, .jsonl.gz or .txt; convert or rename it")
+    opener = gzip.open if path.name.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8", errors="replace", newline="\n") as lines:
+        if path.suffix == ".txt":
+            yield from _paragraphs(lines)
+            return
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield from _row_texts(line, f"{path}:{number}")
+
+
+def _paragraphs(lines):
+    """Documents of a .txt file are separated by blank lines."""
+    document = []
+    for line in lines:
+        if line.strip():
+            document.append(line)
+        elif document:
+            yield "".join(document)
+            document = []
+    if document:
+        yield "".join(document)
+
+
+def _row_texts(line, where):
+    """Every text of a JSONL row, whatever its stage: text, conversations or messages, prompt, chosen, rejected."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}); each line is one object; repair or drop the line") from None
+    if not isinstance(row, dict):
+        raise ValueError(f'{where}: a {type(row).__name__}; each line is one JSON object; write {{"text": ...}}')
+    texts = []
+    for field in ("text", "conversations", "messages", "prompt", "chosen", "rejected"):
+        value = row.get(field)
+        turns = value if isinstance(value, list) else [value]
+        texts += [turn.get("content") if isinstance(turn, dict) else turn for turn in turns]
+        texts += [turn.get("reasoning_content") for turn in turns if isinstance(turn, dict)]
+    texts = [text for text in texts if isinstance(text, str)]
+    if not texts:
+        raise ValueError(
+            f"{where}: no text in the fields {sorted(row)}; a row holds text, conversations, messages or "
+            "prompt/chosen/rejected; rename the field"
+        )
+    return texts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer.json
+
+
+def folder_files(merges, vocab_size):
+    """The texts of a tokenizer folder in the form that transformers 4.51 to 5.x, tokenizers and llama.cpp read alike.
+
+    merges: pairs of ids, merge i makes id 256 + i. Special tokens follow the last merge; ids from there to vocab_size
+    are padding. Returns {file name: text}.
+    """
+    letters = byte_alphabet()
+    spelled = list(letters)  # index = id
+    for left, right in merges:
+        spelled.append(spelled[left] + spelled[right])
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": len(spelled) + index, "content": text, **token} for index, text in enumerate(SPECIALS)]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        # tiktoken looks a whole piece up before it merges; this asks the same of other engines
+        "ignore_merges": True,
+        "vocab": {text: index for index, text in enumerate(spelled)},
+        "merges": [[spelled[left], spelled[right]] for left, right in merges],
+    }
+    spec = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        # all four fields are needed: {"type": "ByteLevel"} alone is refused
+        "decoder": byte_level,
+        "model": model,
+    }
+    names = {"bos_token": "<|bos|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
+    others = [text for text in SPECIALS if text not in names.values()]
+    config = {
+        # any Qwen class makes transformers 5 rebuild Qwen's own pipeline over our vocabulary, and the class name that
+        # transformers 5 itself writes is unknown to 4.x
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # without this 4.57 returns token_type_ids, which generate() refuses
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000,
+        **names,
+        "additional_special_tokens": others,
+        "added_tokens_decoder": {str(item["id"]): {"content": item["content"], **token} for item in added},
+        "padded_vocab_size": vocab_size,  # our own field: ids up to here may exist in the model, unused
+        "chat_template": CHAT_TEMPLATE,
+    }
+    return {
+        "tokenizer.json": _dump(spec),
+        "tokenizer_config.json": _dump(config),
+        "chat_template.jinja": CHAT_TEMPLATE,
+        "special_tokens_map.json": _dump({**names, "additional_special_tokens": others}),
+    }
+
+
+def _dump(value):
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+
+
+def _refuse(what, rule):
+    return ValueError(f"tokenizer.json: {what}; {rule}; use a byte-level BPE tokenizer (GPT-2, Llama 3, Qwen style)")
+
+
+def _read_pattern(spec):
+    """The split pattern of a tokenizer.json, in tiktoken's spelling."""
+    stage = spec.get("pre_tokenizer") or {}
+    stages = stage.get("pretokenizers", []) if stage.get("type") == "Sequence" else [stage]
+    splits = [stage for stage in stages if stage.get("type") == "Split"]
+    levels = [stage for stage in stages if stage.get("type") == "ByteLevel"]
+    if len(levels) != 1 or len(splits) > 1 or len(splits) + 1 != len(stages):
+        found = [stage.get("type") for stage in stages]
+        raise _refuse(f"pre_tokenizer is {found}", "it must be ByteLevel, or one Split and ByteLevel")
+    if levels[0].get("add_prefix_space"):
+        raise _refuse("add_prefix_space is true", "this reader adds no space in front of a text")
+    if not splits:
+        if not levels[0].get("use_regex", True):
+            raise _refuse("no split pattern", "a Split or use_regex must cut the text into words")
+        return GPT2_PATTERN
+    if levels[0].get("use_regex", True):
+        raise _refuse("Split followed by ByteLevel with use_regex", "only one of them may split")
+    if splits[0].get("behavior") != "Isolated" or splits[0].get("invert") or "Regex" not in splits[0]["pattern"]:
+        raise _refuse("a Split that is not an isolated regular expression", "nothing else is read")
+    # Hugging Face's engine reads {1,3}+ as "one or more groups of up to three", tiktoken as possessive
+    return re.sub(r"(\\p\{N\}\{1,3\})\+", r"(?:\1)+", splits[0]["pattern"]["Regex"])
+
+
+def _read_nfc(spec):
+    """Whether text is brought to Unicode form NFC before splitting (Qwen does)."""
+    stage = spec.get("normalizer")
+    if stage is None:
+        return False
+    stages = stage.get("normalizers", []) if stage.get("type") == "Sequence" else [stage]
+    if any(stage.get("type") != "NFC" for stage in stages):
+        raise _refuse(f"normalizer is {[stage.get('type') for stage in stages]}", "only NFC or none is read")
+    return bool(stages)
+
+
+def _read_ranks(spec, added):
+    """{bytes: id} of the ordinary tokens. tiktoken merges in the order of ids, so merges must be listed in that order
+    and must make exactly the tokens longer than a byte."""
+    model = spec.get("model") or {}
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+        raise _refuse(f"model is {model.get('type')!r}", "it must be BPE with merges")
+    byte_of = {letter: byte for byte, letter in enumerate(byte_alphabet())}
+    ranks = {}
+    for text, index in model["vocab"].items():
+        if text in added:
+            continue  # some projects list control tokens in the vocabulary too
+        if not text or not all(letter in byte_of for letter in text):
+            raise _refuse(f"token {index} is {text!r}", "tokens are spelled in the 256 letters of GPT-2's byte table")
+        ranks[bytes(byte_of[letter] for letter in text)] = index
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise _refuse(f"{len(missing)} bytes have no token, first 0x{missing[0]:02x}", "all 256 must")
+    last = -1
+    made = set()
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge  # "a b" until tokenizers 0.20
+        index = model["vocab"].get(left + right, -1)
+        if index <= last:
+            raise _refuse(f"merge {merge!r} makes id {index} after id {last}", "merges must be in the order of ids")
+        last = index
+        made.add(index)
+    orphans = [token for token, index in ranks.items() if len(token) > 1 and index not in made]
+    if orphans and not model.get("ignore_merges"):
+        raise _refuse(f"{len(orphans)} tokens have no merge, first {orphans[0]!r}", "each token needs its merge")
+    return ranks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+class Tokenizer:
+    """Encode, decode, render. Build one with from_pretrained(folder) or train(...).
+
+    Attributes: vocab_size (rows the model needs, padding included), max_id (highest id in use), bos_id (None where a
+    foreign folder has none), eos_id (= im_end_id), pad_id (never eos_id), im_start_id, im_end_id, special_ids (set),
+    token_bytes (list[bytes], index = id: special tokens their text, padding ids b""), fingerprint, pattern,
+    replaced_surrogates (lone surrogates that became U+FFFD so far).
+    """
+
+    def __init__(self, files):
+        """files: {name: text} of a tokenizer folder; tokenizer.json is required."""
+        self.files = dict(files)
+        spec = json.loads(self.files["tokenizer.json"])
+        config = json.loads(self.files.get("tokenizer_config.json", "{}"))
+        added = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
+        if "" in added or len(set(added.values())) != len(added):
+            raise _refuse("an empty or doubled special token", "each has a text and an id of its own")
+        self.pattern = _read_pattern(spec)
+        self.nfc = _read_nfc(spec)
+        ranks = _read_ranks(spec, added)
+
+        self.special_ids = set(added.values())
+        self.max_id = max(*ranks.values(), *added.values(), 0)
+        self.vocab_size = max(self.max_id + 1, config.get("padded_vocab_size") or 0)
+        self.token_bytes = [b""] * self.vocab_size
+        for token, index in ranks.items():
+            self.token_bytes[index] = token
+        for text, index in added.items():
+            self.token_bytes[index] = text.encode()
+        self._choose_controls(added, config)
+        self.replaced_surrogates = 0
+        self._encoding = tiktoken.Encoding("minillm", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=added)
+        self._ranks = ranks
+        self._rust = None  # made at the first encode_batch
+
+    def _choose_controls(self, added, config):
+        """Decide which ids play bos, eos, pad. Foreign folders name them in tokenizer_config.json, sometimes badly."""
+
+        def named(key):
+            value = config.get(key)
+            return added.get(value["content"] if isinstance(value, dict) else value)
+
+        self.im_start_id = added.get("<|im_start|>")
+        self.im_end_id = added.get("<|im_end|>")
+        self.think_ids = (added.get("<think>"), added.get("</think>"))
+        self.bos_id = named("bos_token")
+        self._own_eos = named("eos_token")
+        self.eos_id = self._own_eos if self.im_end_id is None else self.im_end_id
+        self.pad_id = named("pad_token")
+        if self.pad_id is None or self.pad_id in (self.eos_id, self.bos_id):
+            # Padding that equals the end token would teach the model, or tell the sampler, to stop at random
+            taken = {self.eos_id, self.bos_id, self.im_start_id, self.im_end_id, *self.think_ids}
+            free = [text for text in added if added[text] not in taken]
+            free.sort(key=lambda text: ("pad" not in text.lower(), text != "<|endoftext|>", added[text]))
+            if not free:
+                raise _refuse("no token is left to pad with", "pad must differ from bos and eos")
+            self.pad_id = added[free[0]]
+
+    def __reduce__(self):
+        return (Tokenizer, (self.files,))  # worker processes rebuild it; the encoders cannot be pickled
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Open a folder with tokenizer.json: ours, or another project's byte-level BPE (MiniMind, Qwen, Llama 3)."""
+        folder = Path(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise FileNotFoundError(
+                f"{folder}: no tokenizer.json there; a tokenizer is a folder with that file; make one with "
+                "python tokenizer.py train, or name a checkpoint folder"
+            )
+        present = [name for name in FILES if (folder / name).is_file()]
+        files = {name: (folder / name).read_text(encoding="utf-8") for name in present}
+        try:
+            return cls(files)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{folder}: a tokenizer file is not JSON ({error}); it is damaged; copy it anew") from None
+
+    def save_pretrained(self, folder):
+        """Write the folder that from_pretrained() and transformers.AutoTokenizer open; files of others unchanged."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in set(FILES) - set(self.files):
+            (folder / name).unlink(missing_ok=True)  # a template left by an earlier tokenizer would win over ours
+        for name, text in self.files.items():
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+    @property
+    def fingerprint(self):
+        """16 hex digits that change with anything that changes ids: pattern, normaliser, ranks, special tokens."""
+        digest = hashlib.sha256(f"{self.pattern}\0{self.nfc}\0{sorted(self.special_ids)}".encode())
+        for index, token in enumerate(self.token_bytes):
+            if token:
+                digest.update(b"%d %d " % (index, len(token)) + token)
+        return digest.hexdigest()[:16]
+
+    def stop_ids(self, chat):
+        """Ids that end a generation: in a chat the end of the turn, for a base model also the next document's bos."""
+        ids = {self.im_end_id, self._own_eos}
+        if not chat:
+            ids.add(self.bos_id)
+        return ids - {None}
+
+    # -- text to ids ---------------------------------------------------------------------------------------------------
+
+    def _clean(self, text):
+        if not isinstance(text, str):
+            raise ValueError(f"a {type(text).__name__} to encode; encode() takes a str; use encode_batch() for a list")
+        text, lone = repair(text)
+        self.replaced_surrogates += lone
+        return unicodedata.normalize("NFC", text) if self.nfc else text
+
+    def encode(self, text):
+        """list[int] of a text. Special tokens written in it stay text; no bos is added."""
+        return self._encode_clean(self._clean(text))
+
+    def _encode_clean(self, text):
+        ids = []
+        while len(text) >= LONG_RUN and (run := _LONG_SPACE.search(text)):
+            # Cut where every pattern here cuts anyway. "\s*[\r\n]+" takes a run up to its last newline (GPT-2's
+            # pattern has no such rule), "\s+(?!\S)" the rest but for one character, which may belong to what follows.
+            start, end = run.span()
+            if "[\\r\\n]" in self.pattern:
+                start = max(start, text.rfind("\n", start, end) + 1, text.rfind("\r", start, end) + 1)
+            stop = end if end == len(text) else max(start, end - 1)
+            ids += self._encoding.encode_ordinary(text[:start])
+            if stop > start:
+                ids += self._encoding._encode_single_piece(text[start:stop])
+            text = text[stop:]
+        return ids + self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts, num_threads=0):
+        """Encode many texts into one array: (ids uint16 or uint32, offsets int64 [N+1]); text n is
+        ids[offsets[n]:offsets[n+1]]. uint16 where the vocabulary fits. num_threads: 0 = one per core (Rust only)."""
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        texts = [self._clean(text) for text in texts]
+        rust = self._rust_encoder()
+        if rust is not None:
+            ids, offsets = rust.encode_batch(texts, num_threads)
+            return np.frombuffer(ids, dtype=dtype), np.frombuffer(offsets, dtype=np.int64)
+        rows = [np.array(self._encode_clean(text), dtype=dtype) for text in texts]
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        return np.concatenate(rows or [np.zeros(0, dtype=dtype)]), offsets
+
+    def _rust_encoder(self):
+        """The crate's encoder, or None: not built, or a pattern other than the one its splitter is written for."""
+        rust = rust_module()
+        if self._rust is None and rust is not None and self.pattern == PATTERN:
+            tokens = sorted(self._ranks, key=self._ranks.get)
+            ids = [self._ranks[token] for token in tokens]
+            self._rust = rust.Encoder(tokens, ids, self.vocab_size <= 1 << 16)
+        return self._rust
+
+    # -- ids to text ---------------------------------------------------------------------------------------------------
+
+    def decode(self, ids, skip_special=False):
+        """str of ids. Bytes that are not UTF-8 (a character cut in half) become U+FFFD; padding ids are nothing."""
+        drop = self.special_ids if skip_special else ()
+        return b"".join([self._bytes_of(index) for index in ids if index not in drop]).decode("utf-8", "replace")
+
+    def _bytes_of(self, index):
+        if not 0 <= index < self.vocab_size:
+            raise ValueError(f"token id {index}; ids end at {self.vocab_size - 1}; use the tokenizer that made it")
+        return self.token_bytes[index]
+
+    # -- conversations -------------------------------------------------------------------------------------------------
+
+    def render(self, messages, add_generation_prompt=False):
+        """A conversation as ids, with a mask of what is trained.
+
+        messages: list of {"role", "content"} and, for the assistant, optional "reasoning_content". Layout: bos, then
+        per message <|im_start|>role\\ncontent<|im_end|>\\n; the prompt for an answer is <|im_start|>assistant\\n.
+        Returns (ids, mask), two lists of one length; mask 1 = the assistant's text (with its reasoning) and the
+        <|im_end|> that ends it. The newline after it is not trained: nothing is ever sampled there.
+        Raises ValueError for a tokenizer without these tokens or a message that is not of this form.
+        """
+        if self.im_start_id is None or self.im_end_id is None:
+            raise ValueError(
+                "this tokenizer has no <|im_start|> and <|im_end|>; conversations are written with them; "
+                "use a tokenizer of MiniLLM, MiniMind or Qwen"
+            )
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError(f"messages is {messages!r}; it must be a non-empty list; give [{{'role', 'content'}}]")
+        # MiniMind declares <|im_start|> as its bos; a second one in front of the first would be noise
+        ids = [] if self.bos_id in (None, self.im_start_id) else [self.bos_id]
+        mask = [0] * len(ids)
+        newline = self.encode("\n")
+        for number, message in enumerate(messages):
+            header, body = self._message(message, number)
+            ids += [*header, *body, self.im_end_id, *newline]
+            trained = int(message["role"] == "assistant")
+            mask += [0] * len(header) + [trained] * (len(body) + 1) + [0] * len(newline)
+        if add_generation_prompt:
+            prompt = [self.im_start_id, *self.encode("assistant\n")]
+            ids += prompt
+            mask += [0] * len(prompt)
+        return ids, mask
+
+    def _message(self, message, number):
+        """(header ids, body ids) of a message."""
+        role, content = _checked(message, number)
+        if role != "assistant":
+            # encoded in one go, as the template's text is: a newline that opens the content joins the header's
+            return [self.im_start_id, *self.encode(f"{role}\n{content}")], []
+        header = [self.im_start_id, *self.encode("assistant\n")]
+        content = content.lstrip()
+        reasoning = message.get("reasoning_content")
+        if not reasoning:
+            return header, self.encode(content)
+        begin, end = self.think_ids
+        if begin is None or end is None:
+            raise ValueError(f"message {number} has reasoning_content; it needs <think> tokens; leave the field out")
+        thought = self.encode("\n" + reasoning.strip("\n") + "\n")
+        return header, [begin, *thought, end, *self.encode("\n\n" + content)]
+
+
+def _checked(message, number):
+    """role and content of a message, or an error that says which message is wrong."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        raise ValueError(f"message {number} is {message!r:.200}; it needs role and content, both text; fix the row")
+    role = message.get("role")
+    if role not in ROLES:
+        raise ValueError(f"message {number} has role {role!r}; roles are {', '.join(ROLES)}; fix or drop the row")
+    if message.get("tool_calls"):
+        raise ValueError(f"message {number} has tool_calls; they are not rendered; write the call into content")
+    return role, message["content"]
+
+
+class StreamDecoder:
+    """Decode one id at a time: push() returns the text that is certain by now.
+
+    A character may be spread over several tokens (most emoji are), so incomplete bytes wait for the next token. All
+    pushes and the flush together equal tokenizer.decode(ids).
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, index):
+        """Text completed by this id; may be empty."""
+        return self.decoder.decode(self.tokenizer._bytes_of(index))
+
+    def flush(self):
+        """What is left at the end: U+FFFD for an unfinished character, else nothing."""
+        return self.decoder.decode(b"", final=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def sample_texts(paths, sample_mb):
+    """The first sample_mb megabytes (UTF-8) of documents, taken from the files in turns by size, so that each file has
+    an equal share while it lasts. 0 = everything."""
+    readers = [[0, number, _read_file(path)] for number, path in enumerate(paths)]
+    total = 0
+    while readers and (not sample_mb or total < sample_mb * 1_000_000):
+        reader = min(readers)  # the file that gave least so far
+        text = next(reader[2], None)
+        if text is None:
+            readers.remove(reader)
+            continue
+        size = len(text.encode("utf-8", "replace"))
+        reader[0] += size
+        total += size
+        yield text
+
+
+def expand(patterns):
+    """Files named by paths and globs, each once, sorted within a glob."""
+    paths = []
+    for pattern in patterns:
+        found = sorted(glob.glob(pattern))
+        if not found:
+            raise FileNotFoundError(f"--data_path {pattern}: nothing there; it takes files and globs; check the path")
+        paths += [Path(path) for path in found if Path(path) not in paths]
+    return paths
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,encode,decode,inspect}")
+
+    def command(name, text):
+        style = argparse.ArgumentDefaultsHelpFormatter
+        return commands.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=style)
+
+    sub = command("train", "learn a vocabulary from text and write a tokenizer folder")
+    sub.add_argument("--data_path", nargs="+", required=True, help="files or globs: .jsonl, .jsonl.gz, .txt")
+    sub.add_argument("--vocab_size", type=int, default=6400, help="tokens, special ones included")
+    sub.add_argument("--output", default="out/tokenizer", help="folder to write")
+    sub.add_argument("--sample_mb", type=float, default=2.0, help="megabytes of text to learn from, 0 = all")
+    sub.add_argument("--backend", default="auto", choices=["auto", "rust", "python"], help="auto = rust where built")
+    for name, text in [
+        ("encode", "print the ids of a text"),
+        ("decode", "print the text of ids"),
+        ("inspect", "print facts of a tokenizer and, with --text or --file, how it cuts a text"),
+    ]:
+        sub = command(name, text)
+        sub.add_argument("--tokenizer", default="out/tokenizer", help="folder with tokenizer.json")
+        if name == "decode":
+            sub.add_argument("--ids", type=int, nargs="+", help="token ids; standard input when left out")
+            continue
+        sub.add_argument("--text", help="the text itself" + ("; standard input when left out" * (name == "encode")))
+        sub.add_argument("--file", help="a UTF-8 file with the text")
+    argv = sys.argv[1:] if argv is None else argv
+    # hyphens are accepted in flag names: --vocab-size means --vocab_size
+    argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
+    return parser.parse_args(argv)
+
+
+def _given_text(args):
+    if args.text is not None:
+        return args.text
+    if args.file is not None:
+        return Path(args.file).read_text(encoding="utf-8", errors="replace")
+    return None
+
+
+def command_train(args):
+    paths = expand(args.data_path)
+    if args.sample_mb < 0:
+        raise ValueError(f"--sample_mb is {args.sample_mb}; it must be 0 (all) or more megabytes; 2 is usual")
+    total = Counter()
+    tokenizer = train(_counted(sample_texts(paths, args.sample_mb), total), args.vocab_size, args.backend)
+    if not total["characters"]:
+        raise ValueError(f"--data_path {' '.join(args.data_path)}: no text there; training needs text; check the file")
+    tokenizer.save_pretrained(args.output)
+    print(f"tokenizer: vocab_size {tokenizer.vocab_size}, fingerprint {tokenizer.fingerprint}, saved to {args.output}")
+    return {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
+
+
+def command_inspect(args):
+    tokenizer = Tokenizer.from_pretrained(args.tokenizer)
+    ordinary = [token for index, token in enumerate(tokenizer.token_bytes) if index not in tokenizer.special_ids]
+    facts = {
+        "vocab_size": tokenizer.vocab_size,
+        "highest id": tokenizer.max_id,
+        "bos / eos / pad": f"{tokenizer.bos_id} / {tokenizer.eos_id} / {tokenizer.pad_id}",
+        "special tokens": ", ".join(f"{tokenizer.token_bytes[i].decode()} {i}" for i in sorted(tokenizer.special_ids)),
+        "pattern": tokenizer.pattern,
+        "longest tokens": [t.decode("utf-8", "replace") for t in sorted(ordinary, key=len, reverse=True)[:8]],
+        "fingerprint": tokenizer.fingerprint,
+        "batch encoder": "tiktoken" if tokenizer._rust_encoder() is None else "rust",
+    }
+    text = _given_text(args)
+    if text is not None:
+        ids = tokenizer.encode(text)
+        size = len(repair(text)[0].encode())
+        facts["text"] = f"{size} bytes, {len(ids)} tokens, {size / max(len(ids), 1):.2f} bytes/token"
+        facts["tokens"] = " ".join(
+            f"{tokenizer.token_bytes[index].decode('utf-8', 'backslashreplace')!r}:{index}" for index in ids[:100]
+        )
+    for name, value in facts.items():
+        print(f"{name:>16}  {value}")
+    return facts
+
+
+def main(args):
+    """Run one command. Returns its facts, as every script here does."""
+    if args.command == "train":
+        return command_train(args)
+    if args.command == "inspect":
+        return command_inspect(args)
+    tokenizer = Tokenizer.from_pretrained(args.tokenizer)
+    if args.command == "encode":
+        text = _given_text(args)
+        ids = tokenizer.encode(sys.stdin.read() if text is None else text)
+        print(*ids)
+        return {"ids": ids}
+    words = sys.stdin.read().split() if args.ids is None else args.ids
+    try:
+        ids = [int(word) for word in words]
+    except ValueError as error:
+        raise ValueError(f"standard input: {error}; decode reads whole numbers; separate them by spaces") from None
+    text = tokenizer.decode(ids)
+    print(text)
+    return {"text": text}
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # the reader left (head, less): not an error, but Python would complain while closing the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

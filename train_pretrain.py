@@ -1,0 +1,271 @@
+"""Pretraining: learn to predict the next token of plain text.
+
+Objective, over all target tokens t of one optimizer step (all micro-batches, all ranks):
+    loss = - sum_t log p(x_t | x_<t) / number of targets          (nats per token; ln(vocabulary) before training)
+Text is compared in bits per byte, loss * tokens / (ln 2 * bytes), because a loss per token depends on the tokenizer.
+
+What is here: packed windows in random order, bf16 autocast, Muon, accumulation, DDP, exact resume. What is not: the
+data format (dataset.py), the optimizer's mathematics (optim.py).
+
+Papers: Vaswani et al. 2017 (arXiv:1706.03762), Radford et al. 2019 (GPT-2), Yang et al. 2025 (Qwen3, arXiv:2505.09388).
+
+    python train_pretrain.py --preset tiny --data_path out/data/pretrain.train.jsonl       # a laptop
+    python train_pretrain.py --preset small --data_path "data/*.jsonl.gz" --epochs 2       # one GPU
+    torchrun --nproc_per_node 4 train_pretrain.py --preset base --data_path data/*.jsonl   # four GPUs, or CPU processes
+
+Letters: B rows, T tokens, V vocabulary.
+"""
+
+import contextlib
+import math
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import common
+import logs
+import metrics
+import optim
+from dataset import PretrainData, expand_paths
+from model import PRESETS, ModelConfig, Transformer, token_logprobs
+from tokenizer import Tokenizer
+
+
+def parse_args(argv=None):
+    """Flags of this stage. The recipe's numbers are the defaults; docs/results.md says what they were measured
+    against."""
+    parser = common.Parser(__doc__)
+    common.data_flags(parser, "out/data/pretrain.train.jsonl", max_seq_len=256, val_ratio=0.01)
+    g = parser.add_argument_group("model")
+    g.add_argument("--tokenizer", default="out/tokenizer", help="folder with tokenizer.json")
+    g.add_argument("--from_weight", default="",
+                   help="go on training this checkpoint (name below --save_dir, or folder); sets the shape")
+    g.add_argument("--preset", default="small", choices=sorted(PRESETS),
+                   help="shape; the flags below change single fields of it")
+    g.add_argument("--hidden_size", type=common.positive(int), help="width (preset's)")
+    g.add_argument("--num_hidden_layers", type=common.positive(int), help="blocks (preset's)")
+    g.add_argument("--num_attention_heads", type=common.positive(int), help="query heads (preset's)")
+    g.add_argument("--num_key_value_heads", type=common.positive(int), help="key and value heads (preset's)")
+    g.add_argument("--intermediate_size", type=common.positive(int), help="width inside the MLP (preset's)")
+    g.add_argument("--max_position_embeddings", type=common.positive(int),
+                   help="longest context the model allows (preset's)")
+    g.add_argument("--dropout", type=common.positive(float, zero=True),
+                   help="dropout on attention and residuals (preset's)")
+    common.switch(g, "--use_moe", 0, "mixture of experts with a shared expert instead of the MLP, at the chosen width")
+    g.add_argument("--num_experts", type=common.positive(int), help="routed experts (4 with --use_moe)")
+    g.add_argument("--num_experts_per_tok", type=common.positive(int), help="routed experts a token visits")
+    g.add_argument("--n_shared_experts", type=common.positive(int, zero=True),
+                   help="experts every token visits; 0 = Qwen3Moe's softmax router")
+    g.add_argument("--router_aux_loss_coef", type=common.positive(float, zero=True), default=0.01,
+                   help="weight of the balance loss (softmax router)")
+    g.add_argument("--router_bias_rate", type=common.positive(float, zero=True), default=0.001,
+                   help="step of the routing bias (router with shared experts)")
+    common.switch(g, "--gradient_checkpointing", 0,
+                  "recompute activations in the backward pass: less memory, about 30%% slower")
+    common.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.01, warmup_steps=0.1)
+    common.run_flags(parser, save_weight="pretrain", eval_interval=250, save_interval=500)
+    parser.add_argument("--eval_batches", type=common.positive(int), default=32, help="held-out batches per evaluation")
+    common.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
+    return parser.parse_args(argv)
+
+
+def build_config(args, tokenizer):
+    """ModelConfig from preset, single fields and tokenizer. Flags that were not given keep the preset's value."""
+    fields = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+              "dropout", "max_position_embeddings", "num_experts", "num_experts_per_tok", "n_shared_experts"]
+    given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    if args.use_moe and args.preset != "moe":
+        given = {"num_experts": 4, "num_experts_per_tok": 1, "n_shared_experts": 1} | given
+    config = ModelConfig.preset(args.preset, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id,
+                                eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, **given)
+    if args.max_seq_len > config.max_position_embeddings:
+        raise ValueError(f"--max_seq_len {args.max_seq_len} is above max_position_embeddings "
+                         f"{config.max_position_embeddings}; rows must fit the context; shorten the rows, or give "
+                         "--max_position_embeddings")
+    return config
+
+
+def evaluate(model, data, args, runtime):
+    """Held-out loss (nats per token) and bits per byte over the first --eval_batches batches, shared by the ranks."""
+    count = min(len(data), args.eval_batches * args.batch_size)
+    starts = runtime.shard(list(range(0, count, args.batch_size)))
+    batches = (data.batch(range(i, min(i + args.batch_size, count))) for i in starts)
+    part = metrics.heldout_loss(model, batches, token_logprobs, runtime.device, runtime.autocast)
+    nll, tokens, size = runtime.sum(part["nll"], part["tokens"], part["bytes"])
+    return nll / max(tokens, 1), nll / math.log(2) / max(size, 1)
+
+
+def main(args):
+    """Train and return the final metrics. The numbered banners are the same in every training script."""
+    # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
+    runtime = common.setup(args)
+    folder = Path(args.save_dir) / "logs" / args.save_weight
+
+    # -- 2. Data -------------------------------------------------------------------------------------------------------
+    parent = common.find_checkpoint(args.save_dir, args.from_weight) if args.from_weight else None
+    tokenizer = Tokenizer.from_pretrained(parent or args.tokenizer)
+    files = expand_paths(args.data_path) + expand_paths(args.val_path)
+    origin = [parent] if parent else []
+    key = common.stage_key(args, [*files, Path(parent or args.tokenizer) / "tokenizer.json"], origin)
+    start = common.begin(runtime, args, key)
+    if start == "skip":
+        return common.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
+    shared = dict(tokenizer=tokenizer, max_seq_len=args.max_seq_len, cache_dir=args.cache_dir, seed=args.seed,
+                  skip_bad=args.skip_bad, is_main=runtime.is_main, barrier=runtime.barrier)
+    ratio = 0.0 if args.val_path else args.val_ratio
+    data = PretrainData(args.data_path, part="train" if ratio else "all", val_ratio=ratio, **shared)
+    held_out = PretrainData(args.val_path or args.data_path, part="val" if ratio else "all", val_ratio=ratio, **shared)
+    runtime.print(data.summary())
+
+    # -- 3. Model ------------------------------------------------------------------------------------------------------
+    model = Transformer.from_pretrained(parent) if parent else Transformer(build_config(args, tokenizer))
+    if model.config.vocab_size <= tokenizer.max_id:
+        raise ValueError(f"token id {tokenizer.max_id} >= vocabulary {model.config.vocab_size} of {args.from_weight}; "
+                         f"tokenizer and model do not match; use the tokenizer saved with the model")
+    model.gradient_checkpointing = bool(args.gradient_checkpointing)
+    model = model.to(runtime.device, torch.float64 if runtime.dtype == torch.float64 else torch.float32)
+    runtime.print(f"model {args.preset}: {model.num_parameters() / 1e6:.2f}M parameters, "
+                  f"{model.flops_per_token(args.max_seq_len) / 1e6:.0f} MFLOP a token")
+
+    # -- 4. Optimizer --------------------------------------------------------------------------------------------------
+    optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
+                            dtype=runtime.dtype)
+    max_steps = common.count_steps(args, len(data), runtime.world_size)
+    budget = common.Budget(args.max_minutes)
+    nonfinite = common.NonFinite(runtime)
+    stop = common.StopSignal()
+
+    # -- 5. Resume -----------------------------------------------------------------------------------------------------
+    # `position` is the number of samples drawn so far by all ranks together: the order is a function of it, not of
+    # the rank count
+    progress = {"step": 0, "position": 0, "max_steps": max_steps}
+    if start == "resume":
+        state = common.load_resume(runtime, args)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        runtime.scaler.load_state_dict(state["scaler"])
+        progress = state["progress"]
+        if not args.max_minutes:
+            progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
+        runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
+    log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None)
+    log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
+    log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
+
+    def save(finished, final=None):
+        """Write out/<save_weight>; called by all ranks at the same step."""
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "scaler": runtime.scaler.state_dict(), "progress": progress}
+        facts = {"stage": "pretrain", "key": key, "parents": [str(p) for p in origin],
+                 "tokenizer": tokenizer.fingerprint, "data": [str(f) for f in files], "seed": args.seed,
+                 "progress": progress, "metrics": final or {}}
+        return common.save_checkpoint(runtime, args, [model, tokenizer], state, facts, finished)
+
+    # -- 6. Compile and DDP (last, so that everything above sees the plain module) -------------------------------------
+    wrapped = model
+    if runtime.world_size > 1:
+        wrapped = DistributedDataParallel(model, device_ids=[runtime.local_rank] if runtime.device.type == "cuda"
+                                          else None)
+    if args.use_compile:
+        wrapped = torch.compile(wrapped)
+
+    # -- 7. Training loop ----------------------------------------------------------------------------------------------
+    per_micro_step = args.batch_size * runtime.world_size
+    bar = logs.progress(progress["max_steps"], "pretrain", progress["step"], runtime.is_main)
+    val_loss = bits = None
+    while progress["step"] < progress["max_steps"]:
+        step = progress["step"]
+        scale = common.lr_scale(step, progress["max_steps"], args.warmup_steps, args.schedule)
+        lr = optim.set_lr(optimizer, scale)
+
+        # all micro-batches first: the loss is divided by the number of targets of the whole step, which must be known
+        # before backward
+        batches = []
+        for micro in range(args.accumulation_steps):
+            first = progress["position"] + micro * per_micro_step + runtime.rank * args.batch_size
+            batches.append(data.batch(data.position_batch(first, args.batch_size)))
+        targets = runtime.sum(sum(b["mask"][:, 1:].sum() for b in batches))
+
+        model.train()
+        nll_sum = balance_sum = 0.0
+        for micro, batch in enumerate(batches):
+            ids = batch["ids"].to(runtime.device, non_blocking=True)  # [B, T]
+            mask = batch["mask"].to(runtime.device, non_blocking=True)  # [B, T], 1 on target tokens
+            # gradients travel between ranks only with the last micro-batch
+            last = micro == len(batches) - 1
+            with contextlib.nullcontext() if last or runtime.world_size == 1 else wrapped.no_sync():
+                with runtime.autocast():
+                    # log-probabilities of the targets [B, T-1] instead of logits [B, T, V], and the rows' balance [B]
+                    logp, balance = wrapped(ids, token_mask=mask.bool(), target_mask=mask, return_balance=True)
+                nll = -logp.sum()
+                # each row's balance counts by its tokens, so that it adds up over micro-batches and ranks like the
+                # loss does
+                aux = (balance * mask[:, 1:].sum(1)).sum()
+                # DDP averages over ranks; the factor makes it a sum, and the division by all targets makes that the
+                # mean
+                loss = (nll + args.router_aux_loss_coef * aux) * (runtime.world_size / targets)
+                runtime.scaler.scale(loss).backward()
+            nll_sum = nll_sum + nll.detach()
+            balance_sum = balance_sum + aux.detach()
+
+        runtime.scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
+        loss_value, balance_value = (x / targets for x in runtime.sum(nll_sum, balance_sum))
+        if not nonfinite.skip(step, loss_value, grad_norm, lr):
+            runtime.scaler.step(optimizer)
+            runtime.scaler.update()
+            model.update_router_bias(args.router_bias_rate, runtime.reduce)
+        optimizer.zero_grad(set_to_none=True)
+        progress["step"] += 1
+        progress["position"] += per_micro_step * args.accumulation_steps
+        log.count(targets)
+        bar.update()
+
+        # -- log, evaluate, save
+        step = progress["step"]
+        progress["max_steps"] = bar.total = budget.steps(step, progress["max_steps"], runtime)
+        done = step >= progress["max_steps"]
+        if step == 1:
+            runtime.print(f"loss at step 0: {loss_value:.3f}, ln(vocabulary) = {math.log(model.config.vocab_size):.3f}")
+        if step % args.log_interval == 0 or done or step == 1:
+            extra = {"balance": balance_value} if model.config.num_experts else {}
+            rate = log.rate()
+            log.log(step, loss=loss_value, lr=lr, grad_norm=grad_norm, tokens_per_s=rate, **extra)
+            bar.set_postfix_str(f"loss {loss_value:.3f}, {rate} tok/s")
+        if done or (args.eval_interval and step % args.eval_interval == 0):
+            val_loss, bits = evaluate(model, held_out, args, runtime)
+            log.log(step, val_loss=val_loss, bits_per_byte=bits)
+            if runtime.is_main:
+                logs.say(f"step {step}: held-out loss {val_loss:.3f}, {bits:.3f} bits per byte | "
+                         f"{sample_text(model, tokenizer, held_out)}")
+            log.rate()  # the evaluation's seconds are not training seconds
+        signal = stop.stop(runtime)
+        if signal or (not done and args.save_interval and step % args.save_interval == 0):
+            save(finished=False)
+        if signal:
+            runtime.print(f"saved at step {step}. Go on with: {common.resume_command()}")
+            raise common.Interrupted(signal)
+
+    # -- 8. Final save and summary -------------------------------------------------------------------------------------
+    bar.close()
+    final = {"val_loss": val_loss, "bits_per_byte": bits, "steps": progress["step"], "skipped_steps": nonfinite.total}
+    save(finished=True, final=final)
+    log.close()
+    runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out loss {val_loss:.3f}, {bits:.3f} bits per byte. "
+                  f"Curves: {folder}/curves.png. Next: python train_sft.py --from_weight {args.save_weight}")
+    runtime.close()
+    return final
+
+
+def sample_text(model, tokenizer, data, max_new_tokens=40):
+    """A greedy continuation of the beginning of a held-out window, to see with one's own eyes what has been learnt."""
+    prompt = data.batch([0])["ids"][0, :12].tolist()
+    ids = [token for _, token in model.generate([prompt], max_new_tokens, temperature=0.0,
+                                                stop_ids=tokenizer.stop_ids(chat=False))]
+    return repr(tokenizer.decode([i for i in prompt
+                                  if i not in tokenizer.special_ids]) + " >> " + tokenizer.decode(ids))
+
+
+if __name__ == "__main__":
+    common.run(main, parse_args)

@@ -1,0 +1,273 @@
+"""Reward model: learn from pairs of answers which one people prefer, as one number per answer.
+
+A scalar head reads the final hidden state (after the backbone's one final norm) at the last real token of prompt plus
+answer. Bradley and Terry: p(chosen beats rejected) = sigmoid(s_chosen - s_rejected), so over the N pairs of one
+optimizer step (all micro-batches, all ranks)
+    loss = mean_n [ -log sigmoid(s_chosen - s_rejected - margin) + center_coef * (s_chosen + s_rejected)^2 ]
+The first term only fixes differences; the second keeps the level of the scores near 0. Mean and standard deviation of
+the scores go into minillm.json, so that train_ppo.py can put rewards of any reward model on one scale.
+
+What to watch: the accuracy per kind of error. Style is easy; "wrong" (a false answer in a good style) needs the model
+to know the answer, and a reward model that is blind there is what PPO will exploit. Ties count as wrong.
+
+Papers: Ouyang et al. 2022 (InstructGPT, arXiv:2203.02155), Stiennon et al. 2020 (arXiv:2009.01325), Eisenstein et al.
+2023 (centring, arXiv:2312.09244).
+
+    python train_reward.py --from_weight sft                                                  # a laptop
+    python train_reward.py --from_weight out/sft --data_path my/pairs.jsonl --val_ratio 0.05  # own data, one GPU
+    torchrun --nproc_per_node 4 train_reward.py --from_weight sft --data_path data/*.jsonl    # four GPUs or processes
+
+Letters: B pairs, T tokens, N held-out pairs.
+"""
+import contextlib
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import common
+import logs
+import metrics
+import optim
+from dataset import PreferenceData, expand_paths
+from model import ScalarHead
+from tokenizer import Tokenizer
+
+
+def parse_args(argv=None):
+    """Flags of this stage. The backbone's shape comes from the weights it starts from."""
+    parser = common.Parser(__doc__)
+    common.data_flags(parser, "out/data/preference.train.jsonl", max_seq_len=256, val_ratio=0.05)
+    g = parser.add_argument_group("model")
+    g.add_argument("--from_weight", default="sft", help="checkpoint to start from: name below --save_dir, or folder")
+    common.switch(g, "--freeze_backbone", 0, "train the scalar head only: shows what the backbone already knows")
+    g = parser.add_argument_group("loss")
+    g.add_argument("--margin", type=common.positive(float, zero=True), default=0.0,
+                   help="score difference a pair must have before its loss falls below ln 2")
+    g.add_argument("--center_coef", type=common.positive(float, zero=True), default=0.001,
+                   help="weight of the term that keeps scores near 0")
+    common.optim_flags(parser, batch_size=32, learning_rate=3e-4, muon_learning_rate=1e-3, warmup_steps=0.05)
+    common.run_flags(parser, save_weight="reward", eval_interval=100, save_interval=200)
+    parser.add_argument("--eval_batches", type=common.positive(int), default=64, help="held-out batches per evaluation")
+    common.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
+    return parser.parse_args(argv)
+
+
+def pairwise_loss(chosen, rejected, margin=None, center_coef=0.0):
+    """Mean Bradley-Terry loss of pairs; ln 2 when all scores are equal (and margin is 0).
+
+    Args:
+        chosen, rejected: scores [B] of the two answers to the same prompt.
+        margin: number or [B], the difference asked for (None = 0).
+        center_coef: weight of (chosen + rejected)^2.
+    Returns: scalar, at least fp32.
+    """
+    if chosen.dtype in (torch.float16, torch.bfloat16):
+        chosen, rejected = chosen.float(), rejected.float()
+    difference = chosen - rejected if margin is None else chosen - rejected - margin    # [B]
+    # logsigmoid is log(sigmoid(x)) without the overflow of exp and without log(0)
+    return (center_coef * (chosen + rejected) ** 2 - F.logsigmoid(difference)).mean()
+
+
+@torch.no_grad()
+def evaluate(model, data, args, runtime):
+    """Score the first --eval_batches held-out batches, shared by the ranks.
+
+    Returns: dict of val_loss, accuracy, accuracy_by_kind, length_correlation (of score and answer length: a reward
+        model that only counts words shows here), score_mean and score_std (over both answers), n.
+    """
+    count = min(len(data), args.eval_batches * args.batch_size)
+    share = []
+    for i in runtime.shard(list(range(0, count, args.batch_size))):
+        batch = data.batch(range(i, min(i + args.batch_size, count)))
+        with runtime.autocast():
+            scores = model(batch["ids"].to(runtime.device), batch["lengths"].to(runtime.device))    # [2B]
+        lengths = batch["mask"].sum(1)                                                              # [2B]
+        columns = [*scores.float().cpu().chunk(2), *lengths.chunk(2)]                               # four of [B]
+        share.append(list(zip(*(c.tolist() for c in columns), batch["kind"], strict=True)))
+    rows = [row for batch in runtime.unshard(share) for row in batch]
+    chosen, rejected, chosen_length, rejected_length, kinds = (list(column) for column in zip(*rows, strict=True))
+    scores = np.array(chosen + rejected)                                                            # [2N]
+    loss = pairwise_loss(torch.tensor(chosen), torch.tensor(rejected), args.margin, args.center_coef)
+    return {"val_loss": loss.item(), **metrics.pair_accuracy(chosen, rejected, kinds),
+            "length_correlation": metrics.length_correlation(scores, chosen_length + rejected_length),
+            "score_mean": float(scores.mean()), "score_std": float(scores.std())}
+
+
+def main(args):
+    """Train and return the final metrics. The numbered banners are the same in every training script."""
+    # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
+    runtime = common.setup(args)
+    folder = Path(args.save_dir) / "logs" / args.save_weight
+
+    # -- 2. Data -------------------------------------------------------------------------------------------------------
+    parent = common.find_checkpoint(args.save_dir, args.from_weight)
+    tokenizer = Tokenizer.from_pretrained(parent)
+    files = expand_paths(args.data_path) + expand_paths(args.val_path)
+    key = common.stage_key(args, files, [parent])
+    start = common.begin(runtime, args, key)
+    if start == "skip":
+        return common.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
+    shared = dict(tokenizer=tokenizer, max_seq_len=args.max_seq_len, cache_dir=args.cache_dir, seed=args.seed,
+                  skip_bad=args.skip_bad, is_main=runtime.is_main, barrier=runtime.barrier)
+    ratio = 0.0 if args.val_path else args.val_ratio
+    parts = ("train", "val") if ratio else ("all", "all")
+    data = PreferenceData(args.data_path, part=parts[0], val_ratio=ratio, **shared)
+    held_out = PreferenceData(args.val_path or args.data_path, part=parts[1], val_ratio=ratio, **shared)
+    runtime.print(data.summary())
+
+    # -- 3. Model ------------------------------------------------------------------------------------------------------
+    model = ScalarHead.from_pretrained(parent)  # refuses a backbone with shared experts, and says what to do
+    if args.max_seq_len > model.config.max_position_embeddings:
+        raise ValueError(f"--max_seq_len {args.max_seq_len} is above the model's max_position_embeddings "
+                         f"{model.config.max_position_embeddings}; rows must fit the context; shorten the rows")
+    if args.freeze_backbone:
+        model.model.requires_grad_(False)
+    model = model.to(runtime.device, torch.float64 if runtime.dtype == torch.float64 else torch.float32)
+    runtime.print(f"model from {parent}: {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f}M "
+                  "trainable parameters")
+
+    # -- 4. Optimizer --------------------------------------------------------------------------------------------------
+    optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
+                            dtype=runtime.dtype)
+    max_steps = common.count_steps(args, len(data), runtime.world_size)
+    budget = common.Budget(args.max_minutes)
+    nonfinite = common.NonFinite(runtime)
+    stop = common.StopSignal()
+
+    # -- 5. Resume -----------------------------------------------------------------------------------------------------
+    # `position` is the number of pairs drawn so far by all ranks together: the order does not depend on the rank count
+    progress = {"step": 0, "position": 0, "max_steps": max_steps}
+    if start == "resume":
+        state = common.load_resume(runtime, args)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        runtime.scaler.load_state_dict(state["scaler"])
+        progress = state["progress"]
+        if not args.max_minutes:
+            progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
+        runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
+    log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None)
+    log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
+    log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
+
+    def save(finished, final=None):
+        """Write out/<save_weight>; called by all ranks at the same step."""
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "scaler": runtime.scaler.state_dict(), "progress": progress}
+        facts = {"stage": "reward", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
+                 "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {},
+                 "score_mean": model.score_mean, "score_std": model.score_std}
+        return common.save_checkpoint(runtime, args, [model, tokenizer], state, facts, finished)
+
+    # -- 6. Compile and DDP (last, so that everything above sees the plain module) -------------------------------------
+    wrapped = model
+    if runtime.world_size > 1:
+        device_ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=device_ids)
+    if args.use_compile:
+        wrapped = torch.compile(wrapped)
+
+    # -- 7. Training loop ----------------------------------------------------------------------------------------------
+    per_micro_step = args.batch_size * runtime.world_size
+    bar = logs.progress(progress["max_steps"], "reward", progress["step"], runtime.is_main)
+    result = None
+    while progress["step"] < progress["max_steps"]:
+        step = progress["step"]
+        scale = common.lr_scale(step, progress["max_steps"], args.warmup_steps, args.schedule)
+        lr = optim.set_lr(optimizer, scale)
+
+        batches = []
+        for micro in range(args.accumulation_steps):
+            first = progress["position"] + micro * per_micro_step + runtime.rank * args.batch_size
+            batches.append(data.batch(data.position_batch(first, args.batch_size)))
+        pairs, tokens = runtime.sum(sum(len(b["kind"]) for b in batches), sum(b["lengths"].sum() for b in batches))
+
+        model.eval()  # no dropout from here on: noise in a score would be noise in the reward
+        sums = torch.zeros(3, device=runtime.device)
+        for micro, batch in enumerate(batches):
+            ids = batch["ids"].to(runtime.device, non_blocking=True)            # [2B, T], chosen rows, then rejected
+            lengths = batch["lengths"].to(runtime.device, non_blocking=True)    # [2B]
+            # gradients travel between ranks only with the last micro-batch
+            last = micro == len(batches) - 1
+            with contextlib.nullcontext() if last or runtime.world_size == 1 else wrapped.no_sync():
+                with runtime.autocast():
+                    scores = wrapped(ids, lengths)                              # [2B]
+                chosen, rejected = scores.chunk(2)                              # [B], [B]
+                loss_sum = pairwise_loss(chosen, rejected, args.margin, args.center_coef) * len(chosen)
+                # DDP averages over ranks; the factor makes it a sum, and the division by all pairs makes that the mean
+                runtime.scaler.scale(loss_sum * (runtime.world_size / pairs)).backward()
+            sums += torch.stack([loss_sum, (chosen > rejected).sum(), (chosen - rejected).sum()]).detach()
+
+        runtime.scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
+        loss_value, accuracy, margin = (x / pairs for x in runtime.sum(*sums.tolist()))
+        if not nonfinite.skip(step, loss_value, grad_norm, lr):
+            runtime.scaler.step(optimizer)
+            runtime.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        progress["step"] += 1
+        progress["position"] += per_micro_step * args.accumulation_steps
+        log.count(tokens)
+        bar.update()
+
+        # -- log, evaluate, save
+        step = progress["step"]
+        progress["max_steps"] = bar.total = budget.steps(step, progress["max_steps"], runtime)
+        done = step >= progress["max_steps"]
+        if step % args.log_interval == 0 or done or step == 1:
+            rate = log.rate()
+            log.log(step, loss=loss_value, accuracy=accuracy, margin=margin, lr=lr, grad_norm=grad_norm,
+                    tokens_per_s=rate)
+            bar.set_postfix_str(f"loss {loss_value:.3f}, accuracy {accuracy:.2f}, {rate} tok/s")
+        if done or (args.eval_interval and step % args.eval_interval == 0):
+            result = evaluate(model, held_out, args, runtime)
+            model.score_mean, model.score_std = result["score_mean"], result["score_std"]
+            by_kind = {f"val_accuracy_{kind}": value for kind, value in result["accuracy_by_kind"].items()}
+            log.log(step, val_loss=result["val_loss"], val_accuracy=result["accuracy"], **by_kind,
+                    length_correlation=result["length_correlation"])
+            if runtime.is_main:
+                logs.say(f"step {step}: held-out {describe(result)}")
+            log.rate()  # the evaluation's seconds are not training seconds
+        signal = stop.stop(runtime)
+        if signal or (not done and args.save_interval and step % args.save_interval == 0):
+            save(finished=False)
+        if signal:
+            runtime.print(f"saved at step {step}. Go on with: {common.resume_command()}")
+            raise common.Interrupted(signal)
+
+    # -- 8. Final save and summary -------------------------------------------------------------------------------------
+    bar.close()
+    result = result or evaluate(model, held_out, args, runtime)  # a resume with nothing left to train still reports
+    model.score_mean, model.score_std = result["score_mean"], result["score_std"]
+    final = result | {"steps": progress["step"], "skipped_steps": nonfinite.total}
+    save(finished=True, final=final)
+    log.close()
+    runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out {describe(result)}. Curves: {folder}/curves.png")
+    runtime.print(advice(result, args))
+    runtime.close()
+    return final
+
+
+def describe(result):
+    """One line about evaluate()'s result."""
+    kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in result["accuracy_by_kind"].items())
+    return (f"pair accuracy {result['accuracy']:.3f} ({kinds}; n {result['n']}), loss {result['val_loss']:.3f}, "
+            f"correlation of score and length {result['length_correlation']:+.2f}")
+
+
+def advice(result, args):
+    """What the accuracies mean for the next stage, as the last printed line."""
+    if result["accuracy"] < 0.55:
+        return ("near chance: PPO would refuse this reward model. Usual causes: too few steps (--epochs), a rate far "
+                "off (--learning_rate), chosen and rejected swapped in the data")
+    weak = [kind for kind, value in result["accuracy_by_kind"].items() if value < 0.6]
+    hint = f"blind to: {', '.join(weak)}; watch exact match beside the reward. " if weak else ""
+    return f"{hint}Next: python train_ppo.py --from_weight {args.from_weight} --reward_weight {args.save_weight}"
+
+
+if __name__ == "__main__":
+    common.run(main, parse_args)

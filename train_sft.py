@@ -1,0 +1,256 @@
+"""Supervised fine-tuning: turn a model that continues text into one that answers.
+
+Objective, over the trained tokens t (assistant text and its end token <|im_end|>) of one optimizer step:
+    loss = - sum_t log p(x_t | x_<t) / number of trained tokens
+The user's words are context, not targets: the model learns to answer, not to ask. Conversations are packed several to a
+row; a document mask keeps them from seeing each other (without it the logits of packed rows are simply wrong).
+
+Papers: Ouyang et al. 2022 (InstructGPT, arXiv:2203.02155), Krell et al. 2021 (packing without cross-contamination,
+arXiv:2107.02027).
+
+    python train_sft.py --from_weight pretrain --data_path out/data/sft.train.jsonl          # a laptop
+    python train_sft.py --from_weight out/pretrain --data_path my/chats.jsonl --epochs 3     # own data, one GPU
+    torchrun --nproc_per_node 4 train_sft.py --from_weight pretrain --data_path data/*.jsonl # four GPUs or processes
+
+Letters: B rows, T tokens, V vocabulary.
+"""
+import contextlib
+import math
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import common
+import logs
+import metrics
+import optim
+from dataset import PromptData, SFTData, expand_paths
+from model import Transformer, token_logprobs
+from tokenizer import Tokenizer
+
+
+def parse_args(argv=None):
+    """Flags of this stage. The model's shape comes from the weights it starts from."""
+    parser = common.Parser(__doc__)
+    common.data_flags(parser, "out/data/sft.train.jsonl", max_seq_len=256, val_ratio=0.02)
+    g = parser.add_argument_group("model")
+    g.add_argument("--from_weight", default="pretrain",
+                   help="checkpoint to start from: name below --save_dir, or folder")
+    g.add_argument("--router_aux_loss_coef", type=common.positive(float, zero=True), default=0.01,
+                   help="weight of the balance loss (softmax router)")
+    g.add_argument("--router_bias_rate", type=common.positive(float, zero=True), default=0.001,
+                   help="step of the routing bias (router with shared experts)")
+    common.switch(g, "--gradient_checkpointing", 0,
+                  "recompute activations in the backward pass: less memory, about 30%% slower")
+    common.optim_flags(parser, batch_size=16, learning_rate=1e-3, muon_learning_rate=4e-3, warmup_steps=0.05)
+    common.run_flags(parser, save_weight="sft", eval_interval=250, save_interval=500)
+    parser.add_argument("--eval_batches", type=common.positive(int), default=16, help="held-out batches per evaluation")
+    parser.add_argument("--eval_prompts", type=common.positive(int, zero=True), default=600,
+                        help="held-out questions answered for the exact match at the end (a fifth of them on the way)")
+    parser.add_argument("--max_new_tokens", type=common.positive(int), default=64, help="longest answer in evaluations")
+    common.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
+    return parser.parse_args(argv)
+
+
+def evaluate_loss(model, data, args, runtime):
+    """Held-out loss (nats per trained token) over the first --eval_batches batches, shared by the ranks."""
+    count = min(len(data), args.eval_batches * args.batch_size)
+    starts = runtime.shard(list(range(0, count, args.batch_size)))
+    batches = (data.batch(range(i, min(i + args.batch_size, count))) for i in starts)
+    part = metrics.heldout_loss(model, batches, token_logprobs, runtime.device, runtime.autocast)
+    nll, tokens = runtime.sum(part["nll"], part["tokens"])
+    return nll / max(tokens, 1)
+
+
+def answer_questions(model, tokenizer, prompts, count, args, runtime):
+    """Greedy answers to `count` held-out questions spread over the file, scored by their check. None without checks.
+
+    Returns: metrics.exact_match's dict with "samples", three (question, answer) pairs; the same on all ranks.
+    """
+    items = [item for item in prompts.items if item["check"]]
+    items = items[:: max(1, len(items) // count)][:count] if count else []
+    if not items:
+        return None
+    mine = runtime.shard(items)
+    with runtime.autocast():
+        answers = metrics.complete(model, tokenizer, [i["ids"] for i in mine], args.max_new_tokens, batch_size=64)
+    answers = runtime.unshard(answers)
+    result = metrics.exact_match(answers, items)
+    shown = range(0, len(items), len(items) // 3 + 1)
+    result["samples"] = [(items[i]["messages"][-1]["content"], answers[i].text) for i in shown]
+    return result
+
+
+def main(args):
+    """Train and return the final metrics. The numbered banners are the same in every training script."""
+    # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
+    runtime = common.setup(args)
+    folder = Path(args.save_dir) / "logs" / args.save_weight
+
+    # -- 2. Data -------------------------------------------------------------------------------------------------------
+    parent = common.find_checkpoint(args.save_dir, args.from_weight)
+    tokenizer = Tokenizer.from_pretrained(parent)
+    files = expand_paths(args.data_path) + expand_paths(args.val_path)
+    key = common.stage_key(args, files, [parent])
+    start = common.begin(runtime, args, key)
+    if start == "skip":
+        return common.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
+    shared = dict(tokenizer=tokenizer, max_seq_len=args.max_seq_len, cache_dir=args.cache_dir, seed=args.seed,
+                  skip_bad=args.skip_bad, is_main=runtime.is_main, barrier=runtime.barrier)
+    ratio = 0.0 if args.val_path else args.val_ratio
+    data = SFTData(args.data_path, part="train" if ratio else "all", val_ratio=ratio, **shared)
+    held_out = SFTData(args.val_path or args.data_path, part="val" if ratio else "all", val_ratio=ratio, **shared)
+    prompts = PromptData(args.val_path or args.data_path, part="val" if ratio else "all", val_ratio=ratio, **shared)
+    runtime.print(data.summary())
+
+    # -- 3. Model ------------------------------------------------------------------------------------------------------
+    model = Transformer.from_pretrained(parent)
+    if model.config.vocab_size <= tokenizer.max_id:
+        raise ValueError(f"token id {tokenizer.max_id} >= vocabulary {model.config.vocab_size} of {args.from_weight}; "
+                         "tokenizer and model do not match; use the tokenizer saved with the model")
+    if args.max_seq_len > model.config.max_position_embeddings:
+        raise ValueError(f"--max_seq_len {args.max_seq_len} is above the model's max_position_embeddings "
+                         f"{model.config.max_position_embeddings}; rows must fit the context; shorten the rows")
+    model.gradient_checkpointing = bool(args.gradient_checkpointing)
+    model = model.to(runtime.device, torch.float64 if runtime.dtype == torch.float64 else torch.float32)
+    runtime.print(f"model from {parent}: {model.num_parameters() / 1e6:.2f}M parameters")
+
+    # -- 4. Optimizer --------------------------------------------------------------------------------------------------
+    optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
+                            dtype=runtime.dtype)
+    max_steps = common.count_steps(args, len(data), runtime.world_size)
+    budget = common.Budget(args.max_minutes)
+    nonfinite = common.NonFinite(runtime)
+    stop = common.StopSignal()
+
+    # -- 5. Resume -----------------------------------------------------------------------------------------------------
+    # `position` is the number of rows drawn so far by all ranks together: the order does not depend on the rank count
+    progress = {"step": 0, "position": 0, "max_steps": max_steps}
+    if start == "resume":
+        state = common.load_resume(runtime, args)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        runtime.scaler.load_state_dict(state["scaler"])
+        progress = state["progress"]
+        if not args.max_minutes:
+            progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
+        runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
+    log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None)
+    log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
+    log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
+
+    def save(finished, final=None):
+        """Write out/<save_weight>; called by all ranks at the same step."""
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "scaler": runtime.scaler.state_dict(), "progress": progress}
+        facts = {"stage": "sft", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
+                 "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {}}
+        return common.save_checkpoint(runtime, args, [model, tokenizer], state, facts, finished)
+
+    # -- 6. Compile and DDP (last, so that everything above sees the plain module) -------------------------------------
+    wrapped = model
+    if runtime.world_size > 1:
+        device_ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=device_ids)
+    if args.use_compile:
+        wrapped = torch.compile(wrapped)
+
+    # -- 7. Training loop ----------------------------------------------------------------------------------------------
+    per_micro_step = args.batch_size * runtime.world_size
+    bar = logs.progress(progress["max_steps"], "sft", progress["step"], runtime.is_main)
+    val_loss = answered = None
+    while progress["step"] < progress["max_steps"]:
+        step = progress["step"]
+        scale = common.lr_scale(step, progress["max_steps"], args.warmup_steps, args.schedule)
+        lr = optim.set_lr(optimizer, scale)
+
+        # all micro-batches first: the loss is divided by the trained tokens of the whole step, known only then
+        batches = []
+        for micro in range(args.accumulation_steps):
+            first = progress["position"] + micro * per_micro_step + runtime.rank * args.batch_size
+            batches.append(data.batch(data.position_batch(first, args.batch_size)))
+        targets, tokens = runtime.sum(sum(b["mask"][:, 1:].sum() for b in batches),
+                                      sum((b["documents"] >= 0).sum() for b in batches))
+
+        model.train()
+        nll_sum = balance_sum = 0.0
+        for micro, batch in enumerate(batches):
+            ids = batch["ids"].to(runtime.device, non_blocking=True)                # [B, T]
+            mask = batch["mask"].to(runtime.device, non_blocking=True)              # [B, T], 1 on trained tokens
+            documents = batch["documents"].to(runtime.device, non_blocking=True)    # [B, T], -1 on padding
+            # gradients travel between ranks only with the last micro-batch
+            last = micro == len(batches) - 1
+            with contextlib.nullcontext() if last or runtime.world_size == 1 else wrapped.no_sync():
+                with runtime.autocast():
+                    # log-probabilities of the trained tokens [B, T-1], 0 elsewhere, and the rows' balance [B]
+                    logp, balance = wrapped(ids, documents=documents, token_mask=documents >= 0, target_mask=mask,
+                                            return_balance=True)
+                nll = -logp.sum()
+                # a row's balance counts by its tokens, so that it adds up over micro-batches and ranks as the loss does
+                aux = (balance * (documents >= 0).sum(1)).sum()
+                # DDP averages over ranks; the factor makes it a sum. max(): a step without targets gives 0, never NaN
+                loss = (nll / max(targets, 1) + args.router_aux_loss_coef * aux / max(tokens, 1)) * runtime.world_size
+                runtime.scaler.scale(loss).backward()
+            nll_sum = nll_sum + nll.detach()
+            balance_sum = balance_sum + aux.detach()
+
+        runtime.scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
+        nll_value, balance_value = runtime.sum(nll_sum, balance_sum)
+        loss_value = nll_value / max(targets, 1)
+        if not nonfinite.skip(step, loss_value, grad_norm, lr):
+            runtime.scaler.step(optimizer)
+            runtime.scaler.update()
+            model.update_router_bias(args.router_bias_rate, runtime.reduce)
+        optimizer.zero_grad(set_to_none=True)
+        progress["step"] += 1
+        progress["position"] += per_micro_step * args.accumulation_steps
+        log.count(tokens)
+        bar.update()
+
+        # -- log, evaluate, save
+        step = progress["step"]
+        progress["max_steps"] = bar.total = budget.steps(step, progress["max_steps"], runtime)
+        done = step >= progress["max_steps"]
+        if step % args.log_interval == 0 or done or step == 1:
+            extra = {"balance": balance_value / max(tokens, 1)} if model.config.num_experts else {}
+            rate = log.rate()
+            log.log(step, loss=loss_value, lr=lr, grad_norm=grad_norm, tokens_per_s=rate, **extra)
+            bar.set_postfix_str(f"loss {loss_value:.3f}, {rate} tok/s")
+        if done or (args.eval_interval and step % args.eval_interval == 0):
+            val_loss = evaluate_loss(model, held_out, args, runtime)
+            count = args.eval_prompts if done else args.eval_prompts // 5
+            answered = answer_questions(model, tokenizer, prompts, count, args, runtime)
+            found = {"exact_match": answered["total"], "stop_rate": answered["stop_rate"]} if answered else {}
+            log.log(step, val_loss=val_loss, **found)
+            if runtime.is_main:
+                numbers = "".join(f", {name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
+                logs.say(f"step {step}: held-out loss {val_loss:.3f}{numbers}")
+                for question, answer in answered["samples"] if answered else []:
+                    logs.say(f"    {question!r} >> {answer!r}")
+            log.rate()  # the evaluation's seconds are not training seconds
+        signal = stop.stop(runtime)
+        if signal or (not done and args.save_interval and step % args.save_interval == 0):
+            save(finished=False)
+        if signal:
+            runtime.print(f"saved at step {step}. Go on with: {common.resume_command()}")
+            raise common.Interrupted(signal)
+
+    # -- 8. Final save and summary -------------------------------------------------------------------------------------
+    bar.close()
+    final = {"val_loss": val_loss, "steps": progress["step"], "skipped_steps": nonfinite.total}
+    if answered:
+        final |= {"exact_match": answered["total"], "stop_rate": answered["stop_rate"], "n": answered["n"],
+                  "by_skill": answered["by_skill"], "by_lang": answered["by_lang"]}
+    save(finished=True, final=final)
+    log.close()
+    score = f", exact match {answered['total']:.3f}" if answered else ""
+    runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out loss {val_loss:.3f}{score}. Curves: "
+                  f"{folder}/curves.png. Next: python eval.py --weight {args.save_weight} --stream 1")
+    runtime.close()
+    return final
+
+
+if __name__ == "__main__":
+    common.run(main, parse_args)
