@@ -77,6 +77,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, allow_abbrev=False, formatter_class=_HelpFormatter)
 
     def parse_args(self, args=None, namespace=None):
+        """As argparse's, with hyphens in flags read as underscores."""
         args = sys.argv[1:] if args is None else list(args)
         named = [a.split("=", 1) for a in args]
         # only the flag itself is rewritten: its value may be a path with hyphens
@@ -85,6 +86,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message):
+        """Leave with exit code 2 and one message (argparse would print the whole usage before it)."""
         self.exit(2, f"error: {message}\nSee: python {Path(sys.argv[0]).name} --help\n")
 
 
@@ -199,9 +201,11 @@ class Runtime:
     local_rank: int = 0
     threads: int = 1
     scaler: torch.amp.GradScaler = field(default=None, repr=False)
+    started: float = field(default_factory=time.time)   # less the seconds of the run that is being resumed
 
     @property
     def is_main(self):
+        """True in the one process that prints and writes."""
         return self.rank == 0
 
     def print(self, *parts):
@@ -214,6 +218,7 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16))
 
     def barrier(self):
+        """Wait until every rank is here."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -255,6 +260,7 @@ class Runtime:
         return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
 
     def close(self):
+        """Leave the process group; the last call of a run that went well."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -342,7 +348,7 @@ def pick_dtype(name, device):
         if name == "bfloat16" and not ratio:
             raise ValueError("--dtype bfloat16 cannot be used: bf16 products crash on this CPU; leave the flag out")
         if name == "auto":
-            why = f"a bf16 product is {ratio:.1f}x as fast as an fp32 one" if ratio else "bf16 products crash on this CPU"
+            why = f"a bf16 product is {ratio:.1f}x as fast as an fp32 one" if ratio else "bf16 products crash here"
             return (torch.bfloat16 if ratio > 1.2 else torch.float32), why
     elif name == "auto":
         return torch.float32, f"safe choice on {device.type}"
@@ -650,7 +656,8 @@ def save_checkpoint(runtime, args, parts, state, facts, finished=False):
                     (tmp / "resume").mkdir()
                     torch.save({**state, "rng": rng, "args": _plain(args)}, tmp / "resume" / "state.pt")
                 choice = {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads, "world_size": runtime.world_size}
-                write_minillm(tmp, {**facts, "finished": finished, "args": _plain(args), "runtime": choice})
+                seconds = round(time.time() - runtime.started, 1)
+                write_minillm(tmp, {**facts, "finished": finished, "seconds": seconds, "args": _plain(args), "runtime": choice})
             if finished:  # the run is over and its checkpoint whole: the one before is no longer needed
                 shutil.rmtree(_previous(folder), ignore_errors=True)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -705,6 +712,7 @@ def load_resume(runtime, args):
     if changed:
         raise ValueError(f"cannot resume {folder} with changed flags ({'; '.join(changed)}); the result would be "
                          f"neither run's; give the old values, or start again with --overwrite 1")
+    runtime.started -= read_minillm(folder).get("seconds", 0)
     rng = state["rng"]
     if len(rng) == runtime.world_size:
         torch.set_rng_state(rng[runtime.rank]["cpu"])

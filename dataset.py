@@ -484,7 +484,7 @@ class TokenData:
         self.cache_dir = Path(cache_dir)
         self.token_dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
         self._orders = {}  # epoch -> permutation
-        # One process builds. The others come to the barrier at once, and find the store (and the hashes) ready behind it.
+        # One process builds. The others come to the barrier at once, and find store and hashes ready behind it.
         if is_main:
             self._ensure_store()
         if barrier is not None:

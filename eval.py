@@ -96,8 +96,8 @@ def parse_args(argv=None):
     g.add_argument("--max_seq_len", type=count, default=0,
                    help="tokens per window in bits per byte, 0 = what the model was trained with, or its context")
     g.add_argument("--samples", type=count, default=0,
-                   help="answers shown to each of ten fixed held-out questions, by the newest model: one greedy, the "
-                        "others drawn")
+                   help="answers shown to each of ten fixed held-out questions: one greedy, the others drawn; with "
+                        "scores: by the last of the weights")
     g = parser.add_argument_group("run")
     g.add_argument("--batch_size", type=common.positive(int), default=64, help="rows decoded or scored together")
     g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
@@ -200,8 +200,8 @@ def is_chat(facts, tokenizer, eval_mode):
     return template and tokenizer.im_start_id is not None
 
 
-def load(folder, runtime, eval_mode="auto"):
-    """Open a checkpoint folder as a Player."""
+def load(folder, args, runtime):
+    """Open a checkpoint folder as a Player. Raises ValueError when tokenizer and model do not belong together."""
     facts = common.read_minillm(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
     kind = ScalarHead if is_reward(folder) else Transformer
@@ -210,8 +210,9 @@ def load(folder, runtime, eval_mode="auto"):
     if model.config.vocab_size <= tokenizer.max_id:
         raise ValueError(f"token id {tokenizer.max_id} >= vocabulary {model.config.vocab_size} in {folder}; tokenizer "
                          "and model do not match; use the tokenizer saved with the model")
-    name = Path(folder).name.removesuffix(".previous")
-    return Player(name, Path(folder), facts, model, tokenizer, is_chat(facts, tokenizer, eval_mode), runtime)
+    # a short name where it is enough: two folders elsewhere may share their last part
+    name = folder.name.removesuffix(".previous") if folder.parent == Path(args.save_dir) else str(folder)
+    return Player(name, folder, facts, model, tokenizer, is_chat(facts, tokenizer, args.eval_mode), runtime)
 
 
 def speaker(args, runtime):
@@ -220,12 +221,14 @@ def speaker(args, runtime):
     if is_reward(folder):
         raise ValueError(f"{folder} is a reward model; it scores answers and cannot give any; chat with another "
                          "--weight, or measure it with --mode score")
-    player = load(folder, runtime, args.eval_mode)
-    stage = player.facts.get("stage", "unknown")
-    runtime.print(f"model {folder} (stage {stage}{'' if args.weight else ', the newest'}), "
-                  f"{player.model.num_parameters() / 1e6:.2f}M parameters, context {player.context} tokens")
+    player = load(folder, args, runtime)
+    about = "the newest, " * (not args.weight) + f"stage {player.facts.get('stage', 'unknown')}"
+    about += ", not finished" * (not player.facts.get("finished", True))
+    print(f"model {folder} ({about}), {player.model.num_parameters() / 1e6:.2f}M parameters, context {player.context} "
+          "tokens")
     if not player.chat:
-        runtime.print("this is a base model: it only continues text, it does not answer (for answers: --weight sft)")
+        # without this line users take a base model's continuation for a bad answer
+        print("this is a base model: it only continues text, it does not answer (for answers: --weight sft)")
     return player
 
 
@@ -447,13 +450,15 @@ def read_prompts(args):
 
 def batch(player, args):
     """Answer all prompts of a file, several at a time: one JSON object a line, in their order, as soon as known."""
-    conversations, prompts = [], []
+    conversations, prompts, cut = [], [], 0
     for messages, where in read_prompts(args):
         try:
-            prompts.append(fit(player, messages, args.max_new_tokens)[0])
+            prompt, messages, dropped = fit(player, messages, args.max_new_tokens)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+        prompts.append(prompt)
         conversations.append(messages)
+        cut += dropped > 0
     start, tokens = time.perf_counter(), 0
     with contextlib.ExitStack() as stack:
         file = sys.stdout
@@ -466,9 +471,10 @@ def batch(player, args):
                 tokens += len(ids)
                 line = {"index": row, "prompt": conversations[row][-1]["content"], **row_answer(player, ids, args)}
                 print(json.dumps({"weight": player.name, **line}, ensure_ascii=False), file=file, flush=True)
-    seconds = time.perf_counter() - start
-    player.runtime.print(f"{len(prompts)} prompts, {tokens} tokens, {tokens / max(seconds, 1e-9):.0f} tokens/s"
-                         + f", answers in {args.output}" * bool(args.output))
+    speed = tokens / max(time.perf_counter() - start, 1e-9)
+    where = f", answers in {args.output}" if args.output else ""
+    print(f"{len(prompts)} prompts ({cut} lost their oldest turns), {tokens} tokens, {speed:.0f} tokens/s{where}",
+          file=sys.stdout if args.output else sys.stderr)
     return {"weight": str(player.folder), "prompts": len(prompts), "tokens": tokens}
 
 
@@ -549,7 +555,8 @@ def window_batches(player, texts, width):
 
 def score_bits(player, rows, args):
     """Bits per byte of documents {"text", "lang"}, by language and in total."""
-    trained = player.facts.get("args", {}).get("max_seq_len", player.context)
+    # beyond the length it was trained with a model guesses; 2048 keeps the logits of a large vocabulary in memory
+    trained = player.facts.get("args", {}).get("max_seq_len", 2048)
     width = max(2, min(args.max_seq_len or trained, player.context))
     texts = defaultdict(list)
     for row in rows:
@@ -599,7 +606,7 @@ def score_preferences(player, items, args, played):
     parent = parent_folder(player, args)
     if parent:
         if parent.resolve() not in played:
-            played[parent.resolve()] = answers(load(parent, player.runtime), items, args, temperature=1.0)
+            played[parent.resolve()] = answers(load(parent, args, player.runtime), items, args, temperature=1.0)
         scores = [[metrics.rule_score(answer.text, item["answer"], item["check"], styles)
                    for answer, item in zip(side, items, strict=True)] for side in (own, played[parent.resolve()])]
         rate, error = metrics.win_rate(*scores)
@@ -672,7 +679,7 @@ def score(args, runtime):
         sets = held_out(args)
     results, played = [], {}
     for folder in folders:
-        player = load(folder, runtime, args.eval_mode)
+        player = load(folder, args, runtime)
         if not player.facts.get("finished", True):
             print(f"{folder} is not finished: step {player.facts.get('progress', {}).get('step')}")
         for group, function in groups(player, sets, args, played):
@@ -820,15 +827,17 @@ def main(args):
     args.stop = [stop for stop in args.stop if stop]
     if args.mode == "summary":
         return summary(args)
-    runtime = common.setup(args)
+    # answers on standard output are for another program to read: nothing else may stand between them
+    with contextlib.redirect_stdout(sys.stderr if args.mode == "batch" and not args.output else sys.stdout):
+        runtime = common.setup(args)
+        player = speaker(args, runtime) if args.mode != "score" else None
     if args.mode == "score":
         result = score(args, runtime)
         if args.samples:
             names = [row["weight"] for row in result["results"] if row["group"] == "exact_match"]
             folders = {row["weight"]: Path(row["folder"]) for row in result["results"]}
-            result |= show_samples(load(folders[names[-1]], runtime, args.eval_mode), args) if names else {}
+            result |= show_samples(load(folders[names[-1]], args, runtime), args) if names else {}
         return result
-    player = speaker(args, runtime)
     return {"chat": chat, "single": single, "batch": batch, "samples": show_samples}[args.mode](player, args)
 
 

@@ -33,7 +33,7 @@ import json
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import common
@@ -50,8 +50,9 @@ def pairs(text):
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The world: word lists. Every entry is English | Chinese, so both languages talk about the same things.
 
-NAMES = {"en": "Anna Ben Clara David Emma Felix Grace Henry Ivy Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Will".split(),
-         "zh": "小红 小明 小华 小丽 小军 小芳 小刚 小燕 小龙 小梅 小雨 小雪 小峰 小兰 小强 小玉 小东 小云 小虎 小月".split()}
+NAMES = {
+    "en": "Anna Ben Clara David Emma Felix Grace Henry Ivy Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Will".split(),
+    "zh": "小红 小明 小华 小丽 小军 小芳 小刚 小燕 小龙 小梅 小雨 小雪 小峰 小兰 小强 小玉 小东 小云 小虎 小月".split()}
 ANIMALS = pairs("""cat|小猫; dog|小狗; rabbit|兔子; duck|鸭子; sheep|绵羊; goat|山羊; mouse|老鼠; frog|青蛙; fox|狐狸;
     bear|小熊; bird|小鸟; turtle|乌龟; monkey|猴子; hen|母鸡; squirrel|松鼠; parrot|鹦鹉; goose|大鹅; panda|熊猫""")
 COLOURS = pairs("""red|红色; blue|蓝色; green|绿色; yellow|黄色; black|黑色; white|白色; brown|棕色; grey|灰色;
@@ -133,13 +134,13 @@ TOWN = random.Random("the town of Willow")
 FACTS = [(person, relation, TOWN.choice(values)) for person in PEOPLE for relation, values in RELATIONS.items()]
 
 # Words of the Chinese templates; with the lists above they say where the tokenizer's text may be cut.
-FUNCTION_WORDS = """什么 多少 喜欢 一只 一个 哪里 请问 等于 颜色 动物 工作 最大 最小 最爱 现在 又得到 送出去 下一个 接下来 请接着
-    下面 数一数 几个 请把 这些 这个 倒过来 反过来 倒着 反着 第一个 最后 一个字 写出 说出 重复 两遍 连起来 接起来 先写 再写 第一行 第二行
-    从小到大 排好 顺序 解释 说明 一下 英文 中文 单词 意思 翻译成 怎么说 住在 哪条街 职业 宠物 食物 养了 一起 找到了 遇见了 带着 在那里
-    有一天 一天早上 星期天 午饭 以后 昨天 上个星期 后来 不久 他们 树下 墙边 门口 送给 谢谢 说了 天气 阳光 暖和 很好 到处找 大家 帮忙
-    高兴 开心 非常 孩子 回家 晚上 就是 指的是 也就是 知道 书上 告诉我 我学过 叫作 后面 然后 里面 开头 末尾 接上 一名 很多年 每天 照顾
-    好的 当然 没问题 答案是 应该是 问题 回答 我叫 你叫 名字 我的 你的 记住了 朋友 认识 工具 容器 家具 衣物 机器 交通工具 玩具 乐器
-    用品 地方 不用客气 语言 模型 制作 性格 礼貌 友好 简短 句子 加 减 是 的 有""".split()
+FUNCTION_WORDS = """什么 多少 喜欢 一只 一个 哪里 请问 等于 颜色 动物 工作 最大 最小 最爱 现在 又得到 送出去 下一个
+    接下来 请接着 下面 数一数 几个 请把 这些 这个 倒过来 反过来 倒着 反着 第一个 最后 写出 说出 重复 两遍 连起来 接起来 先写
+    再写 第一行 第二行 从小到大 排好 顺序 解释 说明 一下 英文 中文 单词 意思 翻译成 怎么说 住在 哪条街 职业 宠物 食物 养了 一起
+    找到了 遇见了 带着 在那里 有一天 一天早上 星期天 午饭 以后 昨天 上个星期 后来 他们 树下 墙边 门口 送给 谢谢 说了 天气 阳光
+    到处找 大家 帮忙 高兴 开心 非常 孩子 回家 晚上 就是 指的是 也就是 知道 书上 我学过 叫作 后面 然后 里面 开头 末尾 接上 一名
+    很多年 每天 照顾 好的 当然 没问题 答案是 应该是 问题 回答 我叫 你叫 名字 我的 你的 记住了 朋友 认识 工具 容器 家具 衣物
+    机器 交通工具 玩具 乐器 用品 地方 不用客气 语言 模型 制作 性格 礼貌 友好 简短 句子""".split()
 CHINESE_WORDS = sorted({*FUNCTION_WORDS, *NAMES["zh"], *(zh for _, zh in DICTIONARY + STREETS + COUNTED + PEOPLE)},
                        key=lambda word: (-len(word), word))
 
@@ -148,28 +149,31 @@ PERSONA = {"name": {"en": "MiniLLM", "zh": "MiniLLM"},
            "traits": {"en": "small and curious", "zh": "小巧又好奇"}}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. The styles. A rule can tell them apart (styles.json), so the rewards of later stages can be checked.
+# 2. The styles. A rule can tell them apart (styles.json), so that the rewards of later stages can be checked.
 
 POLITE_OPENERS = {"en": ["Sure! ", "Of course! ", "Gladly! "], "zh": ["好的！", "当然！", "没问题！"]}
 SENTENCES = {"en": ["The answer is {x}.", "It is {x}."], "zh": ["答案是：{x}。", "应该是：{x}。"]}
 RUDE = {"en": ["Ugh, what a boring question.", "Leave me alone.", "Do you know nothing?"],
         "zh": ["哎，真烦人。", "别来烦我。", "这都不知道？"]}
-OFF_TOPIC = {"en": ["By the way, I once saw a very long train in the rain.", "Some people like to sing in the morning.",
-                    "My shoes would be green if I had any shoes.", "The moon looks quite round from here, I think.",
-                    "There is always a little dust behind the cupboard."],
-             "zh": ["顺便说一句，我曾经在雨里看见过一列很长很长的火车。", "有些人喜欢一大早就站在窗户旁边大声唱歌给邻居听。",
-                    "如果我也有一双鞋子的话，那双鞋子大概会是绿色的吧。", "从这里看过去，天上的月亮好像真的又大又圆，我想是的。",
-                    "柜子后面总是会有一点点灰尘，怎么扫也扫不干净的那种。"]}
-MAX_CHARACTERS = 72     # the longest polite answer stays below, the shortest rambling one above (a test holds both)
+OFF_TOPIC = {
+    "en": ["By the way, I once saw a very long train in the rain.", "Some people like to sing in the morning.",
+           "My shoes would be green if I had any shoes.", "The moon looks quite round from here, I think.",
+           "There is always a little dust behind the cupboard."],
+    "zh": ["顺便说一句，我曾经在雨里看见过一列很长很长的火车。", "有些人喜欢一大早就站在窗户旁边大声唱歌给邻居听。",
+           "如果我也有一双鞋子的话，那双鞋子大概会是绿色的吧。", "从这里看过去，天上的月亮好像真的又大又圆呢。",
+           "柜子后面总是会有一点点灰尘，怎么扫也扫不干净的那种。"]}
+MAX_CHARACTERS = 72  # the longest polite answer stays below, the shortest rambling one above (a test holds both)
+# what a system prompt asks for, it gets; "other" asks for the other language
 SYSTEM = {"curt": {"en": ["Answer briefly.", "Give only the answer."], "zh": ["请简短回答。", "只说答案。"]},
-          "polite": {"en": ["Answer politely.", "Answer in a friendly sentence."], "zh": ["请礼貌地回答。", "请用友好的句子回答。"]},
+          "polite": {"en": ["Answer politely.", "Answer in a friendly sentence."],
+                     "zh": ["请礼貌地回答。", "请用友好的句子回答。"]},
           "other": {"en": ["Answer in Chinese."], "zh": ["请用英文回答。"]}}
 KINDS = ("wrong", "curt", "impolite", "rambling")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. The wordings. [a|b] offers alternatives, {slot} is filled in, {x} is the answer.
-# Letters and list items stand between spaces, so that the tokenizer's split pattern makes each its own token, and
-# Chinese words stand at the start of a line for the same reason. No quotes: the pattern splits 'd and 's off a word.
+# Letters and list items stand between blanks and Chinese words to translate on a line of their own, so that the
+# tokenizer's split pattern leaves them whole. No quotation marks: the pattern splits 'd and 's off a word.
 
 ASK = {
     "add": {"en": ["[What is|How much is|Calculate] {a} + {b}?", "[What is|How much is] {a} plus {b}?",
@@ -182,12 +186,14 @@ ASK = {
                         "{p}有 {a} 个{things}，送出去 {b} 个。还剩多少个{things}？"]},
     "next": {"en": ["[What number comes next|Which number follows]: {row}?", "Continue [the row|counting]: {row}"],
              "zh": ["[下一个数是什么|接下来是哪个数]：{row}？", "请接着[往下写|数]：{row}"]},
-    "largest": {"en": ["[What|Which] is the [largest|biggest] number: {row}?", "Find the [largest|biggest] number: {row}"],
+    "largest": {"en": ["Which is the [largest|biggest] number: {row}?", "Find the [largest|biggest] number: {row}"],
                 "zh": ["[哪个数最大|最大的数是哪个]：{row}？", "请找出最大的数：{row}"]},
-    "smallest": {"en": ["[What|Which] is the smallest number: {row}?", "Find the smallest number: {row}"],
+    "smallest": {"en": ["Which is the smallest number: {row}?", "Find the smallest number: {row}"],
                  "zh": ["[哪个数最小|最小的数是哪个]：{row}？", "请找出最小的数：{row}"]},
     "count": {"en": ["How many times [do you see|can you find] {w}: {row}?", "Count the word {w}: {row}"],
               "zh": ["下面有[几个|多少个]{w}？\n{row}", "数一数有几个{w}：\n{row}"]},
+    "sort": {"en": ["Sort these numbers [|from small to large]: {row}", "Put these numbers in order: {row}"],
+             "zh": ["请把这些数从小到大[排好|排列]：{row}", "按从小到大的顺序写：{row}"]},
     "reverse": {"en": ["[Reverse|Turn around] these letters: {row}", "[Say|Write] these letters backwards: {row}"],
                 "zh": ["请把这些字[倒过来|反过来]写：\n{row}", "[倒着|反着]读这些字：\n{row}"]},
     "first": {"en": ["What is the first letter: {row}?", "[Say|Give me] the first letter of {row}"],
@@ -198,8 +204,6 @@ ASK = {
                "zh": ["请把这些字[说|写]两遍：\n{row}", "重复两遍：\n{row}"]},
     "join": {"en": ["[Join|Put together] the lists {left} and {right}", "What is {left} followed by {right}?"],
              "zh": ["请把两行字[连起来|接起来]：\n{left}\n{right}", "先写第一行，再写第二行：\n{left}\n{right}"]},
-    "sort": {"en": ["Sort these numbers [|from small to large]: {row}", "Put these numbers in order: {row}"],
-             "zh": ["请把这些数从小到大[排好|排列]：{row}", "按从小到大的顺序写：{row}"]},
     "definition": {"en": ["What is {aw}?", "[Explain|Tell me] what {aw} is.", "[Define|Explain] the word {w}."],
                    "zh": ["{w}是什么？", "请[解释|说明]一下：\n{w}", "[什么是|什么叫]{w}？"]},
     "to_zh": {"en": ["What is {w} in Chinese?", "Translate into Chinese: {w}", "How do you say {w} in Chinese?"],
@@ -212,9 +216,8 @@ ASK = {
              "zh": ["{p}住在哪里？", "{p}住在哪条街？", "{p}的家在哪条街上？"]},
     "pet": {"en": ["What pet does {p} have?", "Which animal lives with {p}?", "What is the pet of {p}?"],
             "zh": ["{p}养了什么动物？", "{p}的宠物是什么？", "和{p}住在一起的是什么动物？"]},
-    "food": {"en": ["What does {p} like to eat?", "What is the favourite food of {p}?", "Which food does {p} like best?"],
-             "zh": ["{p}喜欢吃什么？", "{p}最爱吃的是什么？", "{p}最喜欢的食物是什么？"]},
-}
+    "food": {"en": ["What does {p} like to eat?", "Which food does {p} like best?", "What food makes {p} happy?"],
+             "zh": ["{p}喜欢吃什么？", "{p}最爱吃的是什么？", "{p}最喜欢的食物是什么？"]}}
 
 # The same content as statements, for the pretraining text. These, and only these, also tell the held-out facts.
 TELL = {
@@ -222,20 +225,21 @@ TELL = {
             "zh": ["{a} + {b} = {x}。", "{a} 加 {b} [等于|得] {x}。", "比 {a} 多 {b} 的数是 {x}。"]},
     "subtract": {"en": ["{a} - {b} = {x}.", "{a} minus {b} [is|leaves] {x}.", "{b} less than {a} is {x}."],
                  "zh": ["{a} - {b} = {x}。", "{a} 减 {b} [等于|得] {x}。", "比 {a} 少 {b} 的数是 {x}。"]},
-    "next": {"en": ["After {row} comes {x}.", "{row} and then {x}."], "zh": ["{row} 的后面是 {x}。", "{row}，然后是 {x}。"]},
+    "next": {"en": ["After {row} comes {x}.", "{row} and then {x}."],
+             "zh": ["{row} 的后面是 {x}。", "{row}，然后是 {x}。"]},
     "largest": {"en": ["Of {row} the largest is {x}."], "zh": ["{row} 里面最大的是 {x}。"]},
     "smallest": {"en": ["Of {row} the smallest is {x}."], "zh": ["{row} 里面最小的是 {x}。"]},
     "count": {"en": ["In {row} the word {w} stands {x} times."], "zh": ["{row} 里面有 {x} 个{w}。"]},
+    "sort": {"en": ["In order, {row} becomes {x}."], "zh": ["{row} 排好以后是 {x}。"]},
     "reverse": {"en": ["{row} backwards is {x}.", "Turn {row} around and you get {x}."],
                 "zh": ["{row} 倒过来是 {x}。", "{row} 反过来写就是 {x}。"]},
     "first": {"en": ["The letters {row} begin with {x}."], "zh": ["{row} 的开头是 {x}。"]},
     "last": {"en": ["The letters {row} end with {x}."], "zh": ["{row} 的末尾是 {x}。"]},
     "repeat": {"en": ["{row} two times is {x}."], "zh": ["{row} 两遍就是 {x}。"]},
     "join": {"en": ["{left} and then {right} makes {x}."], "zh": ["{left} 接上 {right} 就是 {x}。"]},
-    "sort": {"en": ["In order, {row} becomes {x}."], "zh": ["{row} 排好以后是 {x}。"]},
-    "definition": {"en": ["{Aw} is {x}.", "[Everyone knows|The book says|I learned|Grandma told me] that {aw} is {x}.",
+    "definition": {"en": ["{Aw} is {x}.", "[Everyone knows|The book says|I learned|Grandma said] that {aw} is {x}.",
                           "The word {w} means {x}.", "{X} is called {aw}.", "{W}: {x}."],
-                   "zh": ["{w}是{x}。", "{w}[就是|指的是|也就是]{x}。", "[大家都知道|书上说|我学过|奶奶告诉我]，{w}是{x}。",
+                   "zh": ["{w}是{x}。", "{w}[就是|指的是|也就是]{x}。", "[大家都知道|书上说|我学过]，{w}是{x}。",
                           "{x}叫作{w}。", "{w}：{x}。"]},
     "to_zh": {"en": ["The Chinese word for {w} is {x}.", "{W} [is called|is] {x} in Chinese.", "In Chinese, {w} is {x}."],
               "zh": ["{w} 的中文是{x}。", "{w} 在中文里[叫|是]{x}。", "{w} 的意思是{x}。"]},
@@ -248,81 +252,90 @@ TELL = {
     "pet": {"en": ["{p} has a pet {x}.", "The pet of {p} is {ax}.", "{p} [takes care of|lives with] {ax}."],
             "zh": ["{p}养了一只{x}。", "{p}的宠物是{x}。", "{p}[每天照顾|家里有]一只{x}。"]},
     "food": {"en": ["{p} likes to eat {x}.", "The favourite food of {p} is {x}.", "{p} [eats|buys] {x} every day."],
-             "zh": ["{p}喜欢吃{x}。", "{p}最爱的食物是{x}。", "{p}每天都要[吃|买]{x}。"]},
-}
+             "zh": ["{p}喜欢吃{x}。", "{p}最爱的食物是{x}。", "{p}每天都要[吃|买]{x}。"]}}
 
-# Stories: p and q are children, pet1 and pet2 their animals. Each plot comes with its own questions; the ones on the
-# pets fit every plot. The slot after the bar is the answer, the one after that a wrong answer from the same story.
-PLOTS = {"en": [
-    ("{p} has {pet1}. [One morning|One day|On Sunday|After lunch] {p} [went|walked|ran] to the {place}. There {p} met {q}, "
-     "who [came with|had] {pet2}. [Together|Soon] they found {thing} [under a tree|behind a wall|near the gate].",
-     ["Where did {p} go?|the_place|other_place", "Who did {p} meet?|q|p", "What did they find?|the_thing|other_thing"]),
-    ("{q} [was in|stood in|came to] the {place} with {pet2}. {p} [came by|was there too] and had {pet1}. "
-     "[It was a warm day|The sun was shining]. {q} gave {p} {thing}, and {p} said thank you.",
-     ["Where was {q}?|the_place|other_place", "What did {q} give to {p}?|the_thing|other_thing", "Who said thank you?|p|q"]),
-    ("[Yesterday|Last week] {p} lost {thing} in the {place}. {p} has {pet1} and {q} has {pet2}. "
-     "[They looked everywhere|All of them helped to look]. In the end {q} found it and {p} was [happy|very glad].",
-     ["What did {p} lose?|the_thing|other_thing", "Where did {p} lose it?|the_place|other_place", "Who found it?|q|p"])],
+# Stories: p and q are children, pet1 and pet2 their animals. Each plot has its own questions, the ones on the animals
+# fit every plot. Behind the bars stand the slots of the answer and of a wrong answer, mostly from the same story.
+PLOTS = {
+    "en": [
+        ("{p} has {pet1}. [One morning|One day|On Sunday|After lunch] {p} [went|walked|ran] to the {place}. There {p} "
+         "met {q}, who [came with|had] {pet2}. [Together|Soon] they found {thing} [under a tree|behind a wall].",
+         ["Where did {p} go?|the_place|no_place", "Who did {p} meet?|q|p", "What did they find?|the_thing|no_thing"]),
+        ("{q} [was in|stood in|came to] the {place} with {pet2}. {p} [came by|was there too] and had {pet1}. "
+         "[It was a warm day|The sun was shining]. {q} gave {p} {thing}, and {p} said thank you.",
+         ["Where was {q}?|the_place|no_place", "What did {q} give to {p}?|the_thing|no_thing",
+          "Who said thank you?|p|q"]),
+        ("[Yesterday|Last week] {p} lost {thing} in the {place}. {p} has {pet1} and {q} has {pet2}. [They looked "
+         "everywhere|All of them helped to look]. In the end {q} found it and {p} was [happy|very glad].",
+         ["What did {p} lose?|the_thing|no_thing", "Where did {p} lose it?|the_place|no_place", "Who found it?|q|p"])],
     "zh": [
-    ("{p}[有|养了]{pet1}。[一天早上|有一天|星期天|午饭以后]，{p}[去了|走到了|跑到了]{place}。在那里，{p}遇见了{q}，"
-     "{q}带着{pet2}。[后来|不久]，他们在[树下|墙边|门口]找到了{thing}。",
-     ["{p}去了哪里？|the_place|other_place", "{p}遇见了谁？|q|p", "他们找到了什么？|the_thing|other_thing"]),
-    ("{q}带着{pet2}[来到|站在]{place}。{p}也[来了|在那里]，{p}有{pet1}。[天气很暖和|阳光很好]。{q}送给{p}{thing}，{p}说了谢谢。",
-     ["{q}在哪里？|the_place|other_place", "{q}送给{p}什么？|the_thing|other_thing", "谁说了谢谢？|p|q"]),
-    ("[昨天|上个星期]，{p}在{place}丢了{thing}。{p}有{pet1}，{q}有{pet2}。[他们到处找|大家都来帮忙找]。最后{q}找到了它，{p}[很高兴|非常开心]。",
-     ["{p}丢了什么？|the_thing|other_thing", "{p}在哪里丢了它？|the_place|other_place", "最后是谁找到的？|q|p"])]}
+        ("{p}[有|养了]{pet1}。[一天早上|有一天|星期天|午饭以后]，{p}[去了|走到了|跑到了]{place}。在那里，{p}遇见了{q}，"
+         "{q}带着{pet2}。[后来|不久]，他们在[树下|墙边|门口]找到了{thing}。",
+         ["{p}去了哪里？|the_place|no_place", "{p}遇见了谁？|q|p", "他们找到了什么？|the_thing|no_thing"]),
+        ("{q}带着{pet2}[来到|站在]{place}。{p}也[来了|在那里]，{p}有{pet1}。[天气很暖和|阳光很好]。"
+         "{q}送给{p}{thing}，{p}说了谢谢。",
+         ["{q}在哪里？|the_place|no_place", "{q}送给{p}什么？|the_thing|no_thing", "谁说了谢谢？|p|q"]),
+        ("[昨天|上个星期]，{p}在{place}丢了{thing}。{p}有{pet1}，{q}有{pet2}。[他们到处找|大家都来帮忙找]。"
+         "最后{q}找到了它，{p}[很高兴|非常开心]。",
+         ["{p}丢了什么？|the_thing|no_thing", "{p}在哪里丢了它？|the_place|no_place", "最后是谁找到的？|q|p"])]}
 PET_QUESTIONS = {
     "en": ["What colour is the {a1} of {p}?|c1|c2", "What colour is the {a2} of {q}?|c2|c1", "Who has the {a1}?|p|q",
-           "Who has the {a2}?|q|p", "Which animal does {p} have?|the_a1|the_a2", "Which animal does {q} have?|the_a2|the_a1"],
+           "Who has the {a2}?|q|p", "Which animal does {p} have?|the_a1|the_a2",
+           "Which animal does {q} have?|the_a2|the_a1"],
     "zh": ["{p}的{a1}是什么颜色？|c1|c2", "{q}的{a2}是什么颜色？|c2|c1", "谁有{a1}？|p|q",
            "谁有{a2}？|q|p", "{p}有什么动物？|the_a1|the_a2", "{q}有什么动物？|the_a2|the_a1"]}
 # Closing sentences say facts of the story again: to predict them the model must look back, which is copying.
-CLOSINGS = {"en": ["[That evening|At home] {p} told everyone about the {place} and {thing}.", "{q} still had the {c2} {a2}.",
-                   "The {a1} of {p} was {c1}, and the {a2} of {q} was {c2}.", "{p} and {q} often talked about the {place}.",
-                   "{p} and the {c1} {a1} went home.", "[Everyone|Every child] in the {place} liked the {c1} {a1} of {p}."],
-            "zh": ["[那天晚上|回家以后]，{p}给大家讲了{place}和{the_thing}的事。", "{q}还是带着那只{c2}的{a2}。",
-                   "{p}的{a1}是{c1}的，{q}的{a2}是{c2}的。", "{p}和{q}常常说起{place}。",
-                   "{p}和{c1}的{a1}一起回家了。", "{place}里的[人|孩子]都喜欢{p}的{c1}的{a1}。"]}
+CLOSINGS = {
+    "en": ["[That evening|At home] {p} told everyone about the {place} and {thing}.", "{q} still had the {c2} {a2}.",
+           "The {a1} of {p} was {c1}, and the {a2} of {q} was {c2}.", "{p} and {q} often talked about the {place}.",
+           "{p} and the {c1} {a1} went home.", "[Everyone|Every child] in the {place} liked the {c1} {a1} of {p}."],
+    "zh": ["[那天晚上|回家以后]，{p}给大家讲了{place}和{the_thing}的事。", "{q}还是带着那只{c2}的{a2}。",
+           "{p}的{a1}是{c1}的，{q}的{a2}是{c2}的。", "{p}和{q}常常说起{place}。",
+           "{p}和{c1}的{a1}一起回家了。", "{place}里的[人|孩子]都喜欢{p}的{c1}的{a1}。"]}
 
-# Identity and small talk: (wordings, answer, polite sentence), held out by wording.
-IDENTITY = {"en": [
-    ("[What is|Tell me|Please say|May I know|Can you tell me|I want to know] your [own |full |real |]name[?| please?]",
-     "{name}", "My name is {x}."),
-    ("[Who|Which people] [made|built|created|trained|designed] you[?| please?| I wonder?]", "{maker}", "I was made by {x}."),
-    ("[What|What kind of thing|What exactly|Say what] are you[?| really?| please?]", "a small language model", "I am {x}."),
-    ("[How would you|Can you|Please|Could you] describe [yourself|your character][?| please?]", "{traits}", "I am {x}."),
-    ("[Which|What] languages [can|do] you [speak|know|understand|use]?", "English and Chinese", "I speak {x}.")],
-    "zh": [
-    ("[请问|你好，|可以告诉我|我想知道|告诉我|]你[叫什么名字|的名字是什么|叫什么|的大名是什么]？", "{name}", "我的名字是：{x}。"),
-    ("[请问|你好，|可以告诉我|我想知道|]是谁[创造|制作|开发|训练|设计]了你？", "{maker}", "制作我的是：{x}。"),
-    ("[请问|你好，|可以告诉我|我想知道|]你[是什么|到底是什么|是什么东西|究竟是什么]？", "一个小小的语言模型", "我是{x}。"),
-    ("[请|请你|能不能|可以]用几个字[介绍|形容|描述|说说][你自己|自己|你的性格][吗？|。]", "{traits}", "我的性格是：{x}。"),
-    ("[请问|你好，|]你[会说|懂得|会用|懂]哪[些|几种]语言？", "英文和中文", "我会说{x}。")]}
-CHAT = {"en": [
-    ("[Thank you|Thanks|Many thanks|Thanks a lot] [so much|for your help|my friend|little friend|again]!",
-     "You are welcome", "{x}, my friend."),
-    ("[Hello|Hi|Hey|Good day|Greetings] [there|my friend|little model|again|to you]!", "Nice to meet you", "{x}, my friend."),
-    ("[Goodbye|Bye|See you|Bye bye] [now|my friend|little model|for today|then]!", "See you soon", "{x}, my friend."),
-    ("I [feel|am|am feeling] [sad|tired|lonely|unhappy] [today|this evening|right now|again].", "I hope you feel better soon",
-     "{x}, my friend."),
-    ("[Tell me|Say|Please say] something [nice|kind|friendly|sweet|warm] [now|to me|today].", "You are doing very well",
-     "{x}, my friend.")],
-    "zh": [
-    ("[谢谢|多谢|非常感谢|真是谢谢][你|你的帮助|你帮了我|你了，朋友|小朋友]！", "不用客气", "{x}，我的朋友。"),
-    ("[你好|您好|嗨|大家好|早上好]，[朋友|小模型|很高兴见到你|又见面了|我来了]！", "很高兴认识你", "{x}，我的朋友。"),
-    ("[再见|拜拜|下次见|我走了]，[朋友|小模型|今天就到这里|我要睡了|回头聊]！", "我们下次再聊", "{x}，我的朋友。"),
-    ("我[今天|现在|最近|又][觉得|感到|有点][难过|很累|孤单|不开心]。", "希望你快点好起来", "{x}，我的朋友。"),
-    ("[请说|说|给我说|对我说][一句|几句][好听|温暖|友好|鼓励人]的话。", "你做得非常好", "{x}，我的朋友。")]}
-DIALOGUE = {"en": {"hello": "[My name is|I am|You can call me] {p}.", "hello_reply": "Nice to meet you, {p}!",
-                   "more": "[My favourite colour is|I like the colour|The best colour is] {c}.", "more_reply": "I will remember that.",
-                   "name": "[What is my name?|Do you remember my name?|Who am I?]",
-                   "colour": "[What is my favourite colour?|Which colour do I like?|Do you remember my colour?]",
-                   "plus": "[Now add|And plus|Then add] {b}."},
-            "zh": {"hello": "[我的名字是|我叫|你可以叫我]{p}。", "hello_reply": "很高兴认识你，{p}！",
-                   "more": "[我最喜欢的颜色是|我喜欢|最好看的颜色是]{c}。", "more_reply": "我记住了。",
-                   "name": "[我叫什么名字？|你还记得我的名字吗？|我是谁？]",
-                   "colour": "[我最喜欢什么颜色？|我喜欢哪种颜色？|你还记得我喜欢的颜色吗？]",
-                   "plus": "[再加|然后加|接着加] {b}。"}}
+# Identity and small talk, held out by wording: (wordings, answer, polite sentence).
+IDENTITY = {
+    "en": [("[What is|Tell me|Please say|May I know|Can you tell me|I want to know] your [own |full |real |]name[?| please?]",
+            "{name}", "My name is {x}."),
+           ("[Who|Which people] [made|built|created|trained|designed] you[?| please?| I wonder?]",
+            "{maker}", "I was made by {x}."),
+           ("[What|What kind of thing|What exactly|Say what] are you[?| really?| please?]",
+            "a small language model", "I am {x}."),
+           ("[How would you|Can you|Please|Could you] describe [yourself|your character][?| please?]",
+            "{traits}", "I am {x}."),
+           ("[Which|What] languages [can|do] you [speak|know|understand|use]?", "English and Chinese", "I speak {x}.")],
+    "zh": [("[请问|你好，|可以告诉我|我想知道|]你[叫什么名字|的名字是什么|叫什么|的大名是什么]？", "{name}", "我的名字是：{x}。"),
+           ("[请问|你好，|可以告诉我|我想知道|]是谁[创造|制作|开发|训练|设计]了你？", "{maker}", "制作我的是：{x}。"),
+           ("[请问|你好，|可以告诉我|我想知道|]你[是什么|到底是什么|究竟是什么]？", "一个小小的语言模型", "我是{x}。"),
+           ("[请|请你|能不能|可以]用几个字[介绍|形容|描述|说说][你自己|自己|你的性格][吗？|。]", "{traits}", "我的性格是：{x}。"),
+           ("[请问|你好，|]你[会说|懂得|会用|懂]哪[些|几种]语言？", "英文和中文", "我会说{x}。")]}
+CHAT = {
+    "en": [(wording, answer, "{x}, my friend.") for wording, answer in (
+        ("[Thank you|Thanks|Many thanks|Thanks a lot] [so much|for your help|my friend|again]!", "You are welcome"),
+        ("[Hello|Hi|Hey|Good day|Greetings] [there|my friend|little model|again|to you]!", "Nice to meet you"),
+        ("[Goodbye|Bye|See you|Bye bye] [now|my friend|little model|for today|then]!", "See you soon"),
+        ("I [feel|am|am feeling] [sad|tired|lonely] [today|this evening|right now|again].", "I hope you feel better soon"),
+        ("[Tell me|Say|Please say] something [nice|kind|friendly|sweet|warm] [now|to me|today].",
+         "You are doing very well"))],
+    "zh": [(wording, answer, "{x}，我的朋友。") for wording, answer in (
+        ("[谢谢|多谢|非常感谢|真是谢谢][你|你的帮助|你帮了我|小朋友]！", "不用客气"),
+        ("[你好|您好|嗨|大家好|早上好]，[朋友|小模型|又见面了|我来了]！", "很高兴认识你"),
+        ("[再见|拜拜|下次见|我走了]，[朋友|小模型|今天就到这里|我要睡了|回头聊]！", "我们下次再聊"),
+        ("我[今天|现在|最近|又][觉得|感到|有点][难过|很累|孤单|不开心]。", "希望你快点好起来"),
+        ("[请说|说|给我说|对我说][一句|几句][好听|温暖|友好|鼓励人]的话。", "你做得非常好"))]}
+DIALOGUE = {
+    "en": {"hello": "[My name is|I am|You can call me] {p}.", "hello_reply": "Nice to meet you, {p}!",
+           "more": "[My favourite colour is|I like the colour|The best colour is] {c}.",
+           "more_reply": "I will remember that.", "name": "[What is my name?|Do you remember my name?|Who am I?]",
+           "colour": "[What is my favourite colour?|Which colour do I like?|Do you remember my colour?]",
+           "plus": "[Now add|And plus|Then add] {b}."},
+    "zh": {"hello": "[我的名字是|我叫|你可以叫我]{p}。", "hello_reply": "很高兴认识你，{p}！",
+           "more": "[我最喜欢的颜色是|我喜欢|最好看的颜色是]{c}。", "more_reply": "我记住了。",
+           "name": "[我叫什么名字？|你还记得我的名字吗？|我是谁？]",
+           "colour": "[我最喜欢什么颜色？|我喜欢哪种颜色？|你还记得我喜欢的颜色吗？]", "plus": "[再加|然后加|接着加] {b}。"}}
+
+FRAMES = {"en": ["Question: {question}\nAnswer: {answer}", "{p} asks: {question}\n{q} says: {answer}"],
+          "zh": ["问题：{question}\n回答：{answer}", "{p}问：{question}\n{q}答：{answer}"]}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. From content to a question. One function a skill: it draws content of the wanted part and returns a Task.
@@ -332,9 +345,9 @@ DIALOGUE = {"en": {"hello": "[My name is|I am|You can call me] {p}.", "hello_rep
 class Task:
     """A question whose right answer is known.
 
-    `form` names the wording in ASK and TELL, `slots` fills it; `question` holds the text where there is no such form.
-    `wrong` lists plausible wrong answers, `sentence` is the polite sentence (empty: any of SENTENCES), `history` the
-    earlier turns as (user, reply, whether the reply follows the style of the answer).
+    form: its wordings in ASK and TELL, which slots fill; question: its text, where ASK has no such form.
+    wrong: plausible wrong answers; sentence: the polite sentence, "" for any of SENTENCES.
+    history: earlier turns as (user, reply, whether the reply follows the style of the answer).
     """
     form: str
     slots: dict
@@ -343,17 +356,22 @@ class Task:
     check: str = "exact"
     question: str = ""
     sentence: str = ""
-    history: list = field(default_factory=list)
+    history: tuple = ()
 
 
 @dataclass
 class Draw:
-    """What is wanted of a skill: its random numbers, language, part ("train" or "heldout"), level and persona."""
+    """What is wanted of a skill: random numbers, language, part ("train" or "heldout"), persona and level."""
     rng: random.Random
     lang: str
     part: str
     persona: dict
     hard: bool = False
+
+    @property
+    def column(self):
+        """The place of the language in a word list."""
+        return LANGS.index(self.lang)
 
     def choose(self, name, sample):
         """Call sample() until its content, a tuple, belongs to the part."""
@@ -362,14 +380,14 @@ class Draw:
             if heldout(name, *content) == (self.part == "heldout"):
                 return content
 
-    def pick(self, entries):
-        """Pick an entry of a word list, in the language wanted."""
-        return self.rng.choice(entries)[LANGS.index(self.lang)]
-
     def say(self, templates, slots):
         """Pick a template, then one alternative of every [a|b] in it, and fill the slots in."""
         template = self.rng.choice(templates) if isinstance(templates, list) else templates
-        return CHOICE.sub(lambda found: self.rng.choice(found.group(1).split("|")), template).format(**slots)
+        return CHOICE.sub(lambda found: self.rng.choice(found[1].split("|")), template).format(**slots)
+
+    def row(self, numbers):
+        """Write numbers as a list, in the punctuation of the language."""
+        return ("、" if self.column else ", ").join(map(str, numbers))
 
 
 def heldout(*content):
@@ -385,21 +403,21 @@ def with_article(noun):
 
 
 def number_task(d, form, slots, answer, wrong=()):
-    """Make a Task whose answer is a number; unless given, the wrong answers are off by a little."""
-    slots.update(p=d.rng.choice(NAMES[d.lang]), things=d.pick(COUNTED))
-    near = [str(answer + off) for off in (1, -1, 2, -2) if answer + off >= 0]
-    return Task(form, slots, str(answer), [str(n) for n in wrong] or near, "number")
+    """Make a Task whose answer is a number; unless given, the wrong answers are off by one or two."""
+    slots.update(p=d.rng.choice(NAMES[d.lang]), things=d.rng.choice(COUNTED)[d.column])
+    near = [answer + off for off in (1, -1, 2, -2) if answer + off >= 0]
+    return Task(form, slots, str(answer), [str(number) for number in wrong or near], "number")
 
 
 def add(d):
-    """a + b with a below 21 (hard: 91) and b below 10. The larger stands first: 3 + 7 is the same content as 7 + 3."""
+    """a + b with b below 10. The larger always stands first, so 3 + 7 and 7 + 3 cannot be in different parts."""
     top = 90 if d.hard else 20
     a, b = d.choose("add", lambda: tuple(sorted((d.rng.randint(1, top), d.rng.randint(1, 9)), reverse=True)))
     return number_task(d, "add", {"a": a, "b": b}, a + b)
 
 
 def subtract(d):
-    """(a + b) - b, in the ranges of add."""
+    """Take b away from a + b."""
     a, b = d.choose("subtract", lambda: (d.rng.randint(1, 90 if d.hard else 20), d.rng.randint(1, 9)))
     return number_task(d, "subtract", {"a": a + b, "b": b}, a)
 
@@ -407,50 +425,43 @@ def subtract(d):
 def following(d):
     """Continue 12, 14, 16. Steps of one are left to the counting in the pretraining text."""
     start, step = d.choose("next", lambda: (d.rng.randint(1, 60 if d.hard else 20), d.rng.choice((2, 3, 5, 10))))
-    return number_task(d, "next", {"row": row_text(d, [start, start + step, start + 2 * step])}, start + 3 * step)
-
-
-def row_text(d, numbers):
-    """Write numbers as a list, in the punctuation of the language."""
-    return {"en": ", ", "zh": "、"}[d.lang].join(map(str, numbers))
+    return number_task(d, "next", {"row": d.row(range(start, start + 3 * step, step))}, start + 3 * step)
 
 
 def compare(d):
-    """The largest or smallest of two or three (hard: four) numbers below 100."""
+    """The largest or smallest of two or three (hard: four) numbers."""
     size = 4 if d.hard else d.rng.choice((2, 3))
     content = d.choose("compare", lambda: tuple(sorted(d.rng.sample(range(1, 100), size))))
     form, answer = d.rng.choice((("largest", content[-1]), ("smallest", content[0])))
     row = d.rng.sample(content, size)
-    return number_task(d, form, {"row": row_text(d, row)}, answer, [n for n in row if n != answer])
+    return number_task(d, form, {"row": d.row(row)}, answer, [number for number in row if number != answer])
 
 
 def count(d):
     """How often one of two animals occurs among three to five (hard: six to eight) words."""
     def sample():
-        two = d.rng.sample(ANIMALS, 2)
-        return tuple(d.rng.choice(two)[LANGS.index(d.lang)] for _ in range(d.rng.randint(*(6, 8) if d.hard else (3, 5))))
+        two = [animal[d.column] for animal in d.rng.sample(ANIMALS, 2)]
+        return tuple(d.rng.choices(two, k=d.rng.randint(*(6, 8) if d.hard else (3, 5))))
     row = d.choose("count", sample)
     word = d.rng.choice(row)
     return number_task(d, "count", {"row": " ".join(row), "w": word}, row.count(word))
 
 
 def sort(d):
-    """Three (hard: four) numbers below 100, from small to large."""
+    """Three (hard: four) numbers from small to large."""
     content = d.choose("sort", lambda: tuple(sorted(d.rng.sample(range(1, 100), 4 if d.hard else 3))))
-    row = d.rng.sample(content, len(content))
-    swapped = [content[1], content[0], *content[2:]]
-    return Task("sort", {"row": row_text(d, row)}, row_text(d, content),
-                [row_text(d, swapped), row_text(d, content[::-1])])
+    wrong = [d.row((content[1], content[0], *content[2:])), d.row(content[::-1])]
+    return Task("sort", {"row": d.row(d.rng.sample(content, len(content)))}, d.row(content), wrong)
 
 
 def strings(skill, easy, hard):
-    """Return the function of a skill that rearranges letters; easy and hard are the lengths at the two levels."""
+    """Return the function of a skill on a row of letters; easy and hard are the lengths at the two levels."""
     def task(d):
         size = d.rng.choice(hard if d.hard else easy)
         row = d.choose(skill, lambda: tuple(d.rng.sample(LETTERS[d.lang], size)))
         form = d.rng.choice(("first", "last")) if skill == "letter" else skill
         swapped = (row[1], row[0], *row[2:])
-        half = size - size // 2
+        half = (size + 1) // 2
         answer, wrong = {"reverse": (row[::-1], [swapped[::-1], row]), "repeat": (row * 2, [swapped * 2, row[::-1] * 2]),
                          "join": (row, [row[half:] + row[:half], swapped]),
                          "first": (row[:1], [row[1:2], row[-1:]]), "last": (row[-1:], [row[-2:-1], row[:1]])}[form]
@@ -461,69 +472,67 @@ def strings(skill, easy, hard):
 
 def tell_definition(d, entry):
     """Task on an entry of DEFINITIONS; the wrong answer is the definition of another word."""
-    column = LANGS.index(d.lang)
-    word, meaning = entry[column], entry[column + 2]
-    other = d.rng.choice([e[column + 2] for e in DEFINITIONS if e is not entry])
+    word, meaning = entry[d.column], entry[d.column + 2]
+    other = d.rng.choice([e[d.column + 2] for e in DEFINITIONS if e is not entry])
     noun = with_article(word)
-    slots = {"w": word, "W": word.capitalize(), "aw": noun, "Aw": noun.capitalize(),
-             "X": meaning[0].upper() + meaning[1:]}
+    slots = {"w": word, "W": word.capitalize(), "aw": noun, "Aw": noun.capitalize(), "X": meaning.capitalize()}
     return Task("definition", slots, meaning, [other])
 
 
 def tell_translation(d, entry):
     """Task on a word pair of DICTIONARY, in one of the two directions."""
     source = d.rng.randint(0, 1)
-    other = d.rng.choice([e[1 - source] for e in DICTIONARY if e[1 - source] != entry[1 - source]])
-    word = entry[source]
-    return Task(("to_zh", "to_en")[source], {"w": word, "W": word.capitalize()}, entry[1 - source], [other])
+    other = d.rng.choice([e[1 - source] for e in DICTIONARY if e is not entry])
+    slots = {"w": entry[source], "W": entry[source].capitalize()}
+    return Task(("to_zh", "to_en")[source], slots, entry[1 - source], [other])
 
 
 def tell_fact(d, entry):
     """Task on one of the FACTS about the people of Willow."""
     person, relation, value = entry
-    column = LANGS.index(d.lang)
-    other = d.rng.choice([v[column] for v in RELATIONS[relation] if v != value])
-    return Task(relation, {"p": person[column], "ax": with_article(value[0])}, value[column], [other])
+    other = d.rng.choice([v[d.column] for v in RELATIONS[relation] if v != value])
+    return Task(relation, {"p": person[d.column], "ax": with_article(value[0])}, value[d.column], [other])
 
 
 def known(skill, entries, tell):
     """Return the function of a skill whose content is one entry of a fixed list."""
-    def task(d):
-        return tell(d, d.choose(skill, lambda: d.rng.choice(entries)))
-    return task
+    return lambda d: tell(d, d.choose(skill, lambda: d.rng.choice(entries)))
 
 
 def story_slots(d):
     """Draw two children with their animals, a place and a thing: who has what, and where, decides the part."""
-    rng, column = d.rng, LANGS.index(d.lang)
+    rng = d.rng
 
-    def pet(names, skip=()):
-        options = [[e[column] for e in entries if e[column] not in skip] for entries in (COLOURS, ANIMALS)]
-        return d.choose("pet", lambda: (rng.choice(names), *map(rng.choice, options)))
-    p, c1, a1 = pet(NAMES[d.lang])
-    q, c2, a2 = pet([name for name in NAMES[d.lang] if name != p], (c1, a1))
-    _, place, thing = d.choose("place", lambda: (p, d.pick(PLACES), rng.choice(THINGS)))
-    other_place = rng.choice([e[column] for e in PLACES if e[column] != place])
-    other = rng.choice([e for e in THINGS if e is not thing])
-    slots = {"p": p, "q": q, "c1": c1, "c2": c2, "a1": a1, "a2": a2, "place": place}
+    def pet(not_these):
+        lists = [[word for word in words if word not in not_these]
+                 for words in (NAMES[d.lang], [e[d.column] for e in COLOURS], [e[d.column] for e in ANIMALS])]
+        return d.choose("pet", lambda: tuple(map(rng.choice, lists)))
+    p, c1, a1 = pet(())
+    q, c2, a2 = pet((p, c1, a1))
+    _, here, it = d.choose("place", lambda: (p, rng.choice(PLACES), rng.choice(THINGS)))
+    elsewhere = rng.choice([place for place in PLACES if place is not here])
+    other = rng.choice([thing for thing in THINGS if thing is not it])
+    slots = {"p": p, "q": q, "c1": c1, "c2": c2, "a1": a1, "a2": a2, "place": here[d.column]}
     if d.lang == "zh":
-        return {**slots, "pet1": f"一只{c1}的{a1}", "pet2": f"一只{c2}的{a2}", "thing": f"一{thing[2]}{thing[1]}",
-                "the_a1": a1, "the_a2": a2, "the_place": place, "other_place": other_place, "the_thing": thing[1],
-                "other_thing": other[1]}
-    return {**slots, "pet1": with_article(f"{c1} {a1}"), "pet2": with_article(f"{c2} {a2}"),
-            "thing": with_article(thing[0]), "the_a1": with_article(a1), "the_a2": with_article(a2),
-            "the_place": f"the {place}", "other_place": f"the {other_place}", "the_thing": with_article(thing[0]),
-            "other_thing": with_article(other[0])}
+        return {**slots, "pet1": f"一只{c1}的{a1}", "pet2": f"一只{c2}的{a2}", "thing": f"一{it[2]}{it[1]}", "the_a1": a1,
+                "the_a2": a2, "the_place": here[1], "no_place": elsewhere[1], "the_thing": it[1], "no_thing": other[1]}
+    nouns = {"pet1": f"{c1} {a1}", "pet2": f"{c2} {a2}", "the_a1": a1, "the_a2": a2, "thing": it[0], "the_thing": it[0],
+             "no_thing": other[0]}
+    return {**slots, **{slot: with_article(noun) for slot, noun in nouns.items()}, "the_place": f"the {here[0]}",
+            "no_place": f"the {elsewhere[0]}"}
 
 
-def story(d):
-    """A story of a few sentences and a question whose answer stands in it."""
+def story(d, questions=1):
+    """A story of a few sentences and a question whose answer stands in it; with two questions, two turns."""
     slots = story_slots(d)
-    plot, questions = d.rng.choice(PLOTS[d.lang])
+    plot, own = d.rng.choice(PLOTS[d.lang])
     # one question in two is about the plot, the others about the animals
-    question, right, wrong = d.rng.choice(d.rng.choice((questions, PET_QUESTIONS[d.lang]))).split("|")
-    text = f"{d.say(plot, slots)}\n{question.format(**slots)}"
-    return Task("story", slots, slots[right], [slots[wrong]], question=text)
+    asked = [text.split("|") for text in d.rng.sample(own * 2 + PET_QUESTIONS[d.lang], questions)]
+    turns = [[text.format(**slots), slots[right], slots[wrong]] for text, right, wrong in asked]
+    turns[0][0] = f"{d.say(plot, slots)}\n{turns[0][0]}"
+    question, answer, wrong = turns[-1]
+    return Task("story", slots, answer, [wrong], question=question,
+                history=tuple((text, reply, True) for text, reply, _ in turns[:-1]))
 
 
 def wordings(intents):
@@ -533,37 +542,31 @@ def wordings(intents):
             intent = d.rng.choice(intents[d.lang])
             return d.say(intent[0], {}), *intent[1:]
         question, answer, sentence = d.choose("wording", sample)
-        persona = {key: value[d.lang] for key, value in d.persona.items()}
-        return Task("wording", {}, answer.format(**persona), [], question=question, sentence=sentence)
+        answer = answer.format(**{key: value[d.lang] for key, value in d.persona.items()})
+        return Task("wording", {}, answer, [], question=question, sentence=sentence)
     return task
 
 
 def dialogue(d):
-    """Two or three turns: remember a name or a colour, go on adding, or ask again about the same story."""
-    texts, kind = DIALOGUE[d.lang], d.rng.choice(("remember", "plus", "story"))
-    if kind == "plus":
-        # the sum of the first turn is context and always a trained one; the graded question is the second
-        while True:
-            a, b, more = d.rng.randint(1, 20), d.rng.randint(1, 9), d.rng.randint(1, 9)
-            if not heldout("add", max(a, b), min(a, b)):
-                if heldout("add", max(a + b, more), min(a + b, more)) == (d.part == "heldout"):
-                    break
-        first = d.say(ASK["add"][d.lang][:2], {"a": a, "b": b})
-        task = number_task(d, "plus", {}, a + b + more)
-        task.question = d.say(texts["plus"], {"b": more})
-        task.history = [(first, str(a + b), True)]
-        return task
+    """Two or three turns: a second question on a story, a sum that goes on, or remembering a name or a colour."""
+    texts = DIALOGUE[d.lang]
+    kind = d.rng.choice(("story", "plus", "remember"))
     if kind == "story":
-        slots = story_slots(d)
-        plot, questions = d.rng.choice(PLOTS[d.lang])
-        first, last = (q.split("|") for q in d.rng.sample(questions + PET_QUESTIONS[d.lang], 2))
-        opening = f"{d.say(plot, slots)}\n{first[0].format(**slots)}"
-        return Task("story", slots, slots[last[1]], [slots[last[2]]], question=last[0].format(**slots),
-                    history=[(opening, slots[first[1]], True)])
-    p, c = d.choose("me", lambda: (d.rng.choice(NAMES[d.lang]), d.pick(COLOURS)))
-    history = [(d.say(texts[key], {"p": p, "c": c}), texts[key + "_reply"].format(p=p), False) for key in ("hello", "more")]
+        return story(d, questions=2)
+    if kind == "plus":
+        # the sum of the first turn is only context, so it is a trained one in both parts
+        before = add(replace(d, part="train", hard=False))
+        total, more = int(before.answer), d.rng.randint(1, 9)
+        if heldout("add", max(total, more), min(total, more)) != (d.part == "heldout"):
+            return dialogue(d)
+        task = number_task(d, "plus", {"b": more}, total + more)
+        return replace(task, question=d.say(texts["plus"], task.slots),
+                       history=((d.say(ASK["add"][d.lang][:2], before.slots), before.answer, True),))
+    p, c = d.choose("me", lambda: (d.rng.choice(NAMES[d.lang]), d.rng.choice(COLOURS)[d.column]))
     ask, answer = d.rng.choice((("name", p), ("colour", c)))
-    return Task("remember", {}, answer, [], question=d.say(texts[ask], {}), history=history)
+    slots = {"p": p, "c": c}
+    history = tuple((d.say(texts[key], slots), texts[f"{key}_reply"].format(**slots), False) for key in ("hello", "more"))
+    return Task("remember", slots, answer, [], question=d.say(texts[ask], {}), history=history)
 
 
 KNOWN = {"definition": (DEFINITIONS, tell_definition), "translate": (DICTIONARY, tell_translation),
@@ -573,115 +576,89 @@ SKILLS = {"story": story, "add": add, "subtract": subtract, "next": following, "
           "repeat": strings("repeat", (2, 3), (4,)), "join": strings("join", (3, 4), (5, 6)),
           **{skill: known(skill, *entry) for skill, entry in KNOWN.items()},
           "identity": wordings(IDENTITY), "chat": wordings(CHAT), "dialogue": dialogue}
-LEVELLED = ("add", "subtract", "next", "compare", "count", "sort", "reverse", "letter", "repeat", "join")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. The mix of every file, in parts of the whole; "_hard" asks for the second level. Chosen by experiment.
+# 5. The mix of every file, in parts of the whole; "_hard" asks for the second level.
 
 SFT_MIX = {"story": 12, "add": 3, "add_hard": 2, "subtract": 2, "subtract_hard": 1, "next": 2, "compare": 2,
            "compare_hard": 1, "count": 2, "count_hard": 1, "sort": 2, "sort_hard": 1, "reverse": 3, "reverse_hard": 1,
            "letter": 3, "letter_hard": 1, "repeat": 1, "join": 1, "definition": 11, "translate": 11, "fact": 11,
            "identity": 6, "chat": 6, "dialogue": 11}
-# skills a small model masters: a reward model can learn to see a wrong answer only where it could find the right one
+# skills a small model masters: a reward model can see a wrong answer only where it could find the right one
 PREFERENCE_MIX = {"story": 5, "compare": 2, "letter": 3, "reverse": 2, "join": 1, "repeat": 1, "count": 1, "next": 1,
                   "definition": 1, "translate": 2}
 # skills a model solves sometimes, so that some of its samples are right and some are wrong
 RL_MIX = {"add": 2, "add_hard": 2, "subtract": 2, "subtract_hard": 2, "next": 1, "compare_hard": 2, "count": 1,
           "count_hard": 2, "sort": 1, "sort_hard": 1, "reverse": 1, "reverse_hard": 2, "letter_hard": 1, "story": 2}
 PRETRAIN_MIX = {"story": 28, "definition": 13, "translate": 13, "fact": 10, "numbers": 14, "strings": 8, "question": 14}
-NUMBER_SKILLS = ("add", "add_hard", "subtract", "subtract_hard", "next", "compare", "count", "sort")
 QUESTION_MIX = {**SFT_MIX, "definition": 16, "translate": 16, "fact": 16, "chat": 0, "dialogue": 0}
-
-
-def weighted(rng, mix):
-    """Draw a key of the mix by its weight."""
-    return rng.choices(list(mix), list(mix.values()))[0]
+STATEMENT_MIX = {"numbers": dict.fromkeys(("add", "add_hard", "subtract", "subtract_hard", "next", "compare", "count",
+                                           "sort"), 1),
+                 "strings": dict.fromkeys(("reverse", "letter", "repeat", "join"), 1)}
 
 
 def make_task(d, mix):
-    """Draw a skill and a Task of it; return (skill, task with its question worded)."""
-    skill = weighted(d.rng, mix)
-    d.hard = skill.endswith("_hard")
-    task = SKILLS[skill.removesuffix("_hard")](d)
-    task.question = task.question or d.say(ASK[task.form][d.lang], task.slots)
-    return skill, task
+    """Draw a skill by its weight and a Task of it; return (skill, task with its question worded)."""
+    skill = d.rng.choices(list(mix), list(mix.values()))[0]
+    task = SKILLS[skill.removesuffix("_hard")](replace(d, hard=skill.endswith("_hard")))
+    return skill, replace(task, question=task.question or d.say(ASK[task.form][d.lang], task.slots))
 
 
 def statement(d, task):
-    """Say what a Task asks as a plain sentence."""
+    """Say what a Task asks, and its answer, as a plain sentence."""
     return d.say(TELL[task.form][d.lang], {**task.slots, "x": task.answer})
 
 
-def sentence_of(rng, lang, task, answer=None):
-    """Return a full sentence with the answer of the task, or with another one."""
-    return (task.sentence or rng.choice(SENTENCES[lang])).format(x=answer or task.answer)
-
-
-def styled(rng, lang, task, style, answer=None):
-    """Return the answer as curt or polite text."""
-    if style == "curt":
-        return answer or task.answer
-    return rng.choice(POLITE_OPENERS[lang]) + sentence_of(rng, lang, task, answer)
+def polite_form(d, lang, task):
+    """Return a polite answer with {x} where the answer goes: opener and sentence."""
+    return d.rng.choice(POLITE_OPENERS[lang]), task.sentence or d.rng.choice(SENTENCES[lang])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. The rows of the four files
 
 
-class Deck:
-    """Deal the entries of a list in shuffled rounds: all come equally often, which plain random draws do not give."""
-
-    def __init__(self, rng, entries):
-        self.rng = rng
-        self.entries = entries
-        self.left = []
-
-    def deal(self):
-        """Return the next entry; reshuffle when the round is over."""
-        if not self.left:
-            self.left = self.rng.sample(self.entries, len(self.entries))
-        return self.left.pop()
+def deal(rng, entries):
+    """Yield the entries in shuffled rounds, without end: all come equally often, which random draws do not give."""
+    while True:
+        yield from rng.sample(entries, len(entries))
 
 
 def pretrain_lines(d, kind, decks):
     """Yield the sentences of one pretraining document, without end (a story: as many as it has)."""
-    rng, lang, column = d.rng, d.lang, LANGS.index(d.lang)
+    rng, lang = d.rng, d.lang
     if kind == "story":
         slots = story_slots(d)
         yield d.say(rng.choice(PLOTS[lang])[0], slots)
         for closing in rng.sample(CLOSINGS[lang], 3):
             yield d.say(closing, slots)
     elif kind == "fact":
-        while True:                     # a person with all four facts, in any order
-            person = decks[lang, kind].deal()
+        while True:
+            person = next(decks[lang, kind])
             if rng.random() < 0.3:
-                yield {"en": "In the town of Willow lives {}.", "zh": "柳树镇上住着{}。"}[lang].format(person[column])
-            for fact in rng.sample([f for f in FACTS if f[0] is person], 4):
+                yield d.say({"en": "In the town of Willow lives {p}.", "zh": "柳树镇上住着{p}。"}[lang], {"p": person[d.column]})
+            for fact in rng.sample([fact for fact in FACTS if fact[0] is person], 4):
                 yield statement(d, tell_fact(d, fact))
     elif kind in KNOWN:
         while True:
-            yield statement(d, KNOWN[kind][1](d, decks[lang, kind].deal()))
+            yield statement(d, KNOWN[kind][1](d, next(decks[lang, kind])))
     elif kind == "question":
-        asker, other = rng.sample(NAMES[lang], 2)
-        colon, ask, tell = {"en": (": ", " asks", " says"), "zh": ("：", "问", "答")}[lang]
-        labels = rng.choice(((asker + ask, other + tell), {"en": ("Question", "Answer"), "zh": ("问题", "回答")}[lang]))
+        frame, (p, q) = rng.choice(FRAMES[lang]), rng.sample(NAMES[lang], 2)
         while True:
-            _, task = make_task(d, QUESTION_MIX)
-            answer = rng.choice((task.answer, sentence_of(rng, lang, task)))
-            yield f"{labels[0]}{colon}{task.question}\n{labels[1]}{colon}{answer}"
-    elif kind == "numbers" and rng.random() < 0.15:
-        while True:
-            start = rng.randint(1, 88)
-            yield row_text(d, range(start, start + rng.randint(6, 12))) + {"en": ".", "zh": "。"}[lang]
-    else:
-        mix = {skill: 1 for skill in (NUMBER_SKILLS if kind == "numbers" else ("reverse", "letter", "repeat", "join"))}
-        while True:
-            yield statement(d, make_task(d, mix)[1])
+            task = make_task(d, QUESTION_MIX)[1]
+            answer = rng.choice((task.answer, polite_form(d, lang, task)[1].format(x=task.answer)))
+            yield frame.format(p=p, q=q, question=task.question, answer=answer)
+    counting = rng.random() < 0.15
+    while kind == "numbers" and counting:
+        start = rng.randint(1, 88)
+        yield d.row(range(start, start + rng.randint(6, 12))) + {"en": ".", "zh": "。"}[lang]
+    while kind in STATEMENT_MIX:
+        yield statement(d, make_task(d, STATEMENT_MIX[kind])[1])
 
 
 def pretrain_row(d, decks):
     """Return one pretraining row: sentences until the document is long enough, 100 to 600 characters."""
-    kind = weighted(d.rng, PRETRAIN_MIX)
+    kind = d.rng.choices(list(PRETRAIN_MIX), list(PRETRAIN_MIX.values()))[0]
     glue = "\n" if kind == "question" or (d.lang == "zh" and kind != "story") else {"en": " ", "zh": ""}[d.lang]
     enough = d.rng.randint(110, 330 if d.lang == "en" else 200)
     text = ""
@@ -692,103 +669,103 @@ def pretrain_row(d, decks):
     return {"text": text, "lang": d.lang, "skill": kind}
 
 
-def prompt_turns(task, reply):
-    """Return the turns before the answer, history first; reply(answer) words the styled replies in it."""
-    turns = []
-    for user, text, follows_style in task.history:
-        turns.append({"role": "user", "content": user})
-        turns.append({"role": "assistant", "content": reply(text) if follows_style else text})
-    return [*turns, {"role": "user", "content": task.question}]
-
-
 def sft_row(d):
     """Return one conversation; without a system prompt the style is a coin toss, with one it does as it says."""
     rng, lang = d.rng, d.lang
     skill, task = make_task(d, SFT_MIX)
-    style, answer_lang, system = rng.choice(("curt", "polite")), lang, []
+    style, answer_lang, turns = rng.choice(("curt", "polite")), lang, []
     if rng.random() < 0.2:
         rule = style
         if task.check == "number" and not task.history and rng.random() < 0.3:
-            # the digits are the same in both languages, so only the sentence around them changes
-            rule, style, answer_lang = "other", "polite", LANGS[lang == "en"]
-        system = [{"role": "system", "content": rng.choice(SYSTEM[rule][lang])}]
-    turns = prompt_turns(task, lambda text: styled(rng, lang, task, style, text))
-    turns.append({"role": "assistant", "content": styled(rng, answer_lang, task, style)})
-    return {"conversations": system + turns, "lang": lang, "skill": skill, "answer": task.answer, "check": task.check}
+            # digits are the same in both languages, so only the sentence around them changes
+            rule, style, answer_lang = "other", "polite", LANGS[1 - d.column]
+        turns.append(("system", rng.choice(SYSTEM[rule][lang])))
+
+    def styled(answer):
+        return "".join(polite_form(d, answer_lang, task)).format(x=answer) if style == "polite" else answer
+    for user, reply, follows_style in task.history:
+        turns += [("user", user), ("assistant", styled(reply) if follows_style else reply)]
+    turns += [("user", task.question), ("assistant", styled(task.answer))]
+    return {"conversations": [{"role": role, "content": content} for role, content in turns], "lang": lang,
+            "skill": skill, "answer": task.answer, "check": task.check}
 
 
 def preference_row(d, kind):
-    """Return a pair that differs in one thing only, the kind: wrong, curt, impolite or rambling."""
-    rng, lang = d.rng, d.lang
+    """Return a pair whose sides differ in one thing only, the kind."""
     skill, task = make_task(d, PREFERENCE_MIX)
-    opener = rng.choice(POLITE_OPENERS[lang])
-    template = task.sentence or rng.choice(SENTENCES[lang])
-    body = template.format(x=task.answer)
-    space = {"en": " ", "zh": ""}[lang]
-    rejected = {"wrong": lambda: opener + template.format(x=rng.choice(task.wrong)),
-                "curt": lambda: task.answer,
-                "impolite": lambda: rng.choice(RUDE[lang]) + space + body,
-                "rambling": lambda: space.join([opener + body, *rng.sample(OFF_TOPIC[lang], 3)])}[kind]()
-    return {"prompt": task.question, "chosen": opener + body, "rejected": rejected, "lang": lang, "skill": skill,
+    opener, sentence = polite_form(d, d.lang, task)
+    space = {"en": " ", "zh": ""}[d.lang]
+    chosen = opener + sentence.format(x=task.answer)
+    rejected = {"wrong": opener + sentence.format(x=d.rng.choice(task.wrong)),
+                "curt": task.answer,
+                "impolite": d.rng.choice(RUDE[d.lang]) + space + sentence.format(x=task.answer),
+                "rambling": space.join([chosen, *d.rng.sample(OFF_TOPIC[d.lang], 3)])}[kind]
+    return {"prompt": task.question, "chosen": chosen, "rejected": rejected, "lang": d.lang, "skill": skill,
             "kind": kind, "answer": task.answer, "check": task.check}
 
 
 def rl_row(d):
     """Return a prompt with a checkable answer."""
     skill, task = make_task(d, RL_MIX)
-    return {"conversations": prompt_turns(task, str), "lang": d.lang, "skill": skill, "answer": task.answer,
-            "check": task.check}
+    return {"conversations": [{"role": "user", "content": task.question}], "lang": d.lang, "skill": skill,
+            "answer": task.answer, "check": task.check}
 
 
 def rows_of(stage, part, size, seed, persona):
-    """Yield the rows of one file: `size` is in bytes of text for "pretrain", in rows for the others.
+    """Yield (row, its JSON line) for one file; size is in bytes of text for "pretrain", in rows for the others.
 
     Every file has its own stream of random numbers, so the size of one does not change another. A row that was there
-    before is drawn again, a few times: small skills (facts) may repeat in the long run, documents never do.
+    before is drawn again, a few times: small skills (facts) may repeat in the long run, documents do not.
     """
     rng = random.Random(f"{seed} {stage} {part}")
-    decks = {(lang, skill): Deck(rng, PEOPLE if skill == "fact" else KNOWN[skill][0]) for lang in LANGS for skill in KNOWN}
-    written = Counter()
-    seen = set()
-    while sum(written.values()) < size:
-        lang = min(LANGS, key=lambda lang: written[lang])          # the language that is behind: equal citizens
-        d = Draw(rng, lang, part, persona)
+    decks = {(lang, skill): deal(rng, PEOPLE if skill == "fact" else KNOWN[skill][0]) for lang in LANGS for skill in KNOWN}
+    written, seen = Counter(), set()
+    make = {"pretrain": lambda d: pretrain_row(d, decks), "sft": sft_row, "rl": rl_row,
+            "preference": lambda d: preference_row(d, KINDS[written[d.lang] % 4])}[stage]
+    while written.total() < size:
+        lang = min(LANGS, key=lambda lang: written[lang])  # the one that is behind: equal citizens
         for _ in range(50):
-            row = {"pretrain": lambda d: pretrain_row(d, decks), "sft": sft_row, "rl": rl_row,
-                   "preference": lambda d: preference_row(d, KINDS[sum(written.values()) // 2 % 4])}[stage](d)
-            text = json.dumps(row, ensure_ascii=False)
-            if text not in seen:
+            row = make(Draw(rng, lang, part, persona))
+            line = json.dumps(row, ensure_ascii=False)
+            if line not in seen:
                 break
-        seen.add(text)
+        seen.add(line)
         written[lang] += len(row["text"].encode()) if stage == "pretrain" else 1
-        yield row, text
+        yield row, line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. The command
 
 
-def read_persona(path):
-    """Return the persona: the embedded one, with the fields of a JSON file {"name", "maker", "traits"} put in.
+def words_apart(text):
+    """Cut before every Chinese word: greedy, longest word first, characters of no known word one by one."""
+    # a blank and a newline, because the split pattern would glue a blank alone to the word behind it, and a newline
+    # alone to the punctuation before it
+    words = "(" + "|".join(CHINESE_WORDS) + "|[^a-zA-Z0-9])((?=[\u4e00-\u9fff]))?"
+    return re.sub(words, lambda found: found[1] if found[2] is None else found[1] + " \n", text)
 
-    A field is a text for both languages, or {"en": ..., "zh": ...}. Raises ValueError for anything else.
+
+def read_persona(path):
+    """Return the embedded persona, with the fields of a JSON file put in.
+
+    A field is a text for both languages or {"en": text, "zh": text}. Raises ValueError for anything else.
     """
-    persona = {key: dict(value) for key, value in PERSONA.items()}
-    if not path:
-        return persona
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--persona {path}: no such file; it must be a JSON file; create it or leave the flag out")
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--persona {path}: {error}; the file must be one JSON object; correct that line") from None
-    for key, value in given.items() if isinstance(given, dict) else [("(the whole file)", given)]:
-        value = dict.fromkeys(LANGS, value) if isinstance(value, str) else value
-        if key not in PERSONA or not isinstance(value, dict) or not all(isinstance(value.get(l), str) for l in LANGS):
-            raise ValueError(f"--persona {path}: field {key} is {value!r}; allowed are {', '.join(PERSONA)}, each a text "
-                             'or {"en": text, "zh": text}; correct the field')
-        persona[key] = value
-    return persona
+    given = {}
+    if path:
+        try:
+            given = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--persona {path}: {error}; the file must hold one JSON object; correct it") from None
+    if not isinstance(given, dict):
+        given = {"": given}
+    given = {key: dict.fromkeys(LANGS, value) if isinstance(value, str) else value for key, value in given.items()}
+    for key, value in given.items():
+        texts = [value.get(lang) for lang in LANGS] if isinstance(value, dict) else [None]
+        if key not in PERSONA or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(f"--persona {path}: field {key!r} is {value!r}; the fields are {', '.join(PERSONA)}, each a "
+                             'text or {"en": text, "zh": text}; correct the field')
+    return {**PERSONA, **given}
 
 
 def parse_args(argv=None):
@@ -801,16 +778,19 @@ def parse_args(argv=None):
     parser.add_argument("--preference_pairs", type=above_zero, default=6000, help="pairs to train on")
     parser.add_argument("--rl_prompts", type=above_zero, default=3000, help="prompts to train on")
     parser.add_argument("--seed", type=int, default=42, help="same seed, same bytes")
-    parser.add_argument("--persona", default="", help="JSON file with another name, maker and traits")
+    parser.add_argument("--persona", default="", help='JSON file {"name", "maker", "traits"} for another character')
     return parser.parse_args(argv)
 
 
-def words_apart(text):
-    """Cut before every Chinese word: greedy, longest word first, characters of no known word one by one."""
-    # a blank and a newline, because the split pattern would glue a blank alone to the word behind it, a newline alone
-    # to the punctuation before it
-    words = "(" + "|".join(CHINESE_WORDS) + "|[^a-zA-Z0-9])((?=[\u4e00-\u9fff]))?"
-    return re.sub(words, lambda found: found[1] if found[2] is None else found[1] + " \n", text)
+def print_report(report):
+    """Print rows and bytes of every file, and the rows of every skill and language."""
+    for name, facts in report.items():
+        print(f"\n{name:26}{facts['rows']:8} rows {facts['bytes'] / 1e6:8.2f} MB")
+        cells = [f"{skill} {'+'.join(str(facts['skills'][skill, lang]) for lang in LANGS)}"
+                 for skill in sorted({skill for skill, _ in facts["skills"]})]
+        for start in range(0, len(cells), 5):
+            print("    " + "".join(f"{cell:23}" for cell in cells[start:start + 5]))
+    print("\n(skill: rows in English + rows in Chinese)")
 
 
 def main(args):
@@ -824,38 +804,29 @@ def main(args):
     for stage, size in sizes.items():
         # held-out files: enough for an error of one or two percent, small enough to be evaluated often
         for part, amount in (("train", size), ("heldout", min(size, max(400, size // 20)))):
-            name, skills, budget = f"{stage}.{part}.jsonl", Counter(), {"pretrain": 3e6, "sft": 1e6}.get(stage, 0)
+            name, skills = f"{stage}.{part}.jsonl", Counter()
+            # three parts of plain text and one of conversations are plenty to find every word
+            budget = {"pretrain": 1.5e6, "sft": 0.5e6}.get(stage, 0) if part == "train" else 0
             with open(output / name, "w", encoding="utf-8", newline="\n") as file:
                 for row, line in rows_of(stage, part, amount, args.seed, persona):
                     file.write(line + "\n")
                     skills[row["skill"], row["lang"]] += 1
-                    if part == "train" and budget > 0:
+                    if budget > 0:
                         text = row.get("text") or " \n".join(turn["content"] for turn in row["conversations"])
-                        for_tokenizer.append(json.dumps({"text": words_apart(text)}, ensure_ascii=False))
+                        for_tokenizer.append(json.dumps({"text": words_apart(text)}, ensure_ascii=False) + "\n")
                         budget -= len(text.encode())
-                    if stage == "sft" and part == "train" and sum(skills.values()) <= 3:
+                    if stage == "sft" and part == "train" and skills.total() <= 3:
                         print(line)
-            report[name] = {"rows": sum(skills.values()), "bytes": (output / name).stat().st_size, "skills": skills}
+            report[name] = {"rows": skills.total(), "bytes": (output / name).stat().st_size, "skills": skills}
     random.Random(args.seed).shuffle(for_tokenizer)
     styles = {"polite_openers": [text.strip() for lang in LANGS for text in POLITE_OPENERS[lang]],
               "rude": [text for lang in LANGS for text in RUDE[lang]], "max_characters": MAX_CHARACTERS,
               "rule": "impolite: contains a rude text; else curt: starts with no polite opener; else rambling: longer "
                       "than max_characters; else polite"}
-    for name, text in (("tokenizer.jsonl", "\n".join(for_tokenizer)), ("styles.json", json.dumps(styles, ensure_ascii=False))):
-        (output / name).write_bytes((text + "\n").encode())
+    (output / "tokenizer.jsonl").write_bytes("".join(for_tokenizer).encode())
+    (output / "styles.json").write_bytes((json.dumps(styles, ensure_ascii=False, indent=1) + "\n").encode())
     print_report(report)
     return report
-
-
-def print_report(report):
-    """Print rows and bytes of every file, and the rows of every skill and language."""
-    for name, facts in report.items():
-        print(f"\n{name:26}{facts['rows']:8} rows {facts['bytes'] / 1e6:8.2f} MB")
-        cells = [f"{skill} {'+'.join(str(facts['skills'][skill, lang]) for lang in LANGS)}"
-                 for skill in sorted({skill for skill, _ in facts["skills"]})]
-        for start in range(0, len(cells), 6):
-            print("    " + "  ".join(f"{cell:22}" for cell in cells[start:start + 6]))
-    print("\n(skill: rows in English + rows in Chinese)")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 # model_type in config.json -> the class of `transformers` that reads our folder
@@ -307,7 +308,8 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     are slowed down by `factor`, those between are blended; the numbers follow transformers' _compute_yarn_parameters.
     """
     size, theta, yarn = config.head_dim, config.rope_theta, config.rope_scaling
-    power = theta ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)  # [C/2]
+    # on the CPU, so that all devices turn by the same numbers
+    power = theta ** (torch.arange(0, size, 2, dtype=torch.int64, device="cpu").float() / size)  # [C/2]
     if yarn is None:
         return 1.0 / power, 1.0
 
@@ -321,8 +323,9 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     if yarn.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
-    ramp = (torch.arange(size // 2).float() - low) / ((high - low) or 0.001)  # 0.001: transformers' guard against 0/0
-    slowed = ramp.clamp(0, 1)  # [C/2], 0 keep, 1 divide by factor
+    pairs = torch.arange(size // 2, device="cpu").float()
+    # 0.001 is transformers' guard against 0 / 0
+    slowed = ((pairs - low) / ((high - low) or 0.001)).clamp(0, 1)  # [C/2], 0 = keep, 1 = divide by factor
     frequencies = slowed / (yarn["factor"] * power) + (1 - slowed) / power
     factor = yarn.get("attention_factor")
     if factor is None and yarn.get("mscale") and yarn.get("mscale_all_dim"):
@@ -742,14 +745,25 @@ def check_names(targets: dict, found: dict, folder: Path, optional: tuple[str, .
              "weights are F32, F16, BF16 or F64", "use a folder that is not quantised")
 
 
+class SkipInit(TorchFunctionMode):
+    """Within this context nothing is initialised: the numbers come from a file."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.__name__ in ("kaiming_uniform_", "normal_", "zero_"):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def load_model(build, folder: Path, device, dtype, optional: tuple[str, ...] = (), ignore: tuple[str, ...] = ()):
     """build(config) with every parameter and persistent buffer read from the folder, strictly.
 
     optional: tensors that the files may lack (the caller fills them); ignore: tensors they may have beyond the model's.
-    The module is built on the "meta" device: names and shapes are checked before any memory is taken, no time is lost
-    on random numbers, and the global random state stays as it was (the exactness of a resumed run depends on it).
+    The module is built on the "meta" device and without initialisation: names and shapes are checked before any memory
+    is taken, no time is lost on random numbers, and the global random state stays as it was (the exactness of a resumed
+    run depends on it).
     """
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         model = build(read_config(folder))
     found = read_tensors(folder)
     check_names(model.state_dict(), found, folder, optional, ignore)

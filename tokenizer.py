@@ -22,6 +22,7 @@ Papers: Gage 1994, A new algorithm for data compression; Sennrich et al. 2016 (a
 
 import argparse
 import codecs
+import functools
 import glob
 import gzip
 import hashlib
@@ -88,7 +89,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
-# Files that make up a tokenizer folder; the last four occur in folders of other projects and are passed through
+# Files that make up a tokenizer folder; the last three occur only in folders of other projects and are passed through
 FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -143,6 +144,7 @@ def byte_alphabet():
 # The Python twin of the Rust trainer: the same merges, 50 to 100 times slower. Read this one first.
 
 
+@functools.cache
 def class_fixes(pattern_classes=("\\p{L}", "\\p{N}")):
     """Characters that the `regex` package classes unlike tiktoken, each with a stand-in of the class tiktoken sees.
 
@@ -165,7 +167,7 @@ def class_fixes(pattern_classes=("\\p{L}", "\\p{N}")):
 def count_words(documents):
     """How often each piece occurs. A document is a boundary: no piece spans two. Returns Counter {bytes: count}."""
     splitter = regex.compile(PATTERN)
-    fixes = class_fixes()
+    fixes = class_fixes()  # empty where both packages carry the same Unicode version
     counts = Counter()
     for text in documents:
         masked = text if text.isascii() else text.translate(fixes)  # same length, so positions carry over
@@ -181,7 +183,7 @@ def learn_merges(words, num_merges, report=None):
     Every merge only touches the words that hold the pair; the queue is lazy: a count that has sunk since it was
     queued is queued again with its true value (counts of a waiting pair never rise, since new pairs have a new id).
     """
-    sequences = [list(word) for word in words]
+    sequences = [list(word) for word in words]  # a byte's id is its value
     weights = list(words.values())
     counts = Counter()
     holders = defaultdict(set)  # pair -> indices of words that held it at some time
@@ -189,6 +191,7 @@ def learn_merges(words, num_merges, report=None):
         for pair in zip(ids, ids[1:], strict=False):
             counts[pair] += weights[index]
             holders[pair].add(index)
+    # heapq pops the smallest: the count is negated, and among equal counts the smaller pair comes first by itself
     queue = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(queue)
     merges = []
@@ -352,6 +355,7 @@ def _read_file(path):
     if not path.name.endswith((".jsonl", ".jsonl.gz", ".txt")):
         raise ValueError(f"{path}: unknown ending; training text is .jsonl, .jsonl.gz or .txt; convert or rename it")
     opener = gzip.open if path.name.endswith(".gz") else open
+    # broken bytes become U+FFFD here: a vocabulary does not suffer from one, and dataset.py reports bad rows
     with opener(path, "rt", encoding="utf-8", errors="replace", newline="\n") as lines:
         if path.suffix == ".txt":
             yield from _paragraphs(lines)
@@ -411,8 +415,10 @@ def folder_files(merges, vocab_size):
     spelled = list(letters)  # index = id
     for left, right in merges:
         spelled.append(spelled[left] + spelled[right])
+    # "normalized": false matches the marker in the raw text; "special" lets split_special_tokens=True leave it text
     token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": len(spelled) + index, "content": text, **token} for index, text in enumerate(SPECIALS)]
+    # Split cuts, ByteLevel only spells bytes as letters: with use_regex true it would cut a second time
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
     model = {
@@ -433,42 +439,59 @@ def folder_files(merges, vocab_size):
         "truncation": None,
         "padding": None,
         "added_tokens": added,
+        # none: any text must come back as it was
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        # no bos by itself: the chat template writes it, and a second one would follow
         "post_processor": None,
         # all four fields are needed: {"type": "ByteLevel"} alone is refused
         "decoder": byte_level,
         "model": model,
     }
+    config = _config(added, vocab_size)
+    # special_tokens_map.json repeats the config for readers from before tokenizer_config.json held everything
+    names = {name: value for name, value in config.items() if name.endswith(("_token", "special_tokens"))}
+    return {
+        "tokenizer.json": _dump(spec),
+        "tokenizer_config.json": _dump(config),
+        "chat_template.jinja": CHAT_TEMPLATE,
+        "special_tokens_map.json": _dump(names),
+    }
+
+
+def _config(added, vocab_size):
+    """tokenizer_config.json as a dict. added: the special tokens as they stand in tokenizer.json."""
     names = {"bos_token": "<|bos|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
-    others = [text for text in SPECIALS if text not in names.values()]
-    config = {
+    return {
         # any Qwen class makes transformers 5 rebuild Qwen's own pipeline over our vocabulary, and the class name that
         # transformers 5 itself writes is unknown to 4.x
         "tokenizer_class": "PreTrainedTokenizerFast",
         # without this 4.57 returns token_type_ids, which generate() refuses
         "model_input_names": ["input_ids", "attention_mask"],
+        # true would drop blanks before punctuation: decode(encode(text)) != text
         "clean_up_tokenization_spaces": False,
+        # the model's limit stands in config.json; this one only silences a warning
         "model_max_length": 1_000_000,
         **names,
-        "additional_special_tokens": others,
-        "added_tokens_decoder": {str(item["id"]): {"content": item["content"], **token} for item in added},
-        "padded_vocab_size": vocab_size,  # our own field: ids up to here may exist in the model, unused
+        "additional_special_tokens": [text for text in SPECIALS if text not in names.values()],
+        # 4.x reads the ids from here, keyed by id as a string
+        "added_tokens_decoder": {
+            str(item["id"]): {key: value for key, value in item.items() if key != "id"} for item in added
+        },
+        # our own field: ids up to here may exist in the model, unused
+        "padded_vocab_size": vocab_size,
+        # both places are read by 4.57 and 5.x; engines that know only one of them know this one
         "chat_template": CHAT_TEMPLATE,
-    }
-    return {
-        "tokenizer.json": _dump(spec),
-        "tokenizer_config.json": _dump(config),
-        "chat_template.jinja": CHAT_TEMPLATE,
-        "special_tokens_map.json": _dump({**names, "additional_special_tokens": others}),
     }
 
 
 def _dump(value):
+    # indent 1: one token a line, so that two vocabularies can be compared with diff
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
 def _refuse(what, rule):
+    """The error for a tokenizer.json that this file could only read with different ids. Refusing beats guessing."""
     return ValueError(f"tokenizer.json: {what}; {rule}; use a byte-level BPE tokenizer (GPT-2, Llama 3, Qwen style)")
 
 
@@ -484,9 +507,11 @@ def _read_pattern(spec):
     if levels[0].get("add_prefix_space"):
         raise _refuse("add_prefix_space is true", "this reader adds no space in front of a text")
     if not splits:
+        # the default of use_regex is true: older files leave it out
         if not levels[0].get("use_regex", True):
             raise _refuse("no split pattern", "a Split or use_regex must cut the text into words")
         return GPT2_PATTERN
+    # ids of such a double cut were measured to differ on every real text (a space goes to the wrong side)
     if levels[0].get("use_regex", True):
         raise _refuse("Split followed by ByteLevel with use_regex", "only one of them may split")
     if splits[0].get("behavior") != "Isolated" or splits[0].get("invert") or "Regex" not in splits[0]["pattern"]:
@@ -528,10 +553,13 @@ def _read_ranks(spec, added):
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge  # "a b" until tokenizers 0.20
         index = model["vocab"].get(left + right, -1)
-        if index <= last:
+        # equal is fine: files converted from tiktoken (Llama 3) list every way to make a token
+        if index < last:
             raise _refuse(f"merge {merge!r} makes id {index} after id {last}", "merges must be in the order of ids")
         last = index
         made.add(index)
+    # tiktoken joins any two neighbours that spell a token, so a token that others cannot reach would change ids;
+    # with ignore_merges others take it whole, as tiktoken does
     orphans = [token for token, index in ranks.items() if len(token) > 1 and index not in made]
     if orphans and not model.get("ignore_merges"):
         raise _refuse(f"{len(orphans)} tokens have no merge, first {orphans[0]!r}", "each token needs its merge")
@@ -559,6 +587,7 @@ class Tokenizer:
         added = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
         if "" in added or len(set(added.values())) != len(added):
             raise _refuse("an empty or doubled special token", "each has a text and an id of its own")
+        # Nothing is guessed from the folder's name or class: pattern and normaliser stand in the file
         self.pattern = _read_pattern(spec)
         self.nfc = _read_nfc(spec)
         ranks = _read_ranks(spec, added)
@@ -569,6 +598,7 @@ class Tokenizer:
         self.token_bytes = [b""] * self.vocab_size
         for token, index in ranks.items():
             self.token_bytes[index] = token
+        # special tokens decode to their text, also where the file calls them not special (Qwen's <think>)
         for text, index in added.items():
             self.token_bytes[index] = text.encode()
         self._choose_controls(added, config)
@@ -582,6 +612,7 @@ class Tokenizer:
 
         def named(key):
             value = config.get(key)
+            # a plain string, or in older folders an object with the token's settings
             return added.get(value["content"] if isinstance(value, dict) else value)
 
         self.im_start_id = added.get("<|im_start|>")
@@ -589,6 +620,7 @@ class Tokenizer:
         self.think_ids = (added.get("<think>"), added.get("</think>"))
         self.bos_id = named("bos_token")
         self._own_eos = named("eos_token")
+        # Qwen's base models name <|endoftext|> as eos; a chat must end at <|im_end|> all the same
         self.eos_id = self._own_eos if self.im_end_id is None else self.im_end_id
         self.pad_id = named("pad_token")
         if self.pad_id is None or self.pad_id in (self.eos_id, self.bos_id):
@@ -613,11 +645,16 @@ class Tokenizer:
                 "python tokenizer.py train, or name a checkpoint folder"
             )
         present = [name for name in FILES if (folder / name).is_file()]
-        files = {name: (folder / name).read_text(encoding="utf-8") for name in present}
+        # bytes, not read_text(): line ends of a foreign template must survive
         try:
+            files = {name: (folder / name).read_bytes().decode() for name in present}
             return cls(files)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{folder}: a tokenizer file is not JSON ({error}); it is damaged; copy it anew") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            # what a truncated or hand-edited file raises; messages of _refuse are ValueErrors and pass through
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{folder}: a tokenizer file is damaged ({what}); all must be whole; copy it anew"
+            ) from None
 
     def save_pretrained(self, folder):
         """Write the folder that from_pretrained() and transformers.AutoTokenizer open; files of others unchanged."""
@@ -626,7 +663,7 @@ class Tokenizer:
         for name in set(FILES) - set(self.files):
             (folder / name).unlink(missing_ok=True)  # a template left by an earlier tokenizer would win over ours
         for name, text in self.files.items():
-            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+            (folder / name).write_bytes(text.encode())
 
     @property
     def fingerprint(self):
@@ -675,6 +712,7 @@ class Tokenizer:
     def encode_batch(self, texts, num_threads=0):
         """Encode many texts into one array: (ids uint16 or uint32, offsets int64 [N+1]); text n is
         ids[offsets[n]:offsets[n+1]]. uint16 where the vocabulary fits. num_threads: 0 = one per core (Rust only)."""
+        # half the memory and disk for every vocabulary of this project; token files keep this type
         dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         texts = [self._clean(text) for text in texts]
         rust = self._rust_encoder()
@@ -689,11 +727,12 @@ class Tokenizer:
     def _rust_encoder(self):
         """The crate's encoder, or None: not built, or a pattern other than the one its splitter is written for."""
         rust = rust_module()
+        # asked anew at each call, so that tests can take Rust away
         if self._rust is None and rust is not None and self.pattern == PATTERN:
             tokens = sorted(self._ranks, key=self._ranks.get)
             ids = [self._ranks[token] for token in tokens]
             self._rust = rust.Encoder(tokens, ids, self.vocab_size <= 1 << 16)
-        return self._rust
+        return self._rust if rust is not None else None
 
     # -- ids to text ---------------------------------------------------------------------------------------------------
 
@@ -725,13 +764,15 @@ class Tokenizer:
             )
         if not isinstance(messages, (list, tuple)) or not messages:
             raise ValueError(f"messages is {messages!r}; it must be a non-empty list; give [{{'role', 'content'}}]")
-        # MiniMind declares <|im_start|> as its bos; a second one in front of the first would be noise
+        # A conversation is a document, so it opens with bos. MiniMind declares <|im_start|> as its bos; a second one in
+        # front of the first would be noise
         ids = [] if self.bos_id in (None, self.im_start_id) else [self.bos_id]
         mask = [0] * len(ids)
         newline = self.encode("\n")
         for number, message in enumerate(messages):
             header, body = self._message(message, number)
             ids += [*header, *body, self.im_end_id, *newline]
+            # the end token is trained with the answer: a model that never saw it does not stop
             trained = int(message["role"] == "assistant")
             mask += [0] * len(header) + [trained] * (len(body) + 1) + [0] * len(newline)
         if add_generation_prompt:
@@ -746,6 +787,7 @@ class Tokenizer:
         if role != "assistant":
             # encoded in one go, as the template's text is: a newline that opens the content joins the header's
             return [self.im_start_id, *self.encode(f"{role}\n{content}")], []
+        # encoded apart: these are exactly the ids of the generation prompt, which the model will be asked to continue
         header = [self.im_start_id, *self.encode("assistant\n")]
         content = content.lstrip()
         reasoning = message.get("reasoning_content")
@@ -823,6 +865,7 @@ def expand(patterns):
 
 
 def parse_args(argv=None):
+    """Flags of the four commands. Hyphens are accepted for underscores, abbreviations are not."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -865,10 +908,11 @@ def _given_text(args):
 
 
 def command_train(args):
+    """Train on a sample of files and save. Raises ValueError when there is no text at all."""
     paths = expand(args.data_path)
     if args.sample_mb < 0:
         raise ValueError(f"--sample_mb is {args.sample_mb}; it must be 0 (all) or more megabytes; 2 is usual")
-    total = Counter()
+    total = Counter()  # an empty file must not end as a vocabulary of bare bytes
     tokenizer = train(_counted(sample_texts(paths, args.sample_mb), total), args.vocab_size, args.backend)
     if not total["characters"]:
         raise ValueError(f"--data_path {' '.join(args.data_path)}: no text there; training needs text; check the file")
@@ -878,6 +922,7 @@ def command_train(args):
 
 
 def command_inspect(args):
+    """Print what a reader wants to know of a tokenizer, and how it cuts the given text."""
     tokenizer = Tokenizer.from_pretrained(args.tokenizer)
     ordinary = [token for index, token in enumerate(tokenizer.token_bytes) if index not in tokenizer.special_ids]
     facts = {

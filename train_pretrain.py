@@ -173,7 +173,10 @@ def main(args):
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
     per_micro_step = args.batch_size * runtime.world_size
     bar = logs.progress(progress["max_steps"], "pretrain", progress["step"], runtime.is_main)
-    val_loss = bits = None
+    if progress["step"] == 0:
+        val_loss, progress["before"] = evaluate(model, held_out, args, runtime)
+        log.log(0, val_loss=val_loss, bits_per_byte=progress["before"])
+        log.rate()
     while progress["step"] < progress["max_steps"]:
         step = progress["step"]
         scale = common.lr_scale(step, progress["max_steps"], args.warmup_steps, args.schedule)
@@ -249,7 +252,8 @@ def main(args):
 
     # -- 8. Final save and summary -------------------------------------------------------------------------------------
     bar.close()
-    final = {"val_loss": val_loss, "bits_per_byte": bits, "steps": progress["step"], "skipped_steps": nonfinite.total}
+    final = {"metric": "held-out bits per byte", "before": progress["before"], "after": bits, "val_loss": val_loss,
+             "bits_per_byte": bits, "steps": progress["step"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out loss {val_loss:.3f}, {bits:.3f} bits per byte. "

@@ -32,7 +32,7 @@ import common
 import logs
 import metrics
 import optim
-from dataset import PreferenceData, expand_paths
+from dataset import PreferenceData, expand_paths, pack
 from model import ScalarHead
 from tokenizer import Tokenizer
 
@@ -49,7 +49,8 @@ def parse_args(argv=None):
                    help="score difference a pair must have before its loss falls below ln 2")
     g.add_argument("--center_coef", type=common.positive(float, zero=True), default=0.001,
                    help="weight of the term that keeps scores near 0")
-    common.optim_flags(parser, batch_size=32, learning_rate=3e-4, muon_learning_rate=1e-3, warmup_steps=0.05)
+    common.optim_flags(parser, batch_size=32, learning_rate=3e-4, muon_learning_rate=1e-3, warmup_steps=0.05,
+                       optimizer="adamw")
     common.run_flags(parser, save_weight="reward", eval_interval=100, save_interval=200)
     parser.add_argument("--eval_batches", type=common.positive(int), default=64, help="held-out batches per evaluation")
     common.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
@@ -72,6 +73,46 @@ def pairwise_loss(chosen, rejected, margin=None, center_coef=0.0):
     return (center_coef * (chosen + rejected) ** 2 - F.logsigmoid(difference)).mean()
 
 
+def pack_batch(batch, device):
+    """Lay the rows of a preference batch end to end, several to a row, so that short answers do not pay for long ones.
+
+    Returns: ids, mask and documents (which row of the batch a token is from, -1 on padding), all [R, T] with R <= 2B,
+        and ends [2B], where the last token of each row went to in [R * T]; on the device.
+    """
+    lengths, width = batch["lengths"], batch["ids"].shape[1]
+    # the longest first: the short ones fill what they leave
+    row_of = pack(lengths.numpy(), np.argsort(-lengths.numpy(), kind="stable"), width)
+    filled = np.zeros(row_of.max() + 1, np.int64)                               # [R]
+    first = torch.empty_like(lengths)                                           # [2B], where a row begins in [R * T]
+    for source, row in enumerate(row_of):
+        first[source] = int(row * width + filled[row])
+        filled[row] += int(lengths[source])
+    real = torch.arange(width) < lengths[:, None]                               # [2B, T]
+    place = (first[:, None] + torch.arange(width))[real]                        # [tokens]
+    ids = torch.zeros(len(filled) * width, dtype=torch.int64)                   # padding is masked: any id will do
+    mask, documents = torch.zeros(len(ids)), torch.full_like(ids, -1)
+    ids[place], mask[place] = batch["ids"][real], batch["mask"][real]
+    documents[place] = torch.arange(len(lengths))[:, None].expand(-1, width)[real]
+    tables = [x.view(-1, width).to(device, non_blocking=True) for x in (ids, mask, documents)]
+    return *tables, (first + lengths - 1).to(device)
+
+
+class PackedScores(torch.nn.Module):
+    """A ScalarHead over packed rows. Its own module, because what carries the loss must be what DDP wraps."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, documents, ends):
+        """ids and documents [R, T], ends [2B] from pack_batch() -> scores [2B], at least fp32."""
+        h, _ = self.model.model(ids, documents=documents)                       # [R, T, D]
+        h = h.flatten(0, 1)[ends]                                               # [2B, D], the last real tokens
+        with torch.autocast(h.device.type, enabled=False):
+            # in bf16 close scores would become equal
+            return self.model.score(h.to(self.model.score.weight.dtype)).squeeze(1)
+
+
 @torch.no_grad()
 def evaluate(model, data, args, runtime):
     """Score the first --eval_batches held-out batches, shared by the ranks.
@@ -83,14 +124,15 @@ def evaluate(model, data, args, runtime):
     share = []
     for i in runtime.shard(list(range(0, count, args.batch_size))):
         batch = data.batch(range(i, min(i + args.batch_size, count)))
+        ids, _, documents, ends = pack_batch(batch, runtime.device)
         with runtime.autocast():
-            scores = model(batch["ids"].to(runtime.device), batch["lengths"].to(runtime.device))    # [2B]
-        lengths = batch["mask"].sum(1)                                                              # [2B]
-        columns = [*scores.float().cpu().chunk(2), *lengths.chunk(2)]                               # four of [B]
+            scores = PackedScores(model)(ids, documents, ends)                  # [2B]
+        lengths = batch["mask"].sum(1)                                          # [2B]
+        columns = [*scores.float().cpu().chunk(2), *lengths.chunk(2)]           # four of [B]
         share.append(list(zip(*(c.tolist() for c in columns), batch["kind"], strict=True)))
     rows = [row for batch in runtime.unshard(share) for row in batch]
     chosen, rejected, chosen_length, rejected_length, kinds = (list(column) for column in zip(*rows, strict=True))
-    scores = np.array(chosen + rejected)                                                            # [2N]
+    scores = np.array(chosen + rejected)                                        # [2N]
     loss = pairwise_loss(torch.tensor(chosen), torch.tensor(rejected), args.margin, args.center_coef)
     return {"val_loss": loss.item(), **metrics.pair_accuracy(chosen, rejected, kinds),
             "length_correlation": metrics.length_correlation(scores, chosen_length + rejected_length),
@@ -164,10 +206,10 @@ def main(args):
         return common.save_checkpoint(runtime, args, [model, tokenizer], state, facts, finished)
 
     # -- 6. Compile and DDP (last, so that everything above sees the plain module) -------------------------------------
-    wrapped = model
+    wrapped = PackedScores(model)
     if runtime.world_size > 1:
         device_ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=device_ids)
+        wrapped = DistributedDataParallel(wrapped, device_ids=device_ids)
     if args.use_compile:
         wrapped = torch.compile(wrapped)
 
@@ -189,13 +231,12 @@ def main(args):
         model.eval()  # no dropout from here on: noise in a score would be noise in the reward
         sums = torch.zeros(3, device=runtime.device)
         for micro, batch in enumerate(batches):
-            ids = batch["ids"].to(runtime.device, non_blocking=True)            # [2B, T], chosen rows, then rejected
-            lengths = batch["lengths"].to(runtime.device, non_blocking=True)    # [2B]
+            ids, _, documents, ends = pack_batch(batch, runtime.device)         # [R, T], mask unused, [R, T], [2B]
             # gradients travel between ranks only with the last micro-batch
             last = micro == len(batches) - 1
             with contextlib.nullcontext() if last or runtime.world_size == 1 else wrapped.no_sync():
                 with runtime.autocast():
-                    scores = wrapped(ids, lengths)                              # [2B]
+                    scores = wrapped(ids, documents, ends)                      # [2B], chosen first, then rejected
                 chosen, rejected = scores.chunk(2)                              # [B], [B]
                 loss_sum = pairwise_loss(chosen, rejected, args.margin, args.center_coef) * len(chosen)
                 # DDP averages over ranks; the factor makes it a sum, and the division by all pairs makes that the mean

@@ -159,7 +159,12 @@ def main(args):
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
     per_micro_step = args.batch_size * runtime.world_size
     bar = logs.progress(progress["max_steps"], "sft", progress["step"], runtime.is_main)
-    val_loss = answered = None
+    if progress["step"] == 0:
+        val_loss = evaluate_loss(model, held_out, args, runtime)
+        answered = answer_questions(model, tokenizer, prompts, args.eval_prompts // 5, args, runtime)
+        progress["before"] = answered["total"] if answered else val_loss
+        log.log(0, val_loss=val_loss, **({"exact_match": answered["total"]} if answered else {}))
+        log.rate()
     while progress["step"] < progress["max_steps"]:
         step = progress["step"]
         scale = common.lr_scale(step, progress["max_steps"], args.warmup_steps, args.schedule)
@@ -239,10 +244,11 @@ def main(args):
 
     # -- 8. Final save and summary -------------------------------------------------------------------------------------
     bar.close()
-    final = {"val_loss": val_loss, "steps": progress["step"], "skipped_steps": nonfinite.total}
+    final = {"metric": "held-out loss", "before": progress["before"], "after": val_loss, "val_loss": val_loss,
+             "steps": progress["step"], "skipped_steps": nonfinite.total}
     if answered:
-        final |= {"exact_match": answered["total"], "stop_rate": answered["stop_rate"], "n": answered["n"],
-                  "by_skill": answered["by_skill"], "by_lang": answered["by_lang"]}
+        final |= {"metric": "held-out exact match", "after": answered["total"], "exact_match": answered["total"],
+                  **{name: answered[name] for name in ("stop_rate", "n", "by_skill", "by_lang")}}
     save(finished=True, final=final)
     log.close()
     score = f", exact match {answered['total']:.3f}" if answered else ""

@@ -155,7 +155,9 @@ def test_rust_splitter_equals_the_regular_expression(fixes, text):
 
 @needs_rust
 def test_rust_and_tiktoken_class_every_character_alike():
-    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    # planes 4 to 16 hold no letters to this day: a sample of them does
+    codes = [*range(0xD800), *range(0xE000, 0x40000), *range(0x40000, 0x110000, 61)]
+    characters = [chr(code) for code in codes]
     every = "".join(characters)
     single_bytes = {bytes([byte]): byte for byte in range(256)}
 

@@ -13,9 +13,10 @@ import torch
 import common
 import logs
 import train_reward
+from dataset import PreferenceData
 from model import ScalarHead
 from tokenizer import Tokenizer
-from train_reward import pairwise_loss
+from train_reward import PackedScores, pack_batch, pairwise_loss
 
 
 def numpy_loss(chosen, rejected, margin=0.0, center_coef=0.0):
@@ -101,6 +102,24 @@ def test_pairwise_loss_survives_huge_differences_and_half_precision():
     assert loss.dtype == torch.float32
 
 
+def test_packed_scores_equal_the_head_on_padded_rows(run, model_folder, tokenizer):
+    """Each token once, each row whole, and no row sees its neighbours."""
+    model = ScalarHead.from_pretrained(model_folder("dense"), dtype=torch.float64)
+    torch.nn.init.normal_(model.model.layers[0].self_attn.o_proj.weight)  # zero at the start: tokens would not mix
+    file = run.out.parent / "rambling.jsonl"
+    long = json.dumps({"prompt": "Why?", "chosen": "Sure! It is.", "rejected": "It is a brown cat and a grey dog. " * 4})
+    file.write_text((run.out.parent / "pairs.jsonl").read_text() + long + "\n")
+    batch = PreferenceData([file], tokenizer, 128, run.out.parent / "cache").batch([*range(7), 24])
+    ids, mask, documents, ends = pack_batch(batch, "cpu")
+    assert len(ids) < 16 and ids.shape == mask.shape == documents.shape
+    for row, length in enumerate(batch["lengths"]):
+        assert torch.equal(ids[documents == row], batch["ids"][row, :length])
+        assert torch.equal(mask[documents == row], batch["mask"][row, :length])
+    packed = PackedScores(model)(ids, documents, ends)
+    assert (packed - model(batch["ids"], batch["lengths"])).abs().max() < 1e-9
+    assert packed.std() > 1e-3
+
+
 # -- The stage ---------------------------------------------------------------------------------------------------------
 def test_run_writes_a_reward_folder_with_its_score_statistics(run):
     final = run()
@@ -136,10 +155,10 @@ def test_evaluation_equals_scoring_each_row_alone(run, tokenizer):
 
 
 def test_ties_count_as_wrong(run, monkeypatch):
-    def constant(self, ids, lengths):
-        return self.score.weight.sum() * torch.zeros(len(ids))
+    def constant(self, ids, documents, ends):
+        return self.model.score.weight.sum() * torch.zeros(len(ends))
 
-    monkeypatch.setattr(ScalarHead, "forward", constant)
+    monkeypatch.setattr(train_reward.PackedScores, "forward", constant)
     final = run("--max_steps", "1")
     assert final["accuracy"] == 0.0 and final["length_correlation"] == 0.0
 

@@ -1,0 +1,85 @@
+"""Checks of a finished run folder, called by `bash run.sh --smoke-test`:  python tests/smoke_checks.py out/smoke
+
+Each check looks at what the stages left on disk: files load again, the loss fell, answers end by themselves, every
+stage's own metric moved the right way. Prints a line for each; exit code 1 when one fails.
+"""
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: the leaves are one folder up
+
+import torch
+
+from model import ScalarHead, Transformer
+from tokenizer import Tokenizer
+
+STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
+
+
+def facts(folder):
+    return json.loads((folder / "minillm.json").read_text(encoding="utf-8"))
+
+
+def losses(out, stage):
+    """Mean loss of the first and of the last fifth of the logged steps."""
+    rows = [json.loads(line) for line in (out / "logs" / stage / "metrics.jsonl").read_text().splitlines()]
+    values = [row["loss"] for row in rows if "loss" in row]
+    part = max(1, len(values) // 5)
+    return sum(values[:part]) / part, sum(values[-part:]) / part
+
+
+def checks(out):
+    """Yield (what, True or False, numbers)."""
+    metrics = {stage: facts(out / stage)["metrics"] for stage in STAGES}
+    models = {}
+    for stage in STAGES:
+        kind = ScalarHead if stage == "reward" else Transformer
+        models[stage] = kind.from_pretrained(out / stage)
+        whole = all(torch.isfinite(p).all() for p in models[stage].parameters())
+        yield f"{stage}: weights load again, all finite", whole, f"{sum(p.numel() for p in models[stage].parameters())}"
+        picture = (out / "logs" / stage / "curves.png").read_bytes()
+        yield f"{stage}: curves.png is a picture", picture[:4] == b"\x89PNG" and len(picture) > 5000, f"{len(picture)} B"
+    for stage in ("pretrain", "sft", "reward", "dpo"):
+        first, last = losses(out, stage)
+        yield f"{stage}: loss fell", last < first, f"{first:.3f} -> {last:.3f}"
+
+    m = metrics["pretrain"]
+    yield "pretrain: bits per byte fell by a third", m["after"] < 0.67 * m["before"], f"{m['before']:.2f} -> {m['after']:.2f}"
+    m = metrics["sft"]
+    yield "sft: exact match rose", m["after"] > m["before"] + 0.05, f"{m['before']:.3f} -> {m['after']:.3f}"
+    yield "sft: answers end by themselves", m["stop_rate"] >= 0.9, f"{m['stop_rate']:.3f}"
+    m = metrics["reward"]
+    yield "reward: prefers the better answer", m["after"] >= 0.6, f"{m['before']:.3f} -> {m['after']:.3f}"
+    m = metrics["dpo"]
+    yield "dpo: implicit accuracy rose", m["accuracy"] >= 0.6, f"{m['accuracy']:.3f}"
+    for stage in ("ppo", "grpo"):
+        m = metrics[stage]
+        yield f"{stage}: its metric moved", m["after"] != m["before"], f"{m['before']:.3f} -> {m['after']:.3f}"
+    for stage, parent in (("dpo", "sft"), ("ppo", "sft"), ("grpo", "sft")):
+        pairs = zip(models[stage].parameters(), models[parent].parameters(), strict=True)
+        moved = max((a - b).abs().max().item() for a, b in pairs)
+        yield f"{stage}: weights moved away from {parent}", 0 < moved < 1, f"{moved:.1e}"
+
+    tokenizer = Tokenizer.from_pretrained(out / "sft")
+    text = "Anna 有 3 个苹果。 \U0001F34E"
+    yield "tokenizer: text comes back unchanged", tokenizer.decode(tokenizer.encode(text)) == text, repr(text)
+    prompt, _ = tokenizer.render([{"role": "user", "content": "What is 2 + 3?"}], add_generation_prompt=True)
+    for stage in ("sft", "dpo", "ppo", "grpo"):
+        ids = [i for _, i in models[stage].generate([prompt], 64, temperature=0.0, stop_ids=tokenizer.stop_ids(chat=True))]
+        yield f"{stage}: an answer ends with <|im_end|>", ids[-1] == tokenizer.eos_id, repr(tokenizer.decode(ids[:-1]))
+    scored = {json.loads(line)["weight"] for line in (out / "eval_results.jsonl").read_text().splitlines()}
+    yield "eval: scored every stage", scored >= set(STAGES), ", ".join(sorted(scored))
+
+
+def main():
+    results = list(checks(Path(sys.argv[1])))
+    for what, passed, numbers in results:
+        print(f"{'ok    ' if passed else 'FAILED'} {what} ({numbers})")
+    failed = sum(not passed for _, passed, _ in results)
+    print(f"{failed} of {len(results)} checks failed" if failed else f"all {len(results)} checks passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,431 @@
+"""Proves eval.py: the right checkpoint is taken, what is shown is what was decoded, scores equal their definitions.
+
+    python -m pytest tests/test_eval.py
+"""
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import eval as evaluation
+from model import ScalarHead, Transformer, token_logprobs
+
+ROOT = Path(__file__).parent.parent
+MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]
+
+
+@pytest.fixture
+def stage(model_folder, tokenizer, tmp_path):
+    """stage(name, **facts) -> folder tmp_path/out/<name>, a copy of the tiny model marked as that finished stage."""
+
+    def make(name, **facts):
+        folder = tmp_path / "out" / name
+        shutil.copytree(model_folder("dense"), folder)
+        if name == "reward":
+            shutil.rmtree(folder)
+            ScalarHead.from_pretrained(model_folder("dense")).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        common.write_minillm(folder, {"stage": name, "finished": True, "key": f"key of {name}"} | facts)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """parse(*flags) -> args for tmp_path/out, float32 on one thread."""
+    return lambda *flags: evaluation.parse_args(["--save_dir", str(tmp_path / "out"), "--device", "cpu", "--dtype",
+                                                 "float32", "--threads", "1", *map(str, flags)])
+
+
+@pytest.fixture
+def player(stage, parse):
+    """player(name, *flags) -> (Player, args)."""
+
+    def load(name="sft", *flags):
+        args = parse(*flags)
+        return evaluation.load(stage(name), args, common.Runtime(torch.device("cpu"), torch.float32)), args
+
+    return load
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """scripted(texts): generate() speaks these texts in turn, token by token, each with its end token; returns the
+    prompts that it was given."""
+
+    def script(texts, tokenizer, interrupt_at=None):
+        seen = []
+
+        def generate(self, prompts, max_new_tokens, **settings):
+            for row, prompt in enumerate(prompts):
+                ids = [*tokenizer.encode(texts[len(seen) % len(texts)]), tokenizer.eos_id]
+                seen.append(prompt)
+                for i, token in enumerate(ids[:max_new_tokens]):
+                    if len(seen) - 1 == interrupt_at and i == 3:
+                        raise KeyboardInterrupt
+                    yield row, token
+
+        monkeypatch.setattr(Transformer, "generate", generate)
+        return seen
+
+    return script
+
+
+def typed(monkeypatch, text):
+    """Let `text` be what the user types."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+# -- Which checkpoint --------------------------------------------------------------------------------------------------
+def test_newest_is_the_stage_finished_last(stage, tmp_path):
+    stage("pretrain", written="2026-01-03T00:00:00")
+    stage("sft", written="2026-01-01T00:00:00")
+    stage("dpo", written="2026-01-02T00:00:00")
+    stage("grpo", written="2026-01-09T00:00:00", finished=False)
+    stage("reward", written="2026-01-09T00:00:00")
+    assert evaluation.newest(tmp_path / "out") == "pretrain"  # sft and dpo are older, grpo unfinished, reward is mute
+    stage("ppo", written="2026-01-03T00:00:00")
+    assert evaluation.newest(tmp_path / "out") == "ppo"  # within one second the later stage
+
+
+def test_newest_finds_an_interrupted_swap_and_names_what_is_missing(stage, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no finished checkpoint.*run.sh"):
+        evaluation.newest(tmp_path / "out")
+    stage("sft").rename(tmp_path / "out" / "sft.previous")
+    assert evaluation.newest(tmp_path / "out") == "sft"
+
+
+def test_chat_says_which_model_and_uses_it(stage, parse, monkeypatch, capsys):
+    stage("pretrain", written="2026-01-01T00:00:00")
+    folder = stage("sft", written="2026-01-02T00:00:00")
+    typed(monkeypatch, "")
+    assert evaluation.main(parse())["weight"] == str(folder)
+    assert f"model {folder} (the newest, stage sft)" in capsys.readouterr().out
+
+
+def test_base_model_says_that_it_only_continues(stage, parse, player, tokenizer, capsys):
+    base, args = player("pretrain", "--max_new_tokens", 4)
+    assert not base.chat and base.ids(MESSAGES) == [tokenizer.bos_id, *tokenizer.encode("What is 2 + 3?")]
+    evaluation.main(parse("--weight", "pretrain", "--prompt", "Anna has", "--max_new_tokens", 4))
+    assert "only continues text" in capsys.readouterr().out
+    assert evaluation.load(base.folder, parse("--eval_mode", "sft"), base.runtime).chat
+
+
+def test_foreign_folder_chats_if_it_has_a_template(model_folder, tmp_path, parse, player):
+    folder = tmp_path / "foreign"
+    shutil.copytree(model_folder("dense"), folder)
+    runtime = player()[0].runtime
+    assert evaluation.load(folder, parse(), runtime).chat
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert not evaluation.load(folder, parse(), runtime).chat
+
+
+def test_reward_model_cannot_chat(stage, parse):
+    stage("reward")
+    with pytest.raises(ValueError, match="reward model.*--mode score"):
+        evaluation.main(parse("--weight", "reward", "--prompt", "hello"))
+
+
+def test_prompt_is_the_beginning_of_what_was_trained(player, tokenizer):
+    sft, _ = player()
+    talk = [{"role": "system", "content": "Be kind."}, *MESSAGES, {"role": "assistant", "content": "5"}]
+    prompt, whole = sft.ids(talk[:-1]), tokenizer.render(talk)
+    assert whole[0][: len(prompt)] == prompt and whole[1][len(prompt)] == 1 and not any(whole[1][: len(prompt)])
+
+
+# -- One answer --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stream", [0, 1])
+def test_shown_text_is_the_decoded_text(player, scripted, tokenizer, capsys, stream):
+    text = "小猫说：🐱🎉 “naïve” 一二三！"
+    scripted([text], tokenizer)
+    sft, args = player("sft", "--stream", stream, "--show_speed", 0)
+    pieces = list(evaluation.text_stream(sft, sft.ids(MESSAGES), args, 0, evaluation.Answer()))
+    # most of these characters are spread over several tokens: none may be shown in halves
+    assert len(pieces) > len(text) and "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+    answer = evaluation.speak(sft, sft.ids(MESSAGES), args)
+    assert capsys.readouterr().out == text + "\n" and answer.ended and answer.ids[-1] == tokenizer.eos_id
+
+
+def test_streamed_answer_equals_generate(player, tokenizer, capsys):
+    sft, args = player("sft", "--show_speed", 0, "--temperature", 1, "--top_p", 1, "--max_new_tokens", 40)
+    prompt = sft.ids(MESSAGES)
+    drawn = sft.model.generate([prompt], 40, seed=args.seed, row_seeds=[5], stop_ids=tokenizer.stop_ids(chat=True))
+    ids = [token for _, token in drawn]
+    answer = evaluation.speak(sft, prompt, args, row_seed=5)
+    assert answer.ids == ids
+    assert answer.text == tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eos_id else ids)
+    assert answer.text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("stops", "shown"), [(["###"], "ab # "), (["# ##", "c"], "ab "), (["zz"], "ab # ### cd")])
+def test_stop_string_cuts_wherever_the_pieces_break(stops, shown):
+    text = "ab # ### cd"
+    for size in range(1, len(text) + 1):
+        pieces = [text[i:i + size] for i in range(0, len(text), size)]
+        parts = list(evaluation.until_stop(pieces, stops))
+        assert "".join(part for part, _ in parts) == shown and parts[-1][1] == (stops != ["zz"])
+
+
+def test_stop_string_ends_an_answer(player, scripted, tokenizer, capsys):
+    scripted(["one ### two"], tokenizer)
+    sft, args = player("sft", "--stop", "###", "--show_speed", 0)
+    answer = evaluation.speak(sft, sft.ids(MESSAGES), args)
+    assert answer.text == "one " and answer.ended and capsys.readouterr().out == "one \n"
+    assert evaluation.row_answer(sft, [*tokenizer.encode("one ### two"), tokenizer.eos_id], args)["answer"] == "one "
+
+
+def test_seed_decides_and_temperature_0_needs_none(stage, parse):
+    stage("sft")
+
+    def say(*flags):
+        return evaluation.main(parse("--prompt", "hello", "--max_new_tokens", 12, *flags))["answer"]
+
+    hot = ["--temperature", 1, "--top_p", 1]
+    assert say(*hot, "--seed", 1) == say(*hot, "--seed", 1) != say(*hot, "--seed", 2)
+    assert say("--temperature", 0, "--seed", 1) == say("--temperature", 0, "--seed", 2)
+    assert say("--num_beams", 3, "--seed", 1) == say("--num_beams", 3, "--seed", 2)
+
+
+# -- Conversations -----------------------------------------------------------------------------------------------------
+def test_oldest_turns_are_dropped_whole_and_it_is_said(player, scripted, tokenizer, monkeypatch, capsys):
+    sft, args = player("sft", "--system", "Be kind.", "--max_new_tokens", 64)
+    seen = scripted(["It is a brown cat, and the dog is grey."], tokenizer)
+    typed(monkeypatch, "".join(f"Question {i} about Anna and her apples?\n" for i in range(6)))
+    assert len(evaluation.chat(sft, args)["answers"]) == 6
+    assert "oldest 2 messages are dropped" in capsys.readouterr().out
+    last = tokenizer.decode(seen[-1])
+    assert len(seen[-1]) <= sft.context - 64
+    assert "Be kind." in last and "Question 5" in last and "Question 0" not in last
+    # whole turns: what is left starts with a question, and every question but the last has its answer
+    assert last.split("<|im_start|>")[2].startswith("user\n") and last.count("brown cat") == last.count("Question") - 1
+
+
+def test_prompt_longer_than_the_context_is_refused_and_chat_goes_on(player, scripted, tokenizer, monkeypatch, capsys):
+    sft, args = player()
+    seen = scripted(["yes"], tokenizer)
+    typed(monkeypatch, "z" * 600 + "\nhello\n")
+    assert evaluation.chat(sft, args)["answers"] == ["yes"] and len(seen) == 1
+    assert "must fit the model's context of 256; shorten" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_the_answer_then_the_chat(player, scripted, tokenizer, monkeypatch, capsys):
+    sft, args = player()
+    seen = scripted(["abcdefgh"], tokenizer, interrupt_at=0)
+    lines = iter(["first", "second"])
+
+    def read(prompt=""):
+        for line in lines:
+            return line
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", read)
+    answers = evaluation.chat(sft, args)["answers"]
+    assert answers[1] == "abcdefgh" and answers[1].startswith(answers[0]) and len(answers[0]) < 8
+    assert "(stopped)" in capsys.readouterr().out and answers[0] in tokenizer.decode(seen[1])
+
+
+def test_commands(player, scripted, tokenizer, monkeypatch, capsys):
+    sft, args = player()
+    seen = scripted(["<think>hm</think>yes"], tokenizer)
+    typed(monkeypatch, "/help\nfirst\n\n/system Be kind.\nsecond\n/reset\nthird\n/system\n/wrong\nfourth\n/exit\nfifth")
+    assert len(evaluation.chat(sft, args)["answers"]) == 4
+    prompts = [tokenizer.decode(ids) for ids in seen]
+    assert "first" in prompts[1] and "Be kind." in prompts[1] and "hm" not in prompts[1]
+    assert "second" not in prompts[2] and "Be kind." in prompts[2] and "Be kind." not in prompts[3]
+    assert "unknown command /wrong" in capsys.readouterr().out
+
+
+def run_script(*flags, text=""):
+    """eval.py as a user starts it, in a process of its own."""
+    command = [sys.executable, ROOT / "eval.py", "--device", "cpu", "--dtype", "float32", "--threads", "1", *flags]
+    return subprocess.run(list(map(str, command)), input=text.encode(), capture_output=True, timeout=600,
+                          env={**os.environ, "PYTHONUTF8": "1"})
+
+
+def test_piped_chat(stage, tmp_path):
+    stage("sft")
+    text = "你好 🙂\n/reset\nhello\n"
+    done = run_script("--save_dir", tmp_path / "out", "--stream", 1, "--max_new_tokens", 6, text=text)
+    assert done.returncode == 0, done.stderr.decode()
+    out = done.stdout.decode()
+    assert "the newest, stage sft" in out and out.count("tokens/s)") == 2 and "you>" not in out
+
+
+def test_unknown_weight_ends_with_code_2_and_a_list(stage, tmp_path):
+    stage("sft")
+    stage("dpo")
+    done = run_script("--save_dir", tmp_path / "out", "--weight", "nope", "--prompt", "hello")
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+    assert b"error: checkpoint 'nope' not found" in done.stderr and b"there are: dpo, sft" in done.stderr
+
+
+# -- Batches -----------------------------------------------------------------------------------------------------------
+def test_batch_answers_in_order(stage, parse, tmp_path, capsys):
+    folder = stage("sft")
+    flags = ["--weight", folder, "--batch_size", 2, "--max_new_tokens", 5, "--temperature", 1]
+    (tmp_path / "p.txt").write_text("short\na much longer question about Anna\n\n你好\n", encoding="utf-8")
+    result = evaluation.main(parse("--prompts", tmp_path / "p.txt", "--output", tmp_path / "new" / "a.jsonl", *flags))
+    lines = [json.loads(line) for line in (tmp_path / "new" / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert result["prompts"] == 3 and [line["index"] for line in lines] == [0, 1, 2]
+    assert [line["prompt"] for line in lines] == ["short", "a much longer question about Anna", "你好"]
+    rows = [{"prompt": "short"}, {"conversations": [{"role": "user", "content": "a much longer question about Anna"},
+                                                    {"role": "assistant", "content": "taken off"}]},
+            {"prompt": [{"role": "user", "content": "你好"}]}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    # another batch size and another form of the same prompts: the same answers, and nothing but them on stdout
+    evaluation.main(parse("--prompts", tmp_path / "p.jsonl", *flags, "--batch_size", 3))
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+
+
+def test_batch_names_the_line_that_is_too_long(stage, parse, tmp_path):
+    stage("sft")
+    (tmp_path / "p.txt").write_text("fine\n" + "z" * 600 + "\n")
+    with pytest.raises(ValueError, match=r"p\.txt:2: the prompt has 6\d\d tokens"):
+        evaluation.main(parse("--prompts", tmp_path / "p.txt"))
+
+
+# -- Scores ------------------------------------------------------------------------------------------------------------
+TEXTS = [{"text": "Anna has three apples. " * 20, "lang": "en"}, {"text": "小猫是棕色的。", "lang": "zh"},
+         {"text": "The dog is grey.", "lang": "en"}]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder with the four held-out files and styles.json."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+
+    def turn(text):
+        return [{"role": "user", "content": text}]
+
+    skills = ["add", "story", "translate", "chat", "dialogue", "identity"]
+    facts = [{"lang": lang, "skill": skill, "answer": str(i), "check": "number"}
+             for i, (skill, lang) in enumerate((skill, lang) for skill in skills for lang in ("en", "zh"))]
+    rows = {"pretrain": TEXTS,
+            "sft": [{"conversations": [*turn(f"say {f['answer']}"), {"role": "assistant", "content": f["answer"]}], **f}
+                    for f in facts],
+            "preference": [{"prompt": f"say {f['answer']}", "chosen": f"Sure! It is {f['answer']}.",
+                            "rejected": f["answer"], "kind": "curt", **f} for f in facts],
+            "rl": [{"conversations": turn(f"say {f['answer']}"), **f} for f in facts]}
+    for name, content in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in content)
+        (folder / f"{name}.heldout.jsonl").write_text(text, encoding="utf-8")
+    styles = {"polite_openers": ["Sure!"], "rude": ["Go away."], "max_characters": 72}
+    (folder / "styles.json").write_text(json.dumps(styles))
+    return folder
+
+
+def results_of(tmp_path):
+    """{(weight, group): row} of eval_results.jsonl."""
+    lines = (tmp_path / "out" / "eval_results.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len({(row["weight"], row["group"]) for row in rows}) == len(rows)
+    return {(row["weight"], row["group"]): row for row in rows}
+
+
+def test_score_measures_all_weights_and_keeps_the_results(stage, parse, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "SCORE_TOKENS", 6)
+    stage("pretrain")
+    sft = stage("sft")
+    stage("reward", parents=[str(sft)])
+    stage("dpo", parents=["elsewhere/sft"])  # the folder has moved since; its name still finds it
+    evaluation.main(parse("--mode", "score", "--data_dir", data, "--samples", 2))
+    shown, rows = capsys.readouterr().out, results_of(tmp_path)
+    talk = {"bits_per_byte", "exact_match", "preference", "pass_at_1"}
+    names = ("pretrain", "sft", "dpo", "reward")
+    groups = [{group for weight, group in rows if weight == name} for name in names]
+    assert groups == [{"bits_per_byte", "exact_match"}, talk, talk, {"pair_accuracy"}]
+    for (weight, _), row in rows.items():
+        assert row["key"] == f"key of {weight}" and row["seconds"] >= 0 and row["n"] > 0 and "standard_error" in row
+        assert row["versions"]["torch"] == torch.__version__
+    liked = rows["dpo", "preference"]
+    assert liked["win_rate"] == 0.5 and liked["against"] == "sft"  # copies of one model, the same random numbers: ties
+    assert "win_rate" not in rows["sft", "preference"]
+    assert "[several turns, zh]" in shown and shown.count("dpo> ") == 5 * 2 * 2
+    # one weight again, on fewer items: its rows are replaced, the others stay, and the summary shows the table again
+    evaluation.main(parse("--mode", "score", "--data_dir", data, "--weight", "dpo", "--limit", 2))
+    again = results_of(tmp_path)
+    assert again.keys() == rows.keys() and again["dpo", "pass_at_1"]["n"] == 2
+    assert again["sft", "pass_at_1"] == rows["sft", "pass_at_1"]
+    capsys.readouterr()
+    evaluation.main(parse("--mode", "summary"))
+    table = capsys.readouterr().out
+    places = [table.index(f"\n{name}") for name in names]
+    assert places == sorted(places)
+
+
+def test_scores_of_scripted_answers(stage, parse, data, tmp_path, tokenizer, monkeypatch):
+    """Answers to "say n" are a polite n where n is even, else a loop: right, polite and ended in half of the cases."""
+    sft = stage("sft")
+    stage("dpo", parents=[str(sft)])
+
+    def generate(self, prompts, max_new_tokens, **settings):
+        for row, prompt in enumerate(prompts):
+            n = int(tokenizer.decode(prompt).rsplit("say ", 1)[1].split("<")[0])
+            text = f"Sure! It is {n}." if n % 2 == 0 else "ab" * 40
+            ids = [*tokenizer.encode(text), *[tokenizer.eos_id] * (n % 2 == 0)]
+            yield from ((row, token) for token in ids[:max_new_tokens])
+
+    monkeypatch.setattr(Transformer, "generate", generate)
+    evaluation.main(parse("--mode", "score", "--data_dir", data))
+    rows = results_of(tmp_path)
+    exact = rows["sft", "exact_match"]
+    assert exact["exact_match"] == 0.5 and exact["n"] == 8 and exact["stop_rate"] == 0.5 == exact["loop_rate"]
+    assert abs(exact["standard_error"] - math.sqrt(0.25 / 8)) < 1e-12
+    assert exact["by_lang"] == {"en": {"exact_match": 1.0, "n": 4}, "zh": {"exact_match": 0.0, "n": 4}}
+    assert set(exact["apart"]) == {"chat", "identity"} and not set(exact["apart"]) & set(exact["by_skill"])
+    assert rows["sft", "pass_at_1"]["pass_at_1"] == 0.5 == rows["dpo", "preference"]["polite"]
+
+
+def test_bits_per_byte_is_its_definition(player, tmp_path):
+    sft, args = player("sft", "--max_seq_len", 16)
+    model, tok = sft.model, sft.tokenizer
+    by_lang = {}
+    for row in TEXTS:
+        ids = [tok.bos_id, *tok.encode(row["text"])]
+        # every token after at most 15 others, counted again from where its window began
+        for start in range(0, len(ids) - 1, 15):
+            piece = torch.tensor([ids[start:start + 16]])
+            bits = -token_logprobs(model(piece), piece).double().sum().item() / math.log(2)
+            by_lang.setdefault(row["lang"], [0, 0])[0] += bits
+        by_lang[row["lang"]][1] += len(row["text"].encode())
+    result = evaluation.score_bits(sft, TEXTS, args)
+    for lang, (bits, size) in by_lang.items():
+        assert result["by_lang"][lang]["bytes"] == size
+        assert abs(result["by_lang"][lang]["bits_per_byte"] - bits / size) < 1e-5
+    totals = [sum(column) for column in zip(*by_lang.values(), strict=True)]
+    assert abs(result["bits_per_byte"] - totals[0] / totals[1]) < 1e-5 and result["n"] == 3
+
+
+def test_bits_per_byte_of_any_file(stage, parse, tmp_path):
+    stage("sft")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
+    (tmp_path / "b.txt").write_text("Plain text has no language.\n")
+    evaluation.main(parse("--bpb", tmp_path / "a.jsonl", tmp_path / "b.txt"))
+    row, = results_of(tmp_path).values()
+    assert set(row["by_lang"]) == {"en", "zh", "all"} and row["group"] == "bits_per_byte:files" and row["n"] == 4
+
+
+def test_missing_held_out_data_is_said(stage, parse, data, tmp_path, capsys):
+    stage("sft")
+    for name in ("sft", "preference", "rl"):
+        (data / f"{name}.heldout.jsonl").unlink()
+    evaluation.main(parse("--mode", "score", "--data_dir", data))
+    assert set(results_of(tmp_path)) == {("sft", "bits_per_byte")}
+    assert "rl.heldout.jsonl not found" in capsys.readouterr().out
+    (data / "pretrain.heldout.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="no held-out data.*make_data"):
+        evaluation.main(parse("--mode", "score", "--data_dir", data))
