@@ -55,10 +55,10 @@ NAMES = {
     "zh": "小红 小明 小华 小丽 小军 小芳 小刚 小燕 小龙 小梅 小雨 小雪 小峰 小兰 小强 小玉 小东 小云 小虎 小月".split()}
 ANIMALS = pairs("""cat|小猫; dog|小狗; rabbit|兔子; duck|鸭子; sheep|绵羊; goat|山羊; mouse|老鼠; frog|青蛙; fox|狐狸;
     bear|小熊; bird|小鸟; turtle|乌龟; monkey|猴子; hen|母鸡; squirrel|松鼠; parrot|鹦鹉; goose|大鹅; panda|熊猫""")
-COLOURS = pairs("""red|红色; blue|蓝色; green|绿色; yellow|黄色; black|黑色; white|白色; brown|棕色; grey|灰色;
-    pink|粉色; orange|橙色; purple|紫色; golden|金色""")
-PLACES = pairs("""park|公园; garden|花园; forest|森林; school|学校; market|市场; library|图书馆; kitchen|厨房; barn|谷仓;
-    station|车站; classroom|教室; valley|山谷; square|广场; village|村子; museum|博物馆; playground|操场; yard|院子;
+COLOURS = pairs("""red|红色; blue|蓝色; green|绿色; yellow|黄色; black|黑色; white|白色; brown|棕色;
+    grey|灰色; pink|粉色; orange|橙色; purple|紫色; golden|金色""")
+PLACES = pairs("""park|公园; garden|花园; forest|森林; school|学校; market|市场; library|图书馆; kitchen|厨房;
+    barn|谷仓; station|车站; classroom|教室; valley|山谷; square|广场; village|村子; museum|博物馆; playground|操场; yard|院子;
     orchard|果园; harbour|港口""")
 FOODS = pairs("""bread|面包; cake|蛋糕; rice|米饭; soup|热汤; cheese|奶酪; honey|蜂蜜; milk|牛奶; corn|玉米;
     noodles|面条; grapes|葡萄; carrots|胡萝卜; tofu|豆腐""")
@@ -66,8 +66,8 @@ STREETS = pairs("""Apple Street|苹果街; River Street|小河街; Moon Street|�
     Stone Street|石头街; Flower Street|鲜花街; Bridge Street|小桥街; Cloud Street|白云街""")
 # things a story can hold, with the Chinese measure word that counts them
 THINGS = pairs("""ball|皮球|个; kite|风筝|只; hat|帽子|顶; cup|杯子|个; drum|小鼓|面; key|钥匙|把; umbrella|雨伞|把;
-    basket|篮子|个; flute|笛子|支; lamp|台灯|盏; box|盒子|个; mirror|镜子|面; clock|时钟|个; pencil|铅笔|支; towel|毛巾|条;
-    scarf|围巾|条; bell|铃铛|个; doll|布娃娃|个; bucket|水桶|个; comb|梳子|把""")
+    basket|篮子|个; flute|笛子|支; lamp|台灯|盏; box|盒子|个; mirror|镜子|面; clock|时钟|个; pencil|铅笔|支;
+    towel|毛巾|条; scarf|围巾|条; bell|铃铛|个; doll|布娃娃|个; bucket|水桶|个; comb|梳子|把""")
 COUNTED = pairs("apples|苹果; eggs|鸡蛋; pears|梨子; peaches|桃子; stamps|邮票; stones|石子")
 LETTERS = {"en": list("abcdefghijklmnopqrstuvwxyz"),
            "zh": list("天地日月山水火木土石田米鱼鸟马牛羊花草树云雨风雪春夏秋冬东西南北上下左右大小")}
@@ -100,9 +100,9 @@ DEFINITIONS = pairs("""
     sled|雪橇|a vehicle for sliding on snow|滑雪地的交通工具; rocket|火箭|a vehicle for reaching space|去太空的交通工具;
     ball|皮球|a toy for kicking|踢着玩的玩具; kite|风筝|a toy for windy days|风天放的玩具;
     doll|布娃娃|a toy for hugging|抱着玩的玩具; top|陀螺|a toy for spinning|转圈的玩具;
-    swing|秋千|a toy for rocking in the air|荡来荡去的玩具; drum|小鼓|an instrument for beating|敲打的乐器;
+    swing|秋千|a toy for rocking in air|荡来荡去的玩具; drum|小鼓|an instrument for beating|敲打的乐器;
     flute|笛子|an instrument for blowing|吹奏的乐器; piano|钢琴|an instrument for pressing keys|按键的乐器;
-    violin|小提琴|an instrument for bowing strings|拉弦的乐器; guitar|吉他|an instrument for plucking strings|拨弦的乐器;
+    violin|小提琴|an instrument for using a bow|拉弦的乐器; guitar|吉他|an instrument for plucking strings|拨弦的乐器;
     bell|铃铛|an instrument for ringing|摇响的乐器; pencil|铅笔|a thing for drawing lines|画线的用品;
     eraser|橡皮|a thing for removing mistakes|擦掉错字的用品; ruler|尺子|a thing for measuring length|量长短的用品;
     crayon|蜡笔|a thing for colouring pictures|涂颜色的用品; notebook|笔记本|a thing for taking notes|记笔记的用品;
@@ -134,13 +134,15 @@ TOWN = random.Random("the town of Willow")
 FACTS = [(person, relation, TOWN.choice(values)) for person in PEOPLE for relation, values in RELATIONS.items()]
 
 # Words of the Chinese templates; with the lists above they say where the tokenizer's text may be cut.
-FUNCTION_WORDS = """什么 多少 喜欢 一只 一个 哪里 请问 等于 颜色 动物 工作 最大 最小 最爱 现在 又得到 送出去 下一个
-    接下来 请接着 下面 数一数 几个 请把 这些 这个 倒过来 反过来 倒着 反着 第一个 最后 写出 说出 重复 两遍 连起来 接起来 先写
-    再写 第一行 第二行 从小到大 排好 顺序 解释 说明 一下 英文 中文 单词 意思 翻译成 怎么说 住在 哪条街 职业 宠物 食物 养了 一起
-    找到了 遇见了 带着 在那里 有一天 一天早上 星期天 午饭 以后 昨天 上个星期 后来 他们 树下 墙边 门口 送给 谢谢 说了 天气 阳光
-    到处找 大家 帮忙 高兴 开心 非常 孩子 回家 晚上 就是 指的是 也就是 知道 书上 我学过 叫作 后面 然后 里面 开头 末尾 接上 一名
-    很多年 每天 照顾 好的 当然 没问题 答案是 应该是 问题 回答 我叫 你叫 名字 我的 你的 记住了 朋友 认识 工具 容器 家具 衣物
-    机器 交通工具 玩具 乐器 用品 地方 不用客气 语言 模型 制作 性格 礼貌 友好 简短 句子""".split()
+FUNCTION_WORDS = """
+    什么 多少 喜欢 一只 一个 哪里 请问 等于 颜色 动物 工作 最大 最小 最爱 现在 又得到 送出去 下一个 接下来 请接着
+    下面 数一数 几个 请把 这些 这个 倒过来 反过来 倒着 反着 第一个 最后 写出 说出 重复 两遍 连起来 接起来 先写 再写
+    第一行 第二行 从小到大 排好 顺序 解释 说明 一下 英文 中文 单词 意思 翻译成 怎么说 住在 哪条街 职业 宠物 食物 养了
+    一起 找到了 遇见了 带着 在那里 有一天 一天早上 星期天 午饭 以后 昨天 上个星期 后来 他们 树下 墙边 门口 送给 谢谢
+    说了 天气 阳光 到处找 大家 帮忙 高兴 开心 非常 孩子 回家 晚上 就是 指的是 也就是 知道 书上 我学过 叫作 后面 然后
+    里面 开头 末尾 接上 一名 很多年 每天 照顾 好的 当然 没问题 答案是 应该是 问题 回答 我叫 你叫 名字 我的 你的
+    记住了 朋友 认识 工具 容器 家具 衣物 机器 交通工具 玩具 乐器 用品 地方 不用客气 语言 模型 制作 性格 礼貌 友好
+    简短 句子""".split()
 CHINESE_WORDS = sorted({*FUNCTION_WORDS, *NAMES["zh"], *(zh for _, zh in DICTIONARY + STREETS + COUNTED + PEOPLE)},
                        key=lambda word: (-len(word), word))
 
@@ -241,7 +243,8 @@ TELL = {
                           "The word {w} means {x}.", "{X} is called {aw}.", "{W}: {x}."],
                    "zh": ["{w}是{x}。", "{w}[就是|指的是|也就是]{x}。", "[大家都知道|书上说|我学过]，{w}是{x}。",
                           "{x}叫作{w}。", "{w}：{x}。"]},
-    "to_zh": {"en": ["The Chinese word for {w} is {x}.", "{W} [is called|is] {x} in Chinese.", "In Chinese, {w} is {x}."],
+    "to_zh": {"en": ["The Chinese word for {w} is {x}.", "{W} [is called|is] {x} in Chinese.",
+                     "In Chinese, {w} is {x}."],
               "zh": ["{w} 的中文是{x}。", "{w} 在中文里[叫|是]{x}。", "{w} 的意思是{x}。"]},
     "to_en": {"en": ["{w} means {x}.", "The English word for {w} is {x}.", "In English, {w} is {x}."],
               "zh": ["{w}的英文是 {x}。", "{w}[翻译成英文|用英文说]是 {x}。", "{w}在英文里叫 {x}。"]},
@@ -295,7 +298,7 @@ CLOSINGS = {
 
 # Identity and small talk, held out by wording: (wordings, answer, polite sentence).
 IDENTITY = {
-    "en": [("[What is|Tell me|Please say|May I know|Can you tell me|I want to know] your [own |full |real |]name[?| please?]",
+    "en": [("[What is|Tell me|Please say|May I know|I want to know] your [own |full |real |]name[?| please?]",
             "{name}", "My name is {x}."),
            ("[Who|Which people] [made|built|created|trained|designed] you[?| please?| I wonder?]",
             "{maker}", "I was made by {x}."),
@@ -304,17 +307,19 @@ IDENTITY = {
            ("[How would you|Can you|Please|Could you] describe [yourself|your character][?| please?]",
             "{traits}", "I am {x}."),
            ("[Which|What] languages [can|do] you [speak|know|understand|use]?", "English and Chinese", "I speak {x}.")],
-    "zh": [("[请问|你好，|可以告诉我|我想知道|]你[叫什么名字|的名字是什么|叫什么|的大名是什么]？", "{name}", "我的名字是：{x}。"),
-           ("[请问|你好，|可以告诉我|我想知道|]是谁[创造|制作|开发|训练|设计]了你？", "{maker}", "制作我的是：{x}。"),
-           ("[请问|你好，|可以告诉我|我想知道|]你[是什么|到底是什么|究竟是什么]？", "一个小小的语言模型", "我是{x}。"),
-           ("[请|请你|能不能|可以]用几个字[介绍|形容|描述|说说][你自己|自己|你的性格][吗？|。]", "{traits}", "我的性格是：{x}。"),
+    "zh": [("[请问|你好，|告诉我|我想知道|]你[叫什么名字|的名字是什么|叫什么|的大名是什么]？",
+            "{name}", "我的名字是：{x}。"),
+           ("[请问|你好，|告诉我|我想知道|]是谁[创造|制作|开发|训练|设计]了你？", "{maker}", "制作我的是：{x}。"),
+           ("[请问|你好，|告诉我|我想知道|]你[是什么|到底是什么|究竟是什么]？", "一个小小的语言模型", "我是{x}。"),
+           ("[请|请你|能不能|可以]用几个字[介绍|形容|描述|说说][你自己|自己|你的性格][吗？|。]",
+            "{traits}", "我的性格是：{x}。"),
            ("[请问|你好，|]你[会说|懂得|会用|懂]哪[些|几种]语言？", "英文和中文", "我会说{x}。")]}
 CHAT = {
     "en": [(wording, answer, "{x}, my friend.") for wording, answer in (
         ("[Thank you|Thanks|Many thanks|Thanks a lot] [so much|for your help|my friend|again]!", "You are welcome"),
         ("[Hello|Hi|Hey|Good day|Greetings] [there|my friend|little model|again|to you]!", "Nice to meet you"),
         ("[Goodbye|Bye|See you|Bye bye] [now|my friend|little model|for today|then]!", "See you soon"),
-        ("I [feel|am|am feeling] [sad|tired|lonely] [today|this evening|right now|again].", "I hope you feel better soon"),
+        ("I [feel|am|am feeling] [sad|tired|lonely] [today|right now|again].", "I hope you feel better soon"),
         ("[Tell me|Say|Please say] something [nice|kind|friendly|sweet|warm] [now|to me|today].",
          "You are doing very well"))],
     "zh": [(wording, answer, "{x}，我的朋友。") for wording, answer in (
@@ -332,7 +337,8 @@ DIALOGUE = {
     "zh": {"hello": "[我的名字是|我叫|你可以叫我]{p}。", "hello_reply": "很高兴认识你，{p}！",
            "more": "[我最喜欢的颜色是|我喜欢|最好看的颜色是]{c}。", "more_reply": "我记住了。",
            "name": "[我叫什么名字？|你还记得我的名字吗？|我是谁？]",
-           "colour": "[我最喜欢什么颜色？|我喜欢哪种颜色？|你还记得我喜欢的颜色吗？]", "plus": "[再加|然后加|接着加] {b}。"}}
+           "colour": "[我最喜欢什么颜色？|我喜欢哪种颜色？|你还记得我喜欢的颜色吗？]",
+           "plus": "[再加|然后加|接着加] {b}。"}}
 
 FRAMES = {"en": ["Question: {question}\nAnswer: {answer}", "{p} asks: {question}\n{q} says: {answer}"],
           "zh": ["问题：{question}\n回答：{answer}", "{p}问：{question}\n{q}答：{answer}"]}
@@ -462,7 +468,8 @@ def strings(skill, easy, hard):
         form = d.rng.choice(("first", "last")) if skill == "letter" else skill
         swapped = (row[1], row[0], *row[2:])
         half = (size + 1) // 2
-        answer, wrong = {"reverse": (row[::-1], [swapped[::-1], row]), "repeat": (row * 2, [swapped * 2, row[::-1] * 2]),
+        answer, wrong = {"reverse": (row[::-1], [swapped[::-1], row]),
+                         "repeat": (row * 2, [swapped * 2, row[::-1] * 2]),
                          "join": (row, [row[half:] + row[:half], swapped]),
                          "first": (row[:1], [row[1:2], row[-1:]]), "last": (row[-1:], [row[-2:-1], row[:1]])}[form]
         slots = {"row": " ".join(row), "left": " ".join(row[:half]), "right": " ".join(row[half:])}
@@ -514,8 +521,8 @@ def story_slots(d):
     other = rng.choice([thing for thing in THINGS if thing is not it])
     slots = {"p": p, "q": q, "c1": c1, "c2": c2, "a1": a1, "a2": a2, "place": here[d.column]}
     if d.lang == "zh":
-        return {**slots, "pet1": f"一只{c1}的{a1}", "pet2": f"一只{c2}的{a2}", "thing": f"一{it[2]}{it[1]}", "the_a1": a1,
-                "the_a2": a2, "the_place": here[1], "no_place": elsewhere[1], "the_thing": it[1], "no_thing": other[1]}
+        return {**slots, "pet1": f"一只{c1}的{a1}", "pet2": f"一只{c2}的{a2}", "thing": f"一{it[2]}{it[1]}",
+                "the_a1": a1, "the_a2": a2, "the_place": here[1], "no_place": elsewhere[1], "the_thing": it[1], "no_thing": other[1]}
     nouns = {"pet1": f"{c1} {a1}", "pet2": f"{c2} {a2}", "the_a1": a1, "the_a2": a2, "thing": it[0], "the_thing": it[0],
              "no_thing": other[0]}
     return {**slots, **{slot: with_article(noun) for slot, noun in nouns.items()}, "the_place": f"the {here[0]}",
@@ -565,7 +572,8 @@ def dialogue(d):
     p, c = d.choose("me", lambda: (d.rng.choice(NAMES[d.lang]), d.rng.choice(COLOURS)[d.column]))
     ask, answer = d.rng.choice((("name", p), ("colour", c)))
     slots = {"p": p, "c": c}
-    history = tuple((d.say(texts[key], slots), texts[f"{key}_reply"].format(**slots), False) for key in ("hello", "more"))
+    history = tuple((d.say(texts[turn], slots), d.say(texts[f"{turn}_reply"], slots), False)
+                    for turn in ("hello", "more"))
     return Task("remember", slots, answer, [], question=d.say(texts[ask], {}), history=history)
 
 
@@ -633,10 +641,11 @@ def pretrain_lines(d, kind, decks):
         for closing in rng.sample(CLOSINGS[lang], 3):
             yield d.say(closing, slots)
     elif kind == "fact":
+        welcome = {"en": "In the town of Willow lives {}.", "zh": "柳树镇上住着{}。"}[lang]
         while True:
             person = next(decks[lang, kind])
             if rng.random() < 0.3:
-                yield d.say({"en": "In the town of Willow lives {p}.", "zh": "柳树镇上住着{p}。"}[lang], {"p": person[d.column]})
+                yield welcome.format(person[d.column])
             for fact in rng.sample([fact for fact in FACTS if fact[0] is person], 4):
                 yield statement(d, tell_fact(d, fact))
     elif kind in KNOWN:
@@ -718,7 +727,8 @@ def rows_of(stage, part, size, seed, persona):
     before is drawn again, a few times: small skills (facts) may repeat in the long run, documents do not.
     """
     rng = random.Random(f"{seed} {stage} {part}")
-    decks = {(lang, skill): deal(rng, PEOPLE if skill == "fact" else KNOWN[skill][0]) for lang in LANGS for skill in KNOWN}
+    decks = {(lang, skill): deal(rng, PEOPLE if skill == "fact" else entries)
+             for lang in LANGS for skill, (entries, _) in KNOWN.items()}
     written, seen = Counter(), set()
     make = {"pretrain": lambda d: pretrain_row(d, decks), "sft": sft_row, "rl": rl_row,
             "preference": lambda d: preference_row(d, KINDS[written[d.lang] % 4])}[stage]
@@ -763,8 +773,8 @@ def read_persona(path):
     for key, value in given.items():
         texts = [value.get(lang) for lang in LANGS] if isinstance(value, dict) else [None]
         if key not in PERSONA or not all(isinstance(text, str) and text for text in texts):
-            raise ValueError(f"--persona {path}: field {key!r} is {value!r}; the fields are {', '.join(PERSONA)}, each a "
-                             'text or {"en": text, "zh": text}; correct the field')
+            raise ValueError(f"--persona {path}: field {key!r} is {value!r}; the fields are {', '.join(PERSONA)}, each "
+                             'a text or {"en": text, "zh": text}; correct the field')
     return {**PERSONA, **given}
 
 

@@ -1,9 +1,13 @@
-"""Fixtures that several test files share: a tiny tokenizer, and folders of tiny models that carry it."""
+"""Fixtures that several test files share: a tiny tokenizer, folders of tiny models that carry it, and small runs of
+every training script."""
+import importlib
+import json
+
 import pytest
 import torch
 
 import common
-from model import ModelConfig, Transformer
+from model import ModelConfig, ScalarHead, Transformer
 from tokenizer import train
 
 # Before the first bf16 product of the session: where the machine announces AMX units that it does not let a program
@@ -43,3 +47,55 @@ def model_folder(tokenizer, tmp_path_factory):
         return made[kind]
 
     return folder
+
+
+DATA = {"train_pretrain": "text", "train_sft": "chat", "train_reward": "pairs", "train_dpo": "pairs",
+        "train_ppo": "prompts", "train_grpo": "prompts"}
+FEW = {"train_sft": ["--eval_prompts", "2", "--max_new_tokens", "4"],
+       "train_dpo": ["--eval_prompts", "2", "--max_new_tokens", "4"],
+       "train_ppo": ["--eval_prompts", "2", "--max_new_tokens", "4", "--rollout_size", "4"],
+       "train_grpo": ["--eval_prompts", "2", "--max_new_tokens", "4", "--num_generations", "2", "--eval_samples", "1"]}
+
+
+def data_row(kind, i):
+    """Row i of a small data set; lengths differ, so that no two batches have as many targets."""
+    a, b = i % 7, i // 7
+    question, answer = f"What is {a} + {b}?", f"{'Sure! ' * (i % 4)}The answer is {a + b}."
+    checks = {"answer": str(a + b), "check": "number", "lang": "en", "skill": "addition"}
+    turn = {"role": "user", "content": question}
+    return {"text": {"text": f"{question} {answer}"},
+            "chat": {"conversations": [turn, {"role": "assistant", "content": answer}], **checks},
+            "pairs": {"prompt": question, "chosen": answer, "rejected": str(a + b + i % 2), "kind": "curt"},
+            "prompts": {"conversations": [turn], **checks}}[kind]
+
+
+@pytest.fixture
+def stage(model_folder, tokenizer, tmp_path):
+    """stage(name, *flags, kind="dense", rows=24, parent=None) -> (module, argv) of a small float64 run of a training
+    script, on its own data, into tmp_path/out. Where the script starts from weights, it does so from model_folder(kind).
+    """
+
+    def made(name, *flags, kind="dense", rows=24, parent=None):
+        module = importlib.import_module(name)
+        parent = parent or model_folder(kind)
+        for part, numbers in {"train": range(rows), "held": range(rows, rows + 6)}.items():
+            lines = [json.dumps(data_row(DATA[name], i)) + "\n" for i in numbers]
+            (tmp_path / f"{name}.{part}.jsonl").write_text("".join(lines))
+        if name == "train_ppo":
+            reward = ScalarHead.from_pretrained(parent)
+            with torch.random.fork_rng():
+                torch.manual_seed(1)
+                torch.nn.init.normal_(reward.score.weight)
+            reward.save_pretrained(tmp_path / "judge")
+            tokenizer.save_pretrained(tmp_path / "judge")
+            common.write_minillm(tmp_path / "judge", {"metrics": {"accuracy": 0.9}, "score_mean": 0.0, "score_std": 1.0})
+            flags = ("--reward_weight", str(tmp_path / "judge"), *flags)
+        argv = ["--from_weight", str(parent), "--data_path", str(tmp_path / f"{name}.train.jsonl"),
+                "--val_path", str(tmp_path / f"{name}.held.jsonl"), "--save_dir", str(tmp_path / "out"),
+                "--save_weight", "run", "--cache_dir", str(tmp_path / "cache"), "--device", "cpu",
+                "--dtype", "float64", "--threads", "1", "--max_seq_len", "64", "--batch_size", "2",
+                "--accumulation_steps", "1", "--max_steps", "4", "--log_interval", "1", "--eval_interval", "0",
+                "--save_interval", "0", *FEW.get(name, [])]
+        return module, [*argv, *flags]
+
+    return made

@@ -1,0 +1,214 @@
+"""Proves that all training scripts keep one contract on the command line: the same flags mean the same, no flag is
+dead, and whatever a user can get wrong is one message and exit code 2.
+
+    python -m pytest tests/test_cli.py
+"""
+import argparse
+import ast
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+
+import common
+
+ROOT = Path(common.__file__).parent
+TRAINERS = sorted(path.stem for path in ROOT.glob("train_*.py"))
+SCRIPTS = [*TRAINERS, *(name for name in ("eval", "make_data", "tokenizer") if (ROOT / f"{name}.py").exists())]
+# a default is a stage's own recipe; these mean the same everywhere and must have the same one
+SAME_DEFAULT = ["save_dir", "cache_dir", "device", "dtype", "threads", "seed", "keep_resume", "from_resume", "if_needed",
+                "overwrite", "debug", "skip_bad", "val_path", "max_minutes", "grad_clip", "gradient_checkpointing",
+                "use_compile"]
+
+
+class Built(Exception):
+    """Carries a parser out of parse_args."""
+
+
+@pytest.fixture
+def parser_of(monkeypatch):
+    """parser_of(script name) -> the argparse parser that its parse_args builds."""
+
+    def build(name):
+        def stop(self, args=None, namespace=None):
+            raise Built(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+            with pytest.raises(Built) as built:
+                importlib.import_module(name).parse_args([])
+        return built.value.args[0]
+
+    return build
+
+
+def flags(parser):
+    """Flag name -> argparse action, of a parser and its commands."""
+    found = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                found |= flags(command)
+        elif not isinstance(action, argparse._HelpAction):
+            found[action.dest] = action
+    return found
+
+
+def names_read(path):
+    """Names that a file reads as args.NAME, and the strings of functions that call getattr(args, ...)."""
+    found = set()
+    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        nodes = list(ast.walk(function))
+        found |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+                  and node.value.id == "args" and isinstance(node.ctx, ast.Load)}
+        if any(isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr"
+               and isinstance(node.args[0], ast.Name) and node.args[0].id == "args" for node in nodes):
+            found |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return found
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_flag_is_dead(name, parser_of):
+    read = names_read(ROOT / f"{name}.py") | names_read(ROOT / "common.py")
+    assert not set(flags(parser_of(name))) - read
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_has_help_and_its_name_is_its_destination(name, parser_of):
+    for dest, action in flags(parser_of(name)).items():
+        assert action.help and action.help != argparse.SUPPRESS, dest
+        assert not action.option_strings or action.option_strings == [f"--{dest}"]
+        assert action.type is not bool
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_is_printed_and_succeeds(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(name).parse_args(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"python {name}.py" in text, "the commands of the docstring"
+    assert "(default: None)" not in text
+
+
+def test_shared_flags_mean_the_same_in_all_scripts(parser_of):
+    """Type, number of values and choices are compared; for flags that are no stage's recipe the default as well."""
+
+    def meaning(dest, action):
+        kind = getattr(action.type, "__name__", None)
+        default = action.default if dest in SAME_DEFAULT else None
+        return kind, action.nargs, tuple(action.choices or ()), str(default)
+
+    seen = {}
+    for name in TRAINERS:
+        for dest, action in flags(parser_of(name)).items():
+            seen.setdefault(dest, {}).setdefault(meaning(dest, action), []).append(name)
+    assert not {dest: found for dest, found in seen.items() if len(found) > 1}
+
+
+def test_every_training_script_has_the_flags_that_users_know(parser_of):
+    known = {"batch_size", "accumulation_steps", "epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay",
+             "grad_clip", "max_seq_len", "data_path", "save_dir", "save_weight", "from_weight", "from_resume", "device",
+             "dtype", "log_interval", "eval_interval", "save_interval", "seed", "optimizer", "max_minutes"}
+    for name in TRAINERS:
+        assert not known - set(flags(parser_of(name))), name
+
+
+@pytest.mark.parametrize("words", [["--no_such_flag", "1"], ["--learning", "0.1"], ["--batch_size", "0"],
+                                   ["--learning_rate", "-1"], ["--dtype", "int8"], ["stray"]], ids=" ".join)
+@pytest.mark.parametrize("name", TRAINERS)
+def test_bad_flag_is_one_message_and_exit_code_2(name, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(name).parse_args(words)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and words[0] in captured.err and captured.err.count("\n") == 2
+    assert not captured.out
+
+
+@pytest.fixture
+def start(stage, monkeypatch, capsys):
+    """start(name, *flags) -> (exit code, stderr) of a small run, through the same call as its last line."""
+
+    def run(name, *words, **options):
+        module, argv = stage(name, *words, **options)
+        codes = []
+        monkeypatch.setattr(os, "_exit", codes.append)
+        monkeypatch.setattr(common.StopSignal, "__init__", lambda self: setattr(self, "requested", 0))
+        monkeypatch.setattr("sys.argv", [f"{name}.py", *argv])
+        capsys.readouterr()
+        common.run(module.main, lambda: module.parse_args(argv))
+        assert len(codes) < 2
+        return (codes or [0])[0], capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_small_run_succeeds(name, start):
+    """The runs that the tests below break in one place are whole otherwise."""
+    assert start(name, "--max_steps", "1")[0] == 0
+
+
+GOOD = '{"text": "x"}\n'
+FILES = {"missing": (None, "no-such.jsonl"), "empty": ("", "bad.jsonl"), "broken JSON": ('{"text": \n', "bad.jsonl:1"),
+         "not an object": ("[1]\n", "bad.jsonl:1"), "wrong keys": ('{"nonsense": 1}\n', "bad.jsonl:1"),
+         "unknown ending": ("x", "bad.csv")}
+
+
+@pytest.mark.parametrize("case", FILES)
+@pytest.mark.parametrize("name", TRAINERS)
+def test_bad_data_is_one_message_and_exit_code_2(name, case, start, tmp_path):
+    content, where = FILES[case]
+    path = tmp_path / where.split(":")[0]
+    if content is not None:
+        path.write_text(content)
+    code, text = start(name, "--data_path", str(path))
+    refused(code, text)
+    assert where in text
+    if case == "wrong keys":
+        assert "nonsense" in text and "expected" in text, "found keys and expected ones"
+
+
+def refused(code, text):
+    """Exit code 2 and one message in three parts: what is wrong; the rule; how to fix it."""
+    assert code == 2, text
+    message = [line for line in text.strip().split("\n") if line.startswith("error: ")]
+    assert len(message) == 1 and "Traceback" not in text
+    assert message[0].count(";") >= 2, message[0]
+
+
+SETTINGS = {"device": ["--device", "gpu"], "weights": ["--from_weight", "no-such"],
+            "long rows": ["--max_seq_len", "100000"]}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("name", TRAINERS)
+def test_bad_setting_is_one_message_and_exit_code_2(name, case, start):
+    code, text = start(name, *SETTINGS[case])
+    refused(code, text)
+    assert SETTINGS[case][1] in text
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_existing_run_is_not_replaced_silently(name, start):
+    assert start(name, "--max_steps", "1")[0] == 0
+    code, text = start(name, "--max_steps", "1")
+    refused(code, text)
+    assert "--from_resume 1" in text and "--overwrite 1" in text
+    assert start(name, "--max_steps", "1", "--overwrite", "1")[0] == 0
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_finished_run_can_be_resumed_and_has_nothing_to_do(name, start):
+    assert start(name, "--max_steps", "1")[0] == 0
+    assert start(name, "--max_steps", "1", "--from_resume", "1") == (0, "")
+
+
+def test_shape_flags_that_contradict_the_weights_are_refused(start):
+    code, text = start("train_pretrain", "--hidden_size", "64")
+    refused(code, text)
+    assert "hidden_size" in text
