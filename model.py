@@ -103,7 +103,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"  # "silu" = SwiGLU, "gelu" = GEGLU
     mlp_type: str = "gated"  # "plain" = up, activation, down: for study only, no other program reads such a folder
-    tie_word_embeddings: bool = True  # one table reads tokens and scores them; at V 6400 a third of a tiny model
+    tie_word_embeddings: bool = True  # one table reads tokens and scores them; at V 6400 a quarter of a tiny model
     initializer_range: float = 0.02
     dropout: float = 0.0  # on embeddings and on both branches of a block, in training only
     num_experts: int = 0  # routed experts; 0 = dense
@@ -146,23 +146,19 @@ class ModelConfig:
             object.__setattr__(self, name, value)
 
     def _check_relations(self):
+        heads, kv, experts, shared = (self.num_attention_heads, self.num_key_value_heads, self.num_experts,
+                                      self.n_shared_experts)
         need(self.head_dim % 2 == 0, f"head_dim={self.head_dim}", "rotary positions turn pairs of numbers, so it is "
              "even", "change hidden_size or num_attention_heads")
-        need(self.num_attention_heads % self.num_key_value_heads == 0,
-             f"num_attention_heads={self.num_attention_heads} with num_key_value_heads={self.num_key_value_heads}",
+        need(heads % kv == 0, f"num_attention_heads={heads} with num_key_value_heads={kv}",
              "each kv head serves the same number of query heads", "make the first a multiple of the second")
-        if self.num_experts:
-            need(self.num_experts_per_tok <= self.num_experts,
-                 f"num_experts_per_tok={self.num_experts_per_tok} with num_experts={self.num_experts}",
-                 "a token cannot visit more experts than there are", "lower the first or raise the second")
-            need(self.mlp_type == "gated", "mlp_type='plain' with experts", "experts are gated MLPs in every published "
-                 "format", "set mlp_type to gated or num_experts to 0")
-        else:
-            need(self.n_shared_experts == 0, f"n_shared_experts={self.n_shared_experts} with num_experts=0",
-                 "shared experts stand beside routed ones", "give num_experts, or set n_shared_experts to 0")
-        need(self.n_shared_experts == 0 or self.num_experts >= 2,
-             f"num_experts={self.num_experts} with n_shared_experts={self.n_shared_experts}",
-             "Dots1's router takes the two best experts of a group", "use at least 2 routed experts")
+        need(not experts or self.num_experts_per_tok <= experts, f"num_experts_per_tok={self.num_experts_per_tok} with "
+             f"num_experts={experts}", "a token cannot visit more experts than there are", "lower it")
+        need(not experts or self.mlp_type == "gated", "mlp_type='plain' with experts", "experts are gated in every "
+             "published format", "set mlp_type to gated or num_experts to 0")
+        # the router of Dots1 sums the two best experts of each group even when there is one group
+        need(not shared or experts >= 2, f"n_shared_experts={shared} with num_experts={experts}",
+             "shared experts stand beside at least 2 routed ones", "raise num_experts, or set n_shared_experts to 0")
         eos = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
         for name, value in (("bos", self.bos_token_id), ("pad", self.pad_token_id), *(("eos", i) for i in eos)):
             need(value is None or is_number(value, int, 0, self.vocab_size - 1), f"{name}_token_id={value!r}",
@@ -199,17 +195,21 @@ class ModelConfig:
         num_experts, num_local_experts and n_routed_experts. save_folder adds the dtype.
         """
         rope = dict(self.rope_scaling or {"rope_type": "default"})
+        # our own words first; transformers ignores those it does not know (mlp_type, dropout)
         out = {field.name: getattr(self, field.name) for field in fields(self)}
         out |= {
             "architectures": [ARCHITECTURES[self.model_type]], "model_type": self.model_type,
             "rope_parameters": rope | {"rope_theta": self.rope_theta},
+            # written out although they are defaults: another class's default, or next year's, may differ
             "attention_bias": False, "attention_dropout": 0.0, "use_cache": True, "use_sliding_window": False,
             "sliding_window": None, "max_window_layers": self.num_hidden_layers,
         }  # fmt: skip
         if self.model_type == "qwen3_moe":
+            # every layer has experts but the lowest ones; without these two fields some versions decide otherwise
             out |= {"num_local_experts": self.num_experts, "decoder_sparse_step": 1,
                     "mlp_only_layers": list(range(self.first_k_dense_replace))}
         elif self.model_type == "dots1":
+            # one group = no groups: DeepSeek's groups spare a cluster's network, we have none
             out |= {"num_local_experts": self.num_experts, "n_routed_experts": self.num_experts, "n_group": 1,
                     "topk_group": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
         else:
@@ -230,14 +230,17 @@ class ModelConfig:
         # a field that is absent has the default of the class that wrote the file, not ours
         values = {"tie_word_embeddings": False, "max_position_embeddings": 32768,
                   "num_key_value_heads": raw["num_attention_heads"]}
+        # Qwen3 alone has a fixed head_dim; the others derive it from the width
         values |= {"head_dim": 128} if kind == "qwen3" else {"norm_topk_prob": False}
         values |= {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None and f.name != "rope_scaling"}
+        # version 5 wins where both are there, as it does in transformers
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         need(isinstance(rope, dict), f"rope_parameters={rope!r} in {where}", "it is an object", "correct the file")
         values["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             values["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         if kind in ("qwen3_moe", "dots1"):
+            # three spellings of one number: Dots1's, version 5's, version 4's
             counts = [raw.get(key) for key in ("n_routed_experts", "num_local_experts", "num_experts")]
             values["num_experts"] = next((n for n in counts if n is not None), 0)
             if kind == "qwen3_moe":
@@ -255,6 +258,7 @@ def refuse_foreign_features(raw: dict, kind: str, where: str):
         need(value is None or value == allowed, f"{key}={value!r} in {where}", f"only {allowed} is supported",
              "use a model without this feature")
     layers = raw.get("layer_types") or []
+    # Dots1 has no switch: without layer_types its layers above max_window_layers have a window by default
     windows = any(name != "full_attention" for name in layers) or (
         kind == "dots1" and not layers and raw.get("sliding_window", 4096) is not None
         and raw.get("max_window_layers", 62) < raw["num_hidden_layers"])
@@ -298,6 +302,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dtype.itemsize < 4:  # a bf16 copy of the weights: Qwen3's order is fp32, cast, then weight
             return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
+        # fp32 weights, also under autocast, where q and k arrive in bf16: everything in fp32, one fused call
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
@@ -319,6 +324,7 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     def scale(weight=1.0):
         return 0.1 * weight * math.log(yarn["factor"]) + 1.0 if yarn["factor"] > 1 else 1.0
 
+    # between these two pairs lies the blend: `low` turns beta_fast (32) times in the trained context, `high` once
     low, high = pair_turning(yarn["beta_fast"]), pair_turning(yarn["beta_slow"])
     if yarn.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
@@ -327,6 +333,7 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     # 0.001 is transformers' guard against 0 / 0
     slowed = ((pairs - low) / ((high - low) or 0.001)).clamp(0, 1)  # [C/2], 0 = keep, 1 = divide by factor
     frequencies = slowed / (yarn["factor"] * power) + (1 - slowed) / power
+    # longer contexts spread attention thinner; a larger factor on cos and sin sharpens it again
     factor = yarn.get("attention_factor")
     if factor is None and yarn.get("mscale") and yarn.get("mscale_all_dim"):
         factor = scale(yarn["mscale"]) / scale(yarn["mscale_all_dim"])
@@ -372,6 +379,7 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch: int, slots: int, dtype=torch.float32, device="cpu"):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
+        # zeros, not empty: a masked slot's weight is 0, and 0 times the NaN of unwritten memory would be NaN
         self.k = torch.zeros(shape, dtype=dtype, device=device)  # [L,B,K,S,C]
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.slots, self.batch = slots, batch
@@ -394,7 +402,7 @@ class KVCache:
             rows = torch.arange(b, device=k.device)[:, None]  # [B,1]
             keys[rows, :, self.positions] = k.to(keys.dtype)  # indexed dimensions come first: [B,T,K,C]
             values[rows, :, self.positions] = v.to(keys.dtype)
-        else:
+        else:  # equal lengths: one strided copy, half the time of an indexed one
             keys[:, :, self.end : self.end + count] = k.transpose(1, 2)
             values[:, :, self.end : self.end + count] = v.transpose(1, 2)
         return keys[:, :, : self.end + count], values[:, :, : self.end + count]
@@ -417,7 +425,7 @@ class KVCache:
             for new, old in moves:
                 self.k[:, new, :, : self.end] = self.k[:, old, :, : self.end]
                 self.v[:, new, :, : self.end] = self.v[:, old, :, : self.end]
-        else:
+        else:  # any other order (beam search): the right side is read whole before it is written
             for table in (self.k, self.v):
                 table[:, : len(rows), :, : self.end] = table[:, rows, :, : self.end]
         self.lengths = self.lengths[rows]
@@ -446,6 +454,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(d, config.num_key_value_heads * c, bias=False)
         self.v_proj = nn.Linear(d, config.num_key_value_heads * c, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * c, d, bias=False)
+        # one gain per number of a head, shared by all heads; keeps q k' bounded, so bf16 softmax does not overflow
         self.q_norm, self.k_norm = RMSNorm(c, config.rms_norm_eps), RMSNorm(c, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope, mask: Tensor | None = None, causal=True, cache: KVCache | None = None) -> Tensor:
@@ -457,6 +466,7 @@ class Attention(nn.Module):
         q, keys, values = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,H,T,C], [B,K,T,C] twice
         if cache is not None:
             keys, values = cache.write(self.layer, k, v)  # [B,K,S,C]
+            # under autocast q is fp32 (its norm's type) while the cache holds what the products made
             q, keys, values = q.to(v.dtype), keys.to(v.dtype), values.to(v.dtype)
         if cache is not None and t == 1:
             # One token a row: the query heads of a kv head become the query rows of one head, so that keys are read
@@ -464,6 +474,8 @@ class Attention(nn.Module):
             q = q.reshape(b, keys.shape[1], -1, self.head_dim)  # [B,K,H/K,C]
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
             return self.o_proj(y.reshape(b, 1, -1))
+        # With is_causal (training, prompts) the kernel skips the upper triangle; a mask costs it that. During a prompt
+        # the cache was empty, so keys are exactly these T tokens.
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # [B,H,T,C] -> [B,T,H*C] -> [B,T,D]
 
@@ -478,6 +490,7 @@ class MLP(nn.Module):
             self.gate_proj = nn.Linear(d, width, bias=False)
         self.up_proj = nn.Linear(d, width, bias=False)
         self.down_proj = nn.Linear(width, d, bias=False)
+        # the exact gelu with erf: transformers means that one by "gelu", "gelu_new" would be the tanh form
         self.act = F.silu if config.hidden_act == "silu" else F.gelu
         self.gated = config.mlp_type == "gated"
 
@@ -506,6 +519,7 @@ class Router(nn.Module):
             wide = torch.promote_types(x.dtype, torch.float32)
             logits = x.to(wide) @ self.weight.to(wide).t()  # [N,E]
         scores = logits.sigmoid() if config.n_shared_experts else logits.softmax(-1)
+        # the bias steers who is chosen, never how much a choice weighs: balancing leaves no trace in the gradient
         choice = scores + self.e_score_correction_bias if config.n_shared_experts else scores
         chosen = choice.topk(config.num_experts_per_tok, dim=-1).indices  # [N,k]
         weights = scores.gather(1, chosen)
@@ -539,12 +553,14 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, d)  # [N,D], N = B*T
         scores, weights, chosen = self.gate(tokens)  # [N,E], [N,k], [N,k]
         k = chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)  # [N*k], visits sorted by expert
+        # Sort the N*k visits by expert: each expert then multiplies one contiguous block instead of masked rows.
+        order = chosen.flatten().argsort(stable=True)  # [N*k]; visit i is choice i % k of token i // k
         visits = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
         parts = tokens[order // k].split(visits)  # E tensors [visits,D]
         # Every expert runs, if need be on zero tokens: its gradient is then zero, not missing, and DDP, which waits
         # for the gradient of every parameter, does not hang.
         outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])  # [N*k,D]
+        # back to token order through the inverse permutation; index_add_ would sum in random order on a GPU
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         y = (outputs[back].view(-1, k, d) * weights[..., None].to(outputs.dtype)).sum(1).view(b, t, d)
         if self.config.n_shared_experts:
@@ -563,12 +579,14 @@ class MoE(nn.Module):
                 self.counts = counts if self.counts is None else self.counts + counts
             return scores.new_zeros(len(scores))
         tokens = real.sum(1, keepdim=True).clamp(min=1)  # [B,1]; a row of padding gives 0, not NaN
+        # f counts and has no gradient; p does, and it is larger where f is: pushing p down there moves visits away
         f, p = visits.sum(1) / tokens, (scores * real[..., None]).sum(1) / tokens  # [B,E]
         return scores.shape[-1] * (f * p).sum(-1)
 
     @torch.no_grad()
     def update_bias(self, rate: float, counts: Tensor):
         """Raise by `rate` the bias of experts with fewer tokens than the mean, lower the others. counts [E]."""
+        # the sign, not the difference: a step of known size, whatever the batch
         self.gate.e_score_correction_bias += rate * torch.sign(counts.float().mean() - counts)
         self.counts = None
 
@@ -588,6 +606,7 @@ class Block(nn.Module):
 
     def forward(self, x, rope, mask=None, causal=True, cache=None, token_mask=None) -> tuple[Tensor, Tensor | None]:
         """x [B,T,D] -> (x [B,T,D], balance loss [B] or None in a dense layer)."""
+        # norm before each branch, none on the residual stream itself: gradients reach the bottom unscaled
         branch = self.self_attn(self.input_layernorm(x), rope, mask, causal, cache)
         x = x + F.dropout(branch, self.dropout, self.training)
         h = self.post_attention_layernorm(x)
@@ -617,13 +636,15 @@ class Backbone(nn.Module):
             positions = cache.reserve(t)
         elif documents is not None:
             same = documents[:, None, :, None] == documents[:, None, None, :]  # [B,1,T,T]
+            # built once for all layers; a token always sees itself, so no row of the softmax is empty
             mask, causal = same & torch.ones(t, t, dtype=torch.bool, device=ids.device).tril(), False
         if positions is None:
             positions = torch.arange(t, device=ids.device)[None]  # [1,T]
         x = F.dropout(self.embed_tokens(ids), self.config.dropout, self.training)  # [B,T,D]
-        rope = self.rotary(positions, x.dtype)
+        rope = self.rotary(positions, x.dtype)  # once for all layers
         balances = []
         for layer in self.layers:
+            # keep only x of each layer and run the layer again in backward: memory / L, time + 1/3
             if recompute and torch.is_grad_enabled():
                 x, balance = checkpoint(layer, x, rope, mask, causal, cache, token_mask, use_reentrant=False)
             else:
@@ -647,7 +668,7 @@ class Backbone(nn.Module):
 @torch.no_grad()
 def initialize(module: nn.Module, std: float):
     """Normal(0, std) for all matrices, ones for norms, and zeros for the two projections that write into the residual
-    stream: at step 0 every block is the identity, which trains more calmly (zero init as in GPT-2-style speed runs)."""
+    stream: at step 0 every block is the identity, whatever the depth, and the loss starts near ln V."""
     for name, parameter in module.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             parameter.zero_()
@@ -684,6 +705,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return [folder / "model.safetensors"]
     names = read_json(index).get("weight_map")
+    # a bare file name only: "../../secret" in a downloaded index must not be opened
     safe = isinstance(names, dict) and all(isinstance(n, str) and Path(n).name == n for n in names.values())
     need(safe and names, f"weight_map of {index}", "it maps tensor names to files of the same folder", "restore it")
     return [folder / name for name in sorted(set(names.values()))]
@@ -709,7 +731,7 @@ def read_tensors(folder: Path) -> dict[str, tuple[Path, tuple, str]]:
 
 def likely_reason(missing: list[str], unexpected: list[str]) -> str:
     """A guess in words why the names in a file are not the model's names."""
-    names = " ".join(unexpected)
+    names = " ".join(unexpected)  # patterns from the most to the least specific
     for pattern, reason in (
         (r"(^| )score\.weight", "this is a reward model; open it with ScalarHead.from_pretrained"),
         (r"(^| )(_orig_mod|module)\.", "it was saved through torch.compile or DDP; save the inner module instead"),
@@ -737,7 +759,7 @@ def check_names(targets: dict, found: dict, folder: Path, optional: tuple[str, .
                          for word, names in (("missing", missing), ("unexpected", unexpected)) if names)
         raise ValueError(f"weights of {folder} do not fit{listed}; the names must be exactly the model's; "
                          f"likely reason: {likely_reason(missing, unexpected)}")
-    for name in sorted(set(targets) & set(found)):
+    for name in sorted(set(targets) & set(found)):  # the names fit: now shapes and types
         path, shape, dtype = found[name]
         need(shape == tuple(targets[name].shape), f"{name} in {path} has shape {list(shape)}",
              f"config.json asks for {list(targets[name].shape)}", "take both files from one folder")
@@ -755,10 +777,10 @@ class SkipInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def load_model(build, folder: Path, device, dtype, optional: tuple[str, ...] = (), ignore: tuple[str, ...] = ()):
+def load_model(build, folder: Path, device, dtype, absent: dict, ignore: tuple[str, ...] = ()) -> nn.Module:
     """build(config) with every parameter and persistent buffer read from the folder, strictly.
 
-    optional: tensors that the files may lack (the caller fills them); ignore: tensors they may have beyond the model's.
+    absent: name -> function(tensors) that makes a tensor the files may lack; ignore: tensors they may have too many.
     The module is built on the "meta" device and without initialisation: names and shapes are checked before any memory
     is taken, no time is lost on random numbers, and the global random state stays as it was (the exactness of a resumed
     run depends on it).
@@ -766,14 +788,18 @@ def load_model(build, folder: Path, device, dtype, optional: tuple[str, ...] = (
     with torch.device("meta"), SkipInit():
         model = build(read_config(folder))
     found = read_tensors(folder)
-    check_names(model.state_dict(), found, folder, optional, ignore)
-    model = model.to_empty(device=device).to(dtype)
-    targets = model.state_dict()
-    for path in {path for path, _, _ in found.values()}:
+    check_names(model.state_dict(), found, folder, tuple(absent), ignore)
+    tensors = {}
+    for path in sorted({path for path, _, _ in found.values()}):
         with safe_open(path, "pt") as file:
-            for name in set(file.keys()) & set(targets):
-                targets[name].copy_(file.get_tensor(name))  # casts to the model's own dtype
-    return model.eval()
+            for name in sorted(set(file.keys()) - set(ignore)):
+                # a copy: the file may be replaced while the model lives
+                tensors[name] = file.get_tensor(name).to(device, dtype, copy=True)
+    for name, make in absent.items():
+        if name not in tensors:
+            tensors[name] = make(tensors)
+    model.load_state_dict(tensors, assign=True)  # assign: a meta parameter has no memory to copy into
+    return model.to(device).eval()
 
 
 def save_folder(model: nn.Module, folder, config: dict, skip: tuple[str, ...] = ()):
@@ -798,7 +824,7 @@ def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     In fp32 at least, also under autocast: a bf16 log-probability has two digits.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    logits = logits[:, :-1].to(wide)
+    logits = logits[:, :-1].to(wide)  # the last position scores a token that is not there
     return -F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(ids[:, 1:].shape)
 
 
@@ -855,15 +881,16 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
     keep_all = not 0 < top_k < size
     if keep_all and top_p >= 1:
         return invert(logits.softmax(-1).cumsum(-1), math.inf, uniform)
-    # Sorting a whole vocabulary costs more than a small model's forward pass, and the 128 most likely ids nearly always
-    # hold the mass p. Rows where they do not are drawn again from a full sort.
+    # Sorting a whole vocabulary costs more than a small model's forward pass, and in a trained model the 128 most
+    # likely ids usually hold the mass p. Rows where they do not are drawn again from a full sort.
     values, order = logits.topk(min(size, 128) if keep_all else top_k, dim=-1)  # [B,k], most likely first
     total = (logits if keep_all else values).logsumexp(-1, keepdim=True)  # [B,1]
     sums = (values - total).exp().cumsum(-1)  # [B,k]
-    limit = top_p if top_p < 1 else math.inf
+    limit = top_p if top_p < 1 else math.inf  # not 1: a rounded sum may reach 1 before its last entry
     ids = order.gather(1, invert(sums, limit, uniform)[:, None]).squeeze(1)
     short = (sums[:, -1] < top_p) & (keep_all and order.shape[1] < size)  # [B]
     if short.any():
+        # only the rows concerned, so that no row's draw depends on its neighbours
         values, order = logits[short].sort(dim=-1, descending=True)
         sums = (values - total[short]).exp().cumsum(-1)
         ids[short] = order.gather(1, invert(sums, limit, uniform[short])[:, None]).squeeze(1)
@@ -900,7 +927,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # [V,D], as the embedding
         self.gradient_checkpointing = False  # set to True: activations are computed twice, memory falls
         initialize(self, config.initializer_range)
         self.tie()
@@ -966,10 +993,11 @@ class Transformer(nn.Module):
         reduce: sums a tensor over the ranks (in place or returned). Returns the expert visits [L,E] since the last
         call; None for models without shared experts, where there is nothing to do.
         """
+        # always in layer order, so that ranks add up like with like
         layers = [m for m in self.modules() if isinstance(m, MoE)] if self.config.n_shared_experts else []
         if not any(layer.counts is not None for layer in layers):
             return None
-        counts = torch.stack([layer.counts for layer in layers]).float()
+        counts = torch.stack([layer.counts for layer in layers]).float()  # [L,E], one collective for all layers
         reduced = reduce(counts) if reduce else None
         counts = counts if reduced is None else reduced
         for layer, row in zip(layers, counts, strict=True):
@@ -987,9 +1015,10 @@ class Transformer(nn.Module):
 
         Raises: FileNotFoundError, ValueError (not this architecture, damaged file, names or shapes that do not fit).
         """
-        tied = ("lm_head.weight",) if read_config(Path(folder)).tie_word_embeddings else ()
-        model = load_model(cls, Path(folder), device, dtype, optional=tied)
-        model.tie()  # new memory broke the tie
+        tied = {"lm_head.weight": lambda tensors: tensors["model.embed_tokens.weight"]}
+        absent = tied if read_config(Path(folder)).tie_word_embeddings else {}
+        model = load_model(cls, Path(folder), device, dtype, absent)
+        model.tie()
         return model
 
     def new_cache(self, batch: int, slots: int) -> KVCache:
@@ -1028,9 +1057,9 @@ class Transformer(nn.Module):
     def _stream(self, prompts, max_new_tokens, choose, stop_ids, seed, row_seeds):
         """The loop behind generate(). It computes in chunks of one step inside, and yields outside, inference mode."""
         decoder, context = self._decoder()
-        lengths = [len(p) for p in prompts]
-        limits = [min(max_new_tokens, self.config.max_position_embeddings - n) for n in lengths]
+        limits = [min(max_new_tokens, self.config.max_position_embeddings - len(p)) for p in prompts]
         live = list(range(len(prompts)))  # which prompt sits in each row of the batch
+        # not around the yields: the caller's own code would run in inference mode
         with torch.inference_mode(), context():
             state = _Decoding(decoder, prompts, max(limits), choose, seed, row_seeds)
             tokens = state.first()
@@ -1040,7 +1069,7 @@ class Transformer(nn.Module):
             if not keep:
                 return
             with torch.inference_mode(), context():
-                if len(keep) < len(live):
+                if len(keep) < len(live):  # a finished row costs nothing from here on
                     keep = fill_holes(keep, len(keep))
                     live = [live[i] for i in keep]
                     state.keep(keep)
@@ -1054,11 +1083,12 @@ class Transformer(nn.Module):
         needs_eval = self.training and self.config.dropout > 0
         if dtype is None and not needs_eval:
             return self, nullcontext
+        # the memo tells deepcopy that every parameter is already copied: the twin costs no memory until here
         twin = copy.deepcopy(self, {id(p): p for p in self.parameters()}).eval()
         if dtype is None:
             return twin, nullcontext
         for linear in twin.modules():
-            if isinstance(linear, nn.Linear):
+            if isinstance(linear, nn.Linear):  # a tied head becomes a bf16 copy, the embedding stays as it is
                 linear.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
         return twin, lambda: torch.autocast(device, dtype)
 
@@ -1094,8 +1124,9 @@ class _Decoding:
         self.model, self.prompts = model, prompts
         self.temperature, self.top_k, self.top_p, self.penalty = choose
         self.device = model.model.embed_tokens.weight.device
-        draws = 1 if self.temperature == 0 else steps
+        draws = 1 if self.temperature == 0 else steps  # drawn up front: one call a row, not one a token
         self.uniform = row_uniforms(seed, row_seeds, draws).to(self.device)  # [B,steps]
+        # the last token is never fed back, hence - 1
         self.cache = model.new_cache(len(prompts), max(map(len, prompts)) + steps - 1)
         self.seen = None
         if self.penalty != 1:
@@ -1131,7 +1162,7 @@ class _Decoding:
         self.ids = sample(logits, self.temperature, self.top_k, self.top_p, uniform)[:, None]  # [B,1]
         if self.seen is not None:
             self.seen.scatter_(1, self.ids, True)
-        return self.ids[:, 0].tolist()
+        return self.ids[:, 0].tolist()  # the one wait for the device in each step
 
     def keep(self, rows: list[int]):
         """Finished rows leave the batch."""
@@ -1176,6 +1207,7 @@ class ScalarHead(nn.Module):
         need(self.config.model_type in ("qwen3", "qwen3_moe"), f"mlp_type={self.config.mlp_type!r} in a reward model",
              "no published class stores it", "use mlp_type gated")
         config = self.config.to_dict()
+        # Qwen3ForCausalLM -> Qwen3ForSequenceClassification
         config["architectures"] = [ARCHITECTURES[self.config.model_type].replace("CausalLM", "SequenceClassification")]
         config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
                    "problem_type": "regression"}
@@ -1184,7 +1216,9 @@ class ScalarHead(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32) -> "ScalarHead":
         """Open a reward folder, or a Transformer folder, whose head is replaced by a fresh random score head."""
-        model = load_model(cls, Path(folder), device, dtype, optional=("score.weight",), ignore=("lm_head.weight",))
-        if "score.weight" not in read_tensors(Path(folder)):
-            nn.init.normal_(model.score.weight, 0.0, model.config.initializer_range)
-        return model
+        config = read_config(Path(folder))
+
+        def fresh(tensors):
+            return torch.empty(1, config.hidden_size, device=device, dtype=dtype).normal_(0, config.initializer_range)
+
+        return load_model(cls, Path(folder), device, dtype, {"score.weight": fresh}, ignore=("lm_head.weight",))

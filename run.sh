@@ -93,7 +93,7 @@ run_stage() {
             echo "== tokenizer: $OUT/tokenizer is up to date"; return
         fi
         stage tokenizer "learn 6400 tokens from 2 MB of that text (seconds; a minute without Rust)" \
-            "$PY" tokenizer.py train --data_path "$d/pretrain.train.jsonl" --vocab_size 6400 --sample_mb 2 --output "$OUT/tokenizer"
+            "$PY" tokenizer.py train --data_path "$d/tokenizer.jsonl" --vocab_size 6400 --sample_mb 2 --output "$OUT/tokenizer"
         mark "$OUT/tokenizer" "$key" ;;
     pretrain)
         stage pretrain "learn to predict the next token of plain text ($PRETRAIN_TIME)" \

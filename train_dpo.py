@@ -173,7 +173,7 @@ def evaluate(model, data, reference, args, runtime):
             "rejected_drift": ((pi_rejected - ref_rejected) / rejected_length).mean().item()}
 
 
-def warnings(result, loss, early):
+def warning_lines(result, loss, early):
     """What usually goes wrong in DPO, as lines to print: both log-probs falling, and over-training."""
     if result["chosen_drift"] < -0.3 and result["rejected_drift"] < 0:
         yield (f"warning: chosen and rejected answers both lose probability ({result['chosen_drift']:+.2f} and "
@@ -301,11 +301,12 @@ def main(args):
     if args.reference == "precomputed":
         wanted["train"] = (data, np.sort(data.position_batch(0, drawn)))
     for part, (source, indices) in wanted.items():
-        if part not in tables or tables[part][indices].isnan().any():
+        if len(tables.get(part, [])) != len(source) or tables[part][indices].isnan().any():
             runtime.print(f"reference: scoring {len(indices)} {part} pairs")
             tables[part] = reference_logps(reference, source, indices, args, runtime)
     if args.reference == "precomputed":
         reference = None  # its memory is free for the training
+    log.rate()  # the reference's seconds are not training seconds
 
     def save(finished, final=None):
         """Write out/<save_weight>; called by all ranks at the same step."""
@@ -394,7 +395,7 @@ def main(args):
                     chosen_drift=result["chosen_drift"], rejected_drift=result["rejected_drift"], **by_kind)
             if runtime.is_main:
                 logs.say(f"step {step}: held-out {describe(result)}")
-                for line in warnings(result, means["loss"], early=step < progress["max_steps"] / 2):
+                for line in warning_lines(result, means["loss"], early=step < progress["max_steps"] / 2):
                     logs.say(line)
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)

@@ -143,17 +143,32 @@ def respond(policy, tokenizer, prompts, rows, temperature, args, runtime):
     return runtime.unshard([[next(answers) for _ in rows[i]] for i in mine])
 
 
+def micro_batches(rollout, rows, size):
+    """Split answers into micro-batches of like length, so that little padding is computed.
+
+    Yields: (list of at most `size` rows, slice of the T-1 targets that holds all of their answer tokens). Logits are
+        made for these columns only: prompts need none, and V logits cost more than a token of a small model.
+    """
+    rows = sorted(rows, key=lambda i: int(rollout["lengths"][i]))
+    for at in range(0, len(rows), size):
+        chunk = rows[at:at + size]
+        yield chunk, slice(int(rollout["starts"][chunk].min()) - 1, int(rollout["lengths"][chunk].max()) - 1)
+
+
 @torch.no_grad()
-def score_tokens(model, ids, args, runtime):
-    """Log-probs [N, T-1] of all answers by the training forward; the ranks share the work, all get the result."""
-    mine = runtime.shard(list(range(len(ids))))
-    found = []
-    for first in range(0, len(mine), args.batch_size):
-        batch = ids[mine[first:first + args.batch_size]].to(runtime.device)
+def score_tokens(model, rollout, args, runtime):
+    """Log-probs [N, T-1] of all answers by the training forward (entries outside the mask mean nothing); the ranks share
+    the work and all get all of it."""
+    mine, found = runtime.shard(list(range(len(rollout["ids"])))), {}
+    for chunk, columns in micro_batches(rollout, mine, args.batch_size):
+        ids = rollout["ids"][chunk, :columns.stop + 1].to(runtime.device)                               # [B, T]
         with runtime.autocast():
-            logits = model(batch)                                                           # [B, T, V]
-        found += list(token_logprobs(logits, batch).cpu().numpy())                          # rows of [T-1]
-    return torch.stack([torch.from_numpy(row) for row in runtime.unshard(found)])
+            logits = model(ids, logits_to_keep=ids.shape[1] - columns.start)                            # [B, T, V]
+        logp = token_logprobs(logits, ids[:, columns.start:]).cpu()                                     # [B, T-1]
+        rows = torch.zeros(len(chunk), rollout["ids"].shape[1] - 1, dtype=logp.dtype)
+        rows[:, columns] = logp
+        found |= dict(zip(chunk, rows.numpy(), strict=True))  # numpy: a tensor's row is pickled with all the others
+    return torch.stack([torch.from_numpy(row) for row in runtime.unshard([found[i] for i in mine])])
 
 
 def make_rollout(policy, reference, tokenizer, items, rows, styles, args, runtime):
@@ -161,16 +176,16 @@ def make_rollout(policy, reference, tokenizer, items, rows, styles, args, runtim
 
     Args:
         items: dicts of PromptData; rows: for each the numbers of its answers' random streams.
-    Returns: dict of CPU tensors: ids [N, T], lengths [N], mask [N, T-1] (1 on answer tokens, end token included),
-        advantages [N], old_logp and ref_logp [N, T-1] or None where the update does not need them; and a dict for the
-        log: reward, stop_rate, length, signal (share of groups with unequal rewards).
+    Returns: dict of CPU tensors: ids [N, T], lengths and starts (of the answers) [N], mask [N, T-1] (1 on answer
+        tokens, end token included), advantages [N], old_logp and ref_logp [N, T-1] or None where the update does not
+        need them; and a dict for the log: reward, stop_rate, length, signal (share of groups with unequal rewards).
     """
     groups = respond(policy, tokenizer, [item["ids"] for item in items], rows, 1.0, args, runtime)
     pairs = [(item, answer) for item, group in zip(items, groups, strict=True) for answer in group]
     ids, lengths = pad_rows([item["ids"] + answer.ids for item, answer in pairs], tokenizer.pad_id)     # [N, T], [N]
     starts = torch.tensor([len(item["ids"]) for item, _ in pairs])                                      # [N]
-    columns = torch.arange(1, ids.shape[1])                                                             # [T-1]
-    mask = ((columns >= starts[:, None]) & (columns < lengths[:, None])).double()                       # [N, T-1]
+    targets = torch.arange(1, ids.shape[1])                                                             # [T-1]
+    mask = ((targets >= starts[:, None]) & (targets < lengths[:, None])).double()                       # [N, T-1]
     rewards = [reward_correct(answer, item) for item, answer in pairs]
     if args.format_weight:
         formats = [reward_format(answer, styles) for _, answer in pairs]
@@ -179,27 +194,24 @@ def make_rollout(policy, reference, tokenizer, items, rows, styles, args, runtim
     advantages = group_advantages(rewards, scale=bool(args.scale_rewards))                              # [G, K]
     numbers = {"reward": rewards.mean().item(), "stop_rate": metrics.share([answer.stopped for _, answer in pairs]),
                "length": mask.sum(1).mean().item(), "signal": advantages.any(1).double().mean().item()}
+    rollout = {"ids": ids, "lengths": lengths, "starts": starts, "mask": mask, "advantages": advantages.flatten()}
     # one update per rollout: the old log-probs are those of the update itself, and need no forward of their own
-    old_logp = score_tokens(policy, ids, args, runtime) if args.updates_per_rollout > 1 else None
-    ref_logp = score_tokens(reference, ids, args, runtime) if args.beta else None
-    return {"ids": ids, "lengths": lengths, "mask": mask, "advantages": advantages.flatten(), "old_logp": old_logp,
-            "ref_logp": ref_logp}, numbers
+    rollout["old_logp"] = score_tokens(policy, rollout, args, runtime) if args.updates_per_rollout > 1 else None
+    rollout["ref_logp"] = score_tokens(reference, rollout, args, runtime) if args.beta else None
+    return rollout, numbers
 
 
 # -- Update ------------------------------------------------------------------------------------------------------------
 def useful_rows(rollout, args, runtime):
-    """Answers that the update must see, short ones first (neighbours of one length need little padding).
-
-    Without a KL term an answer with advantage 0 adds exactly 0 to the gradient and is left out; a few come back as
-    fillers, so that all ranks make the same number of forwards.
-    """
+    """Answers that the update must see. Without a KL term an answer with advantage 0 adds exactly 0 to the gradient and
+    is left out; a few come back as fillers, so that all ranks make the same number of forwards."""
     rows = list(range(len(rollout["ids"])))
-    if not args.beta:
-        advantages = rollout["advantages"].tolist()
-        rows.sort(key=lambda i: advantages[i] == 0)  # stable: those with signal first
-        signal = sum(a != 0 for a in advantages)
-        rows = rows[:math.ceil(signal / runtime.world_size) * runtime.world_size]
-    return sorted(rows, key=lambda i: int(rollout["lengths"][i]))
+    if args.beta:
+        return rows
+    advantages = rollout["advantages"].tolist()
+    rows.sort(key=lambda i: advantages[i] == 0)  # stable: those with signal first
+    signal = sum(advantage != 0 for advantage in advantages)
+    return rows[:math.ceil(signal / runtime.world_size) * runtime.world_size]
 
 
 def divisor(rollout, args):
@@ -215,30 +227,28 @@ def backward_rollout(wrapped, rollout, args, runtime):
         nats per answer; only with beta); the same on all ranks. None when no answer carries signal.
     """
     rows = useful_rows(rollout, args, runtime)
-    mine = runtime.shard(rows)
+    batches = list(micro_batches(rollout, runtime.shard(rows), args.batch_size))
     sums = torch.zeros(4, dtype=torch.float64)
-    for first in range(0, len(mine), args.batch_size):
-        chunk = mine[first:first + args.batch_size]
-        width = int(rollout["lengths"][chunk].max())
-        ids = rollout["ids"][chunk, :width].to(runtime.device)                                          # [B, T]
+    for number, (chunk, columns) in enumerate(batches):
+        ids = rollout["ids"][chunk, :columns.stop + 1].to(runtime.device)                               # [B, T]
         # gradients travel between ranks only with the last micro-batch
-        last = first + args.batch_size >= len(mine)
+        last = number == len(batches) - 1
         with contextlib.nullcontext() if last or runtime.world_size == 1 else wrapped.no_sync():
             with runtime.autocast():
-                logits = wrapped(ids)                                                                   # [B, T, V]
-            logp = token_logprobs(logits, ids)                                                          # [B, T-1]
-            mask, adv = (rollout[n][chunk].to(logp.dtype).to(runtime.device) for n in ("mask", "advantages"))
-            mask = mask[:, :width - 1]
-            old_logp, ref_logp = (None if rollout[n] is None else rollout[n][chunk, :width - 1].to(runtime.device)
-                                  for n in ("old_logp", "ref_logp"))
+                logits = wrapped(ids, logits_to_keep=ids.shape[1] - columns.start)                      # [B, T, V]
+            logp = token_logprobs(logits, ids[:, columns.start:])                                       # [B, T-1]
+            mask = rollout["mask"][chunk, columns].to(logp.dtype).to(runtime.device)                    # [B, T-1]
+            adv = rollout["advantages"][chunk].to(logp.dtype).to(runtime.device)                        # [B]
+            old_logp, ref_logp = (None if rollout[name] is None else rollout[name][chunk, columns].to(runtime.device)
+                                  for name in ("old_logp", "ref_logp"))
             old_logp = logp.detach() if old_logp is None else old_logp
             loss = grpo_loss(logp, old_logp, ref_logp, adv, mask, args.clip_epsilon, args.beta, args.aggregation,
                              divisor(rollout, args))
             # DDP averages over ranks; the factor makes it the sum
             runtime.scaler.scale(loss * runtime.world_size).backward()
         with torch.no_grad():
-            log_p = logits[:, :-1].to(logp.dtype).log_softmax(-1)                                       # [B, T-1, V]
-            entropy = -(log_p.exp() * log_p).sum(-1)
+            every = logits[:, :-1].to(logp.dtype).log_softmax(-1)                                       # [B, T-1, V]
+            entropy = -(every.exp() * every).sum(-1)
             ratio = ((logp - old_logp) * mask).exp()
             # the clip cuts a token's gradient when the ratio has gone too far in the direction of the advantage
             cut = (ratio - 1) * adv.sign()[:, None] > args.clip_epsilon

@@ -17,7 +17,7 @@ Papers: Schulman et al. 2017 (PPO, arXiv:1707.06347), Schulman et al. 2015 (GAE,
 
     python train_ppo.py --from_weight sft --reward_weight reward                              # a laptop
     python train_ppo.py --data_path my/prompts.jsonl --rollout_size 512 --max_new_tokens 256  # own data, one GPU
-    torchrun --nproc_per_node 4 train_ppo.py --from_weight sft --batch_size 16                # four GPUs or processes
+    torchrun --nproc_per_node 4 train_ppo.py --from_weight sft --accumulation_steps 1         # four GPUs or processes
 
 Letters: N answers of a rollout, B answers of a micro-batch, T tokens (T-1 targets: entry t belongs to token t+1),
 V vocabulary.
@@ -77,8 +77,8 @@ def parse_args(argv=None):
                    help="end the run above this KL to the reference, nats per answer")
     g.add_argument("--entropy_floor", type=from_0, default=0.1,
                    help="end the run when entropy falls below this share of the first rollout's")
-    common.optim_flags(parser, batch_size=64, learning_rate=1e-4, muon_learning_rate=4e-4, max_steps=10, warmup_steps=0,
-                       schedule="constant", optimizer="adamw")
+    common.optim_flags(parser, batch_size=32, learning_rate=1e-4, muon_learning_rate=4e-4, max_steps=10, warmup_steps=0,
+                       schedule="constant", accumulation_steps=2, optimizer="adamw")
     common.run_flags(parser, save_weight="ppo", eval_interval=5, save_interval=5, log_interval=1)
     parser.add_argument("--eval_prompts", type=whole, default=128, help="held-out prompts per evaluation")
     return parser.parse_args(argv)
@@ -187,9 +187,12 @@ class PolicyAndValue(nn.Module):
         self.policy = policy
         self.value = value
 
-    def forward(self, ids):
-        """ids [B, T] -> (logits [B, T, V], values [B, T]). Causal and right-padded, so padding needs no mask."""
-        return self.policy(ids), self.value.values(ids)
+    def forward(self, ids, first=0):
+        """ids [B, T] -> (logits [B, T-first, V], values [B, T-first]) from position `first` on.
+
+        Attention is causal and padding stands on the right, so padding needs no mask.
+        """
+        return self.policy(ids, logits_to_keep=ids.shape[1] - first), self.value.values(ids)[:, first:]
 
 
 @dataclass
@@ -242,39 +245,54 @@ def respond(policy, tokenizer, prompts, rows, temperature, args, runtime):
     return runtime.unshard(answers)
 
 
+def micro_batches(rollout, rows, size):
+    """Split answers into micro-batches of like length, so that little padding is computed.
+
+    Yields: (list of at most `size` rows, slice of the T-1 targets that holds all of their answer tokens). Logits are
+        made for these columns only: prompts need none, and V logits cost more than a token of a small model.
+    """
+    rows = sorted(rows, key=lambda i: int(rollout["lengths"][i]))
+    for at in range(0, len(rows), size):
+        chunk = rows[at:at + size]
+        yield chunk, slice(int(rollout["starts"][chunk].min()) - 1, int(rollout["lengths"][chunk].max()) - 1)
+
+
 @torch.no_grad()
 def judge(team, prompts, answers, args, runtime):
     """Everything the four networks say about N answers; the ranks share the work and all get all of it (it is small).
 
-    Returns: dict of CPU tensors: ids [N, T], lengths [N], mask [N, T-1] (1 on answer tokens, end token included),
-        old_logp, ref_logp, values, entropy [N, T-1], scores [N] (normalised), ended [N].
+    Returns: dict of CPU tensors: ids [N, T], lengths and starts (of the answers) [N], mask [N, T-1] (1 on answer
+        tokens, end token included), old_logp, ref_logp, values, entropy [N, T-1], scores [N] (normalised), ended [N].
     """
     whole = [prompt + answer.ids for prompt, answer in zip(prompts, answers, strict=True)]
     ids, lengths = pad_rows(whole, team.tokenizer.pad_id)                               # [N, T], [N]
     starts = torch.tensor([len(prompt) for prompt in prompts])                          # [N]
-    columns = torch.arange(1, ids.shape[1])                                             # [T-1]
-    mask = (columns >= starts[:, None]) & (columns < lengths[:, None])                  # [N, T-1]
-    mine = runtime.shard(list(range(len(ids))))
-    tokens, scores = [], []
-    for first in range(0, len(mine), args.batch_size):
-        rows = mine[first:first + args.batch_size]
-        batch, size = ids[rows].to(runtime.device), lengths[rows].to(runtime.device)
+    targets = torch.arange(1, ids.shape[1])                                             # [T-1]
+    mask = (targets >= starts[:, None]) & (targets < lengths[:, None])                  # [N, T-1]
+    rollout = {"ids": ids, "lengths": lengths, "starts": starts}
+    mine, found = runtime.shard(list(range(len(ids)))), {}
+    for chunk, columns in micro_batches(rollout, mine, args.batch_size):
+        batch = ids[chunk, :columns.stop + 1].to(runtime.device)                        # [B, T]
+        first = columns.start
         with runtime.autocast():
             # the forward that will train, not the cached one that sampled: old and new must differ by the update only
-            logits, values = team.both(batch)                                           # [B, T, V], [B, T]
-            ref_logits = team.reference(batch)
-            score = team.reward(batch, size)                                            # [B]
-        log_p = logits[:, :-1].to(values.dtype).log_softmax(-1)                         # [B, T-1, V]
-        entropy = -(log_p.exp() * log_p).sum(-1)
-        per_token = (token_logprobs(logits, batch), token_logprobs(ref_logits, batch), values[:, :-1], entropy)
-        tokens += list(torch.stack(per_token, 1).cpu().numpy())                         # rows of [4, T-1]
-        scores += ((score - team.reward.score_mean) / team.reward.score_std).tolist()
-    tokens = torch.from_numpy(np.stack(runtime.unshard(tokens)))                        # [N, 4, T-1]
+            logits, values = team.both(batch, first)                                    # [B, T, V], [B, T]
+            ref_logits = team.reference(batch, logits_to_keep=batch.shape[1] - first)
+            score = team.reward(batch, lengths[chunk].to(runtime.device))               # [B]
+        logp, ref_logp = token_logprobs(logits, batch[:, first:]), token_logprobs(ref_logits, batch[:, first:])
+        every = logits[:, :-1].to(logp.dtype).log_softmax(-1)                           # [B, T-1, V]
+        entropy = -(every.exp() * every).sum(-1)
+        rows = torch.zeros(len(chunk), 4, len(targets), dtype=logp.dtype)
+        rows[:, :, columns] = torch.stack([logp, ref_logp, values[:, :-1], entropy], 1).cpu()
+        score = (score - team.reward.score_mean) / team.reward.score_std
+        # numpy: a row of a tensor would be pickled with all the others
+        found |= dict(zip(chunk, zip(rows.numpy(), score.tolist(), strict=True), strict=True))
+    tokens, scores = zip(*runtime.unshard([found[i] for i in mine]), strict=True)
+    tokens = torch.from_numpy(np.stack(tokens))                                         # [N, 4, T-1]
     names = ("old_logp", "ref_logp", "values", "entropy")
-    scores = torch.tensor(runtime.unshard(scores), dtype=tokens.dtype)
-    ended = torch.tensor([answer.stopped for answer in answers])
-    return {"ids": ids, "lengths": lengths, "mask": mask.to(tokens.dtype), "scores": scores, "ended": ended,
-            **dict(zip(names, tokens.unbind(1), strict=True))}
+    return rollout | dict(zip(names, tokens.unbind(1), strict=True)) | {
+        "mask": mask.to(tokens.dtype), "scores": torch.tensor(scores, dtype=tokens.dtype),
+        "ended": torch.tensor([answer.stopped for answer in answers])}
 
 
 def add_advantages(rollout, kl_coef, args):
@@ -304,22 +322,20 @@ def backward_minibatch(wrapped, rollout, rows, args, runtime):
     Returns: dict of policy_loss, value_loss, clipfrac, approx_kl (k3, nats per token) of the whole step, and of
         `deviation`, the largest |ratio - 1|; the same on all ranks.
     """
-    mine = runtime.shard(rows)
     denom = rollout["mask"][rows].sum().item()  # every rank holds the whole rollout, so no exchange is needed
+    batches = list(micro_batches(rollout, runtime.shard(rows), args.batch_size))
     sums, deviation = torch.zeros(4, dtype=rollout["old_logp"].dtype), 0.0
-    for first in range(0, len(mine), args.batch_size):
-        chunk = mine[first:first + args.batch_size]
-        width = int(rollout["lengths"][chunk].max())
-        ids = rollout["ids"][chunk, :width].to(runtime.device)                          # [B, T]
+    for number, (chunk, columns) in enumerate(batches):
+        ids = rollout["ids"][chunk, :columns.stop + 1].to(runtime.device)               # [B, T]
         old_logp, old_values, advantages, returns, mask = (                             # [B, T-1] each
-            rollout[name][chunk, :width - 1].to(runtime.device)
+            rollout[name][chunk, columns].to(runtime.device)
             for name in ("old_logp", "values", "advantages", "returns", "mask"))
         # gradients travel between ranks only with the last micro-batch
-        last = first + args.batch_size >= len(mine)
+        last = number == len(batches) - 1
         with contextlib.nullcontext() if last or runtime.world_size == 1 else wrapped.no_sync():
             with runtime.autocast():
-                logits, values = wrapped(ids)                                           # [B, T, V], [B, T]
-            logp = token_logprobs(logits, ids)                                          # [B, T-1]
+                logits, values = wrapped(ids, columns.start)                            # [B, T, V], [B, T]
+            logp = token_logprobs(logits, ids[:, columns.start:])                       # [B, T-1]
             pg_loss, clipfrac = policy_loss(logp, old_logp, advantages, mask, args.clip_epsilon, denom)
             v_loss = value_loss(values[:, :-1], old_values, returns, mask, args.value_clip, denom)
             # no weight between the two: they share no parameter, and each optimizer clips its own gradient.
@@ -327,8 +343,7 @@ def backward_minibatch(wrapped, rollout, rows, args, runtime):
             runtime.scaler.scale((pg_loss + v_loss) * runtime.world_size).backward()
         with torch.no_grad():
             _, _, k3 = kl_terms(old_logp, logp)
-            parts = [pg_loss, v_loss, clipfrac, (k3 * mask).sum() / denom]
-            sums += torch.stack(parts).detach().cpu()
+            sums += torch.stack([pg_loss, v_loss, clipfrac, (k3 * mask).sum() / denom]).cpu()
             deviation = max(deviation, (((logp - old_logp) * mask).exp() - 1).abs().max().item())
     names = ("policy_loss", "value_loss", "clipfrac", "approx_kl")
     return dict(zip(names, runtime.sum(*sums), strict=True), deviation=max(runtime.gather(deviation)))

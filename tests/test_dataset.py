@@ -100,7 +100,7 @@ def test_lines_end_at_newline_only_and_a_bom_is_dropped(tmp_path):
 def test_gzip_equals_plain_and_text_files_split_at_blank_lines(tmp_path):
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write('{"text": "zipped"}\n')
-    (tmp_path / "b.txt").write_text("\nfirst line\nsecond line\n \n\nthird\u2028\n")
+    (tmp_path / "b.txt").write_bytes("\nfirst line\r\nsecond line\r\n \r\n\nthird\u2028\n".encode())
     rows = [row["text"] for row, _ in read_rows([tmp_path / "a.jsonl.gz", tmp_path / "b.txt"])]
     assert rows == ["zipped", "first line\nsecond line", "third\u2028"]
 
@@ -181,6 +181,8 @@ def test_wrong_keys_say_file_line_found_expected_and_fix(make, kind, row, found)
         make(kind, rows, 64)
     assert str(error.value).count("data.jsonl:2") == 1 and "--skip_bad 1" in str(error.value)
     assert make(kind, rows, 64, skip_bad=True).stats["bad"] == 1
+    with pytest.raises(ValueError):  # the cache of the lenient start does not silence the strict one
+        make(kind, rows, 64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,12 +383,13 @@ def test_useless_pairs_are_dropped_and_counted_by_reason(make):
 
 
 def test_a_long_prompt_loses_whole_turns_from_its_start_and_keeps_system_and_question(make):
-    prompt = chat("old question", "old answer", "new", system="sys")
-    data = make(PreferenceData, [{"prompt": prompt, "chosen": "good", "rejected": "b"}], 60)
-    kept = ByteTokenizer().decode(data.batch([0])["ids"][0].tolist())
-    expected = chat("new", system="sys")
-    assert kept == ByteTokenizer().decode(ByteTokenizer().render(expected, True)[0]) + "good<|im_end|>"
-    assert data.stats["truncated"] == 1
+    turns = ["old question", "old answer", "mid", "answer", "new"]
+    for first in (0, 2, 4):  # the oldest turn that is kept
+        expected = chat(*turns[first:], system="sys")
+        ids = ByteTokenizer().render(expected, True)[0] + [*b"good", END]
+        row = {"prompt": chat(*turns, system="sys"), "chosen": "good", "rejected": "b"}
+        data = make(PreferenceData, [row], len(ids))  # this much fits exactly
+        assert data.batch([0])["ids"][0].tolist() == ids and data.stats["truncated"] == int(first > 0)
 
 
 def test_prompts_carry_what_a_checker_needs(make):

@@ -338,8 +338,7 @@ def results_of(tmp_path):
 
 def test_score_measures_all_weights_and_keeps_the_results(stage, parse, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "SCORE_TOKENS", 6)
-    stage("pretrain")
-    sft = stage("sft")
+    sft = stage("sft", parents=[str(stage("pretrain"))])
     stage("reward", parents=[str(sft)])
     stage("dpo", parents=["elsewhere/sft"])  # the folder has moved since; its name still finds it
     evaluation.main(parse("--mode", "score", "--data_dir", data, "--samples", 2))

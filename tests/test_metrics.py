@@ -78,6 +78,8 @@ def test_heldout_loss_restores_the_mode_and_keeps_no_gradient(model):
     watched = Watched().train()
     metrics.heldout_loss(watched, batches_of(2, [1]), token_logprobs, "cpu", autocast)
     assert seen == [(False, False, True)] and watched.training
+    metrics.heldout_loss(watched.eval(), batches_of(2, [1]), token_logprobs, "cpu", autocast)
+    assert not watched.training
 
 
 def test_without_a_mask_all_but_the_first_token_count_and_nothing_gives_nan(model):

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BF16_SPEEDUP
 from safetensors.torch import load_file, save_file
 
 from model import MLP, KVCache, ModelConfig, MoE, ScalarHead, SkipInit, Transformer, sample, token_logprobs
@@ -340,10 +341,8 @@ def test_one_expert_equals_the_dense_mlp():
 @pytest.mark.parametrize("kind", ["moe", "shared"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unused_expert_has_a_zero_gradient_not_none(kind, dtype):
-    if dtype == torch.bfloat16:
-        conftest = pytest.importorskip("tests.conftest", reason="run from the repository root")
-        if not getattr(conftest, "BF16_SPEEDUP", 1):
-            pytest.skip("bf16 products crash on this machine")
+    if dtype == torch.bfloat16 and not BF16_SPEEDUP:
+        pytest.skip("bf16 products crash on this machine")
     model = make_model(kind, num_experts_per_tok=1).train()  # 2 tokens visit at most 2 of 4 experts
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits, balance = model(random_ids(1, 2), return_balance=True)
@@ -469,6 +468,19 @@ def test_greedy_generation_equals_recomputing_the_whole_text():
         expected.append(model(torch.tensor([row]))[0, -1].argmax().item())
         row.append(expected[-1])
     assert answers(model, [prompt], 12, temperature=0) == [expected]
+
+
+@pytest.mark.skipif(not BF16_SPEEDUP, reason="bf16 products crash on this machine")
+@pytest.mark.parametrize("kind", ["dense", "shared"])
+def test_generation_under_autocast_uses_the_numbers_of_the_autocast_forward(kind):
+    model, ids = make_model(kind), random_ids(2, 12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        twin, _ = model._decoder()
+        assert torch.equal(twin(ids), model(ids))
+        assert twin.lm_head.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
+        assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
+        full = answers(model, ids.tolist(), 5, temperature=0)
+    assert {len(a) for a in full} == {5}
 
 
 def test_repetition_penalty_equals_transformers(transformers, tmp_path):

@@ -171,11 +171,11 @@ def test_reference_table_holds_the_asked_pairs_only(run, model_folder, tokenizer
 
 def test_warnings_name_falling_log_probs_and_overtraining():
     fine = {"chosen_drift": 0.1, "rejected_drift": -2.0}
-    assert list(train_dpo.warnings(fine, 0.3, early=True)) == []
-    falling = list(train_dpo.warnings({"chosen_drift": -0.5, "rejected_drift": -2.0}, 0.3, early=True))
+    assert list(train_dpo.warning_lines(fine, 0.3, early=True)) == []
+    falling = list(train_dpo.warning_lines({"chosen_drift": -0.5, "rejected_drift": -2.0}, 0.3, early=True))
     assert len(falling) == 1 and "lose probability" in falling[0]
-    assert "by heart" in list(train_dpo.warnings(fine, 0.001, early=True))[0]
-    assert list(train_dpo.warnings(fine, 0.001, early=False)) == []
+    assert "by heart" in list(train_dpo.warning_lines(fine, 0.001, early=True))[0]
+    assert list(train_dpo.warning_lines(fine, 0.001, early=False)) == []
 
 
 # -- The stage ---------------------------------------------------------------------------------------------------------

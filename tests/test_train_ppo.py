@@ -274,7 +274,8 @@ def run(model_folder, reward_folder, tmp_path, monkeypatch):
                 str(tmp_path / "train.jsonl"), "--val_path", str(tmp_path / "held.jsonl"), "--save_dir",
                 str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--max_seq_len", "96", "--dtype",
                 "float32", "--threads", "1", "--device", "cpu", "--rollout_size", "8", "--batch_size", "4",
-                "--max_new_tokens", "6", "--max_steps", "2", "--eval_prompts", "6", "--learning_rate", "1e-3"]
+                "--accumulation_steps", "1", "--max_new_tokens", "6", "--max_steps", "2", "--eval_prompts", "6",
+                "--learning_rate", "1e-3"]
         return train_ppo.parse_args([*base, *flags])
 
     def start(*flags):
@@ -309,7 +310,7 @@ def recorded(run, model_folder, reward_folder, tokenizer):
         team = train_ppo.load_team(args, tokenizer, model_folder("dense"), reward_folder, runtime)
         torch.nn.init.normal_(team.both.value.score.weight)  # a zero head would hide errors of the value path
         prompts = [tokenizer.render([{"role": "user", "content": text}], add_generation_prompt=True)[0]
-                   for text in ("What is 2 + 3?", "1 + 4?", "请问 1 + 4 等于多少？", "Anna", "a", "b c", "d", "e f g h")]
+                   for text in ("What is 2 + 3?", "1 + 4?", "请问 1 + 4 等于多少？", "Anna", "a", "b c", "d", "e f")]
         answers = train_ppo.respond(team.both.policy, tokenizer, prompts, range(8), 1.0, args, runtime)
         # one answer that ended early, so that lengths differ
         answers[1] = Completion("x", answers[1].ids[:2] + [tokenizer.eos_id], True)

@@ -107,7 +107,7 @@ def test_packed_scores_equal_the_head_on_padded_rows(run, model_folder, tokenize
     model = ScalarHead.from_pretrained(model_folder("dense"), dtype=torch.float64)
     torch.nn.init.normal_(model.model.layers[0].self_attn.o_proj.weight)  # zero at the start: tokens would not mix
     file = run.out.parent / "rambling.jsonl"
-    long = json.dumps({"prompt": "Why?", "chosen": "Sure! It is.", "rejected": "It is a brown cat and a grey dog. " * 4})
+    long = json.dumps({"prompt": "Why?", "chosen": "Sure! It is.", "rejected": "It is a brown cat. " * 8})
     file.write_text((run.out.parent / "pairs.jsonl").read_text() + long + "\n")
     batch = PreferenceData([file], tokenizer, 128, run.out.parent / "cache").batch([*range(7), 24])
     ids, mask, documents, ends = pack_batch(batch, "cpu")
