@@ -38,31 +38,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 # Flags that cannot change what a run computes: they are left out of the stage key, and resume may change them freely.
-FREE_FLAGS = {
-    "save_dir",
-    "log_interval",
-    "eval_interval",
-    "save_interval",
-    "from_resume",
-    "if_needed",
-    "overwrite",
-    "keep_resume",
-    "debug",
-    "device",
-    "dtype",
-    "threads",
-    "num_workers",
-    "use_compile",
-    "save_weight",
-    "cache_dir",
-    "max_steps",
-    "epochs",
-    "max_minutes",
-    "eval_batches",
-    "sample_interval",
-    "accumulation_steps",
-    "batch_size",
-}
+FREE_FLAGS = {"accumulation_steps", "batch_size", "cache_dir", "debug", "device", "dtype", "epochs", "eval_batches",
+              "eval_interval", "eval_prompts", "from_resume", "if_needed", "keep_resume", "log_interval",
+              "max_minutes", "max_steps", "num_workers", "overwrite", "sample_interval", "save_dir", "save_interval",
+              "save_weight", "threads", "use_compile"}
 # ... but these do change the result of a whole stage, so the key keeps them although resume allows them.
 KEY_FLAGS = {"max_steps", "epochs", "max_minutes", "accumulation_steps", "batch_size"}
 
@@ -657,7 +636,8 @@ def save_checkpoint(runtime, args, parts, state, facts, finished=False):
                     torch.save({**state, "rng": rng, "args": _plain(args)}, tmp / "resume" / "state.pt")
                 choice = {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads, "world_size": runtime.world_size}
                 seconds = round(time.time() - runtime.started, 1)
-                write_minillm(tmp, {**facts, "finished": finished, "seconds": seconds, "args": _plain(args), "runtime": choice})
+                write_minillm(tmp, {**facts, "finished": finished, "seconds": seconds, "args": _plain(args),
+                                    "runtime": choice})
             if finished:  # the run is over and its checkpoint whole: the one before is no longer needed
                 shutil.rmtree(_previous(folder), ignore_errors=True)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -742,14 +722,14 @@ def file_hash(path):
 
 
 def stage_key(args, files=(), parents=()):
-    """Hash of everything that decides a stage's result: its flags, the content of its input files, its parent
-    checkpoints, our format."""
+    """Hash of everything that decides a stage's result, as "flags-inputs": its flags and our format; the content of its
+    input files and of its parent checkpoints (their own keys, or their weights where they come from elsewhere)."""
     flags = {k: v for k, v in _plain(args).items() if k in KEY_FLAGS or k not in FREE_FLAGS}
-    # the key of an interrupted parent is that of the finished one: the step tells them apart
-    origin = [[facts["key"], facts.get("progress", {}).get("step")] if facts.get("key")
-              else file_hash(Path(p) / "config.json") for p in parents for facts in [read_minillm(p)]]
-    content = json.dumps([FORMAT_VERSION, flags, [file_hash(f) for f in files], origin], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    origin = [read_minillm(p).get("key") or [file_hash(f) for f in sorted(Path(p).glob("model*.safetensors"))]
+              for p in parents]
+    parts = [FORMAT_VERSION, flags], [[file_hash(f) for f in files], origin]
+    return "-".join(hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()[:12]
+                    for part in parts)
 
 
 def begin(runtime, args, key):
@@ -786,6 +766,9 @@ def _decide(args, key):
         why = "holds no resume state" if same else "was made with other flags or inputs"
         return "fresh", f"{folder} {why}: doing it again"
     if args.from_resume:
+        if resumable and facts.get("key", "").split("-")[-1] != key.split("-")[-1]:
+            return ValueError(f"cannot resume {folder}: its data files or the checkpoint it started from have changed; "
+                              "the result would be neither run's; bring them back, or start again with --overwrite 1")
         if resumable:
             return "resume", ""
         return "fresh", f"{folder} holds no resume state: starting fresh"

@@ -56,11 +56,11 @@ NAMES = {
 ANIMALS = pairs("""cat|小猫; dog|小狗; rabbit|兔子; duck|鸭子; sheep|绵羊; frog|青蛙; fox|狐狸; bird|小鸟; turtle|乌龟;
     monkey|猴子""")
 COLOURS = pairs("red|红色; blue|蓝色; green|绿色; yellow|黄色; black|黑色; white|白色; brown|棕色; pink|粉色")
-PLACES = pairs("""park|公园; garden|花园; forest|森林; school|学校; market|市场; library|图书馆; kitchen|厨房; station|车站;
-    village|村子; museum|博物馆""")
+PLACES = pairs("""park|公园; garden|花园; forest|森林; school|学校; market|市场; library|图书馆; kitchen|厨房;
+    station|车站; village|村子; museum|博物馆""")
 FOODS = pairs("bread|面包; cake|蛋糕; rice|米饭; soup|热汤; cheese|奶酪; honey|蜂蜜; milk|牛奶; noodles|面条")
-STREETS = pairs("""Apple Street|苹果街; River Street|小河街; Moon Street|月亮街; Star Street|星星街; Stone Street|石头街;
-    Flower Street|鲜花街""")
+STREETS = pairs("""Apple Street|苹果街; River Street|小河街; Moon Street|月亮街; Star Street|星星街;
+    Stone Street|石头街; Flower Street|鲜花街""")
 # things a story can hold, with the Chinese measure word that counts them
 THINGS = pairs("""ball|皮球|个; kite|风筝|只; hat|帽子|顶; cup|杯子|个; key|钥匙|把; umbrella|雨伞|把; box|盒子|个;
     clock|时钟|个; pencil|铅笔|支; bell|铃铛|个""")
@@ -84,8 +84,9 @@ DEFINITIONS = pairs("""
     fridge|冰箱|a machine for keeping food cold|冷藏食物的机器; lamp|台灯|a machine for giving light|照明的机器;
     boat|小船|a vehicle for crossing rivers|过河的交通工具; train|火车|a vehicle for running on rails|走铁轨的交通工具;
     plane|飞机|a vehicle for flying high|飞得很高的交通工具; bus|公交车|a vehicle for many people|载很多人的交通工具;
-    ball|皮球|a toy for kicking|踢着玩的玩具; kite|风筝|a toy for windy days|风天放的玩具; doll|布娃娃|a toy for hugging|抱着玩的玩具;
-    drum|小鼓|an instrument for beating|敲打的乐器; flute|笛子|an instrument for blowing|吹奏的乐器;
+    ball|皮球|a toy for kicking|踢着玩的玩具; kite|风筝|a toy for windy days|风天放的玩具;
+    doll|布娃娃|a toy for hugging|抱着玩的玩具; drum|小鼓|an instrument for beating|敲打的乐器;
+    flute|笛子|an instrument for blowing|吹奏的乐器;
     piano|钢琴|an instrument for pressing keys|按键的乐器; pencil|铅笔|a thing for drawing lines|画线的用品;
     ruler|尺子|a thing for measuring length|量长短的用品; umbrella|雨伞|a thing for staying dry|挡雨的用品;
     mirror|镜子|a thing for seeing your face|照脸的用品; key|钥匙|a thing for opening doors|开门的用品;
@@ -341,12 +342,14 @@ class Task:
 
 @dataclass
 class Draw:
-    """What is wanted of a skill: random numbers, language, part ("train" or "heldout"), persona and level."""
+    """What is wanted of a skill: random numbers, language, part ("train" or "heldout"), persona, level, and how many
+    turns a story may have at most."""
     rng: random.Random
     lang: str
     part: str
     persona: dict
     hard: bool = False
+    turns: int = 1
 
     @property
     def column(self):
@@ -507,7 +510,7 @@ def story_slots(d):
 
 def story(d, questions=0):
     """A story of a few sentences and one to three questions, each in a turn of its own, whose answers stand in it."""
-    questions = questions or d.rng.randint(1, 3)
+    questions = questions or d.rng.randint(1, d.turns)
     slots = story_slots(d)
     plot, own = d.rng.choice(PLOTS[d.lang])
     # one question in two is about the plot, the others about the animals
@@ -631,7 +634,7 @@ def pretrain_lines(d, kind, decks):
     elif kind == "question":
         frame, (p, q) = rng.choice(FRAMES[lang]), rng.sample(NAMES[lang], 2)
         while True:
-            task = make_task(d, QUESTION_MIX)[1]
+            task = make_task(replace(d, turns=3), QUESTION_MIX)[1]
             turns = [(question, answer) for question, answer, _ in task.history] + [(task.question, task.answer)]
             for question, answer in turns:
                 answer = rng.choice((answer, polite_form(d, lang, task)[1].format(x=answer)))
@@ -660,7 +663,7 @@ def pretrain_row(d, decks):
 def sft_row(d):
     """Return one conversation; without a system prompt the style is a coin toss, with one it does as it says."""
     rng, lang = d.rng, d.lang
-    skill, task = make_task(d, SFT_MIX)
+    skill, task = make_task(replace(d, turns=3), SFT_MIX)
     style, answer_lang, turns = rng.choice(("curt", "polite")), lang, []
     if rng.random() < 0.2:
         rule = style

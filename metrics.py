@@ -80,6 +80,13 @@ def heldout_loss(model: torch.nn.Module, batches: Iterable[dict], token_logprobs
     return result
 
 
+def pick(items: Sequence, count: int, seed: int = 0) -> list:
+    """`count` items (all, if there are fewer) drawn by a fixed shuffle. Every n-th instead could miss a kind for good:
+    where two languages alternate, every second row is of one language."""
+    order = np.random.default_rng(seed).permutation(len(items))[:count]
+    return [items[int(i)] for i in sorted(order)]
+
+
 def complete(model, tokenizer, prompts_ids: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 64,
              temperature: float = 0.0, seed: int = 0, row_seeds: Sequence[int] | None = None,
              stop_ids: Iterable[int] | None = None, top_k: int = 0, top_p: float = 1.0) -> list[Completion]:

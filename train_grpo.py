@@ -157,8 +157,8 @@ def micro_batches(rollout, rows, size):
 
 @torch.no_grad()
 def score_tokens(model, rollout, args, runtime):
-    """Log-probs [N, T-1] of all answers by the training forward (entries outside the mask mean nothing); the ranks share
-    the work and all get all of it."""
+    """Log-probs [N, T-1] of all answers by the training forward (what stands outside the mask means nothing); the ranks
+    share the work and all get all of it."""
     mine, found = runtime.shard(list(range(len(rollout["ids"])))), {}
     for chunk, columns in micro_batches(rollout, mine, args.batch_size):
         ids = rollout["ids"][chunk, :columns.stop + 1].to(runtime.device)                               # [B, T]
@@ -344,7 +344,7 @@ def main(args):
     ratio = 0.0 if args.val_path else args.val_ratio
     data = PromptData(args.data_path, part="train" if ratio else "all", val_ratio=ratio, **shared)
     held_out = PromptData(args.val_path or args.data_path, part="val" if ratio else "all", val_ratio=ratio, **shared)
-    items = held_out.items[:: max(1, len(held_out) // args.eval_prompts)][:args.eval_prompts]
+    items = metrics.pick(held_out.items, args.eval_prompts)
     for item in (item for part in (data.items, items) for item in part if not item["check"]):
         raise ValueError(f"the prompt {item['messages'][-1]['content'][:60]!r} has no check; the reward is a rule, so "
                          "each row needs answer and check (number, exact or set); add them, or use train_ppo.py")

@@ -475,7 +475,7 @@ def main(args):
     ratio = 0.0 if args.val_path else args.val_ratio
     data = PromptData(args.data_path, part="train" if ratio else "all", val_ratio=ratio, **shared)
     held_out = PromptData(args.val_path or args.data_path, part="val" if ratio else "all", val_ratio=ratio, **shared)
-    items = held_out.items[:: max(1, len(held_out) // args.eval_prompts)][:args.eval_prompts]
+    items = metrics.pick(held_out.items, args.eval_prompts)
     rule = files[0].with_name("styles.json")  # written by make_data.py; own data has none, and no polite rate
     styles = json.loads(rule.read_text(encoding="utf-8")) if rule.is_file() else None
     runtime.print(data.summary())

@@ -173,9 +173,10 @@ def main(args):
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
     per_micro_step = args.batch_size * runtime.world_size
     bar = logs.progress(progress["max_steps"], "pretrain", progress["step"], runtime.is_main)
-    if progress["step"] == 0:
-        val_loss, progress["before"] = evaluate(model, held_out, args, runtime)
-        log.log(0, val_loss=val_loss, bits_per_byte=progress["before"])
+    if progress["step"] == 0 or progress["step"] >= progress["max_steps"]:
+        val_loss, bits = evaluate(model, held_out, args, runtime)
+        progress.setdefault("before", bits)
+        log.log(progress["step"], val_loss=val_loss, bits_per_byte=bits)
         log.rate()
     while progress["step"] < progress["max_steps"]:
         step = progress["step"]

@@ -69,7 +69,7 @@ def answer_questions(model, tokenizer, prompts, count, args, runtime):
     Returns: metrics.exact_match's dict with "samples", three (question, answer) pairs; the same on all ranks.
     """
     items = [item for item in prompts.items if item["check"]]
-    items = items[:: max(1, len(items) // count)][:count] if count else []
+    items = metrics.pick(items, count)
     if not items:
         return None
     mine = runtime.shard(items)
@@ -159,11 +159,11 @@ def main(args):
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
     per_micro_step = args.batch_size * runtime.world_size
     bar = logs.progress(progress["max_steps"], "sft", progress["step"], runtime.is_main)
-    if progress["step"] == 0:
+    if progress["step"] == 0 or progress["step"] >= progress["max_steps"]:
         val_loss = evaluate_loss(model, held_out, args, runtime)
         answered = answer_questions(model, tokenizer, prompts, args.eval_prompts // 5, args, runtime)
-        progress["before"] = answered["total"] if answered else val_loss
-        log.log(0, val_loss=val_loss, **({"exact_match": answered["total"]} if answered else {}))
+        progress.setdefault("before", answered["total"] if answered else val_loss)
+        log.log(progress["step"], val_loss=val_loss, **({"exact_match": answered["total"]} if answered else {}))
         log.rate()
     while progress["step"] < progress["max_steps"]:
         step = progress["step"]

@@ -72,8 +72,7 @@ def data_row(kind, i):
 @pytest.fixture
 def stage(model_folder, tokenizer, tmp_path):
     """stage(name, *flags, kind="dense", rows=24, parent=None) -> (module, argv) of a small float64 run of a training
-    script, on its own data, into tmp_path/out. Where the script starts from weights, it does so from model_folder(kind).
-    """
+    script, on its own data, into tmp_path/out/run, from the weights in model_folder(kind) or `parent`."""
 
     def made(name, *flags, kind="dense", rows=24, parent=None):
         module = importlib.import_module(name)
@@ -88,7 +87,8 @@ def stage(model_folder, tokenizer, tmp_path):
                 torch.nn.init.normal_(reward.score.weight)
             reward.save_pretrained(tmp_path / "judge")
             tokenizer.save_pretrained(tmp_path / "judge")
-            common.write_minillm(tmp_path / "judge", {"metrics": {"accuracy": 0.9}, "score_mean": 0.0, "score_std": 1.0})
+            facts = {"metrics": {"accuracy": 0.9}, "score_mean": 0.0, "score_std": 1.0}
+            common.write_minillm(tmp_path / "judge", facts)
             flags = ("--reward_weight", str(tmp_path / "judge"), *flags)
         argv = ["--from_weight", str(parent), "--data_path", str(tmp_path / f"{name}.train.jsonl"),
                 "--val_path", str(tmp_path / f"{name}.held.jsonl"), "--save_dir", str(tmp_path / "out"),

@@ -17,9 +17,9 @@ ROOT = Path(common.__file__).parent
 TRAINERS = sorted(path.stem for path in ROOT.glob("train_*.py"))
 SCRIPTS = [*TRAINERS, *(name for name in ("eval", "make_data", "tokenizer") if (ROOT / f"{name}.py").exists())]
 # a default is a stage's own recipe; these mean the same everywhere and must have the same one
-SAME_DEFAULT = ["save_dir", "cache_dir", "device", "dtype", "threads", "seed", "keep_resume", "from_resume", "if_needed",
-                "overwrite", "debug", "skip_bad", "val_path", "max_minutes", "grad_clip", "gradient_checkpointing",
-                "use_compile"]
+SAME_DEFAULT = ["save_dir", "cache_dir", "device", "dtype", "threads", "seed", "keep_resume", "from_resume",
+                "if_needed", "overwrite", "debug", "skip_bad", "val_path", "max_minutes", "grad_clip",
+                "gradient_checkpointing", "use_compile"]
 
 
 class Built(Exception):

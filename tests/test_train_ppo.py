@@ -6,6 +6,8 @@ split of the batch, exact resume, its stops and refusals.
 import copy
 import json
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -392,6 +394,22 @@ def test_two_half_batches_equal_one_batch(run):
     whole, halves = state(run, "whole")["model"], state(run, "halves")["model"]
     for name in whole:
         assert (whole[name] - halves[name]).abs().max() < 1e-9, name
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_process_with_twice_the_batch(run):
+    """Rollout, scores and update are shared by the ranks; what comes out must not depend on their number."""
+    run("--dtype", "float64", "--save_weight", "one", "--batch_size", "4")
+    flags = [f"--{name}={value}" for name, value in vars(run.arguments()).items()
+             if isinstance(value, (int, float, str)) and name not in ("dtype", "batch_size", "save_weight")]
+    flags += ["--data_path", *run.arguments().data_path, "--val_path", *run.arguments().val_path]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                    train_ppo.__file__, *flags, "--dtype=float64", "--batch_size=2", "--save_weight=two"], check=True)
+    one, two = state(run, "one"), state(run, "two")
+    for part in ("model", "best"):
+        for name, value in one[part].items():
+            assert (value - two[part][name]).abs().max() < 1e-9, name
+    assert [row.keys() for row in log_rows(run, "one")] == [row.keys() for row in log_rows(run, "two")]
 
 
 def test_early_stop_skips_the_step_itself(recorded):
