@@ -70,7 +70,9 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+    def _get_help_string(self, action):
+        # "(default: None)" would tell nobody anything; such a flag's help says what its absence means
+        return action.help if action.default in (None, "", []) else super()._get_help_string(action)
 
 
 def switch(parser, name, default, help):
@@ -725,8 +727,11 @@ def stage_key(args, files=(), parents=()):
     """Hash of everything that decides a stage's result, as "flags-inputs": its flags and our format; the content of its
     input files and of its parent checkpoints (their own keys, or their weights where they come from elsewhere)."""
     flags = {k: v for k, v in _plain(args).items() if k in KEY_FLAGS or k not in FREE_FLAGS}
-    origin = [read_minillm(p).get("key") or [file_hash(f) for f in sorted(Path(p).glob("model*.safetensors"))]
-              for p in parents]
+    origin = []
+    for parent in parents:
+        facts = read_minillm(parent)  # its key says how it was made, its step how far it had come
+        origin.append([facts["key"], facts.get("progress", {}).get("step")] if "key" in facts
+                      else [file_hash(f) for f in sorted(Path(parent).glob("model*.safetensors"))])
     parts = [FORMAT_VERSION, flags], [[file_hash(f) for f in files], origin]
     return "-".join(hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()[:12]
                     for part in parts)

@@ -398,6 +398,30 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> t
     return ids, lengths
 
 
+def pack_batch(batch, device):
+    """Lay the rows of a preference batch end to end, several to a row, so that short answers do not pay for long ones.
+
+    Returns: ids, mask and documents (which row of the batch a token is from, -1 on padding), all [R, T] with R <= 2B,
+        and ends [2B], where the last token of each row went to in [R * T]; on the device.
+    """
+    lengths, width = batch["lengths"], batch["ids"].shape[1]
+    # the longest first: the short ones fill what they leave
+    row_of = pack(lengths.numpy(), np.argsort(-lengths.numpy(), kind="stable"), width)
+    filled = np.zeros(row_of.max() + 1, np.int64)                               # [R]
+    first = torch.empty_like(lengths)                                           # [2B], where a row begins in [R * T]
+    for source, row in enumerate(row_of):
+        first[source] = int(row * width + filled[row])
+        filled[row] += int(lengths[source])
+    real = torch.arange(width) < lengths[:, None]                               # [2B, T]
+    place = (first[:, None] + torch.arange(width))[real]                        # [tokens]
+    ids = torch.zeros(len(filled) * width, dtype=torch.int64)                   # padding is masked: any id will do
+    mask, documents = torch.zeros(len(ids)), torch.full_like(ids, -1)
+    ids[place], mask[place] = batch["ids"][real], batch["mask"][real]
+    documents[place] = torch.arange(len(lengths))[:, None].expand(-1, width)[real]
+    tables = [x.view(-1, width).to(device, non_blocking=True) for x in (ids, mask, documents)]
+    return *tables, (first + lengths - 1).to(device)
+
+
 def _ragged(pieces: list[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Sequences -> (items, lengths)."""
     items = np.concatenate([np.asarray(piece, np.int64) for piece in pieces]) if pieces else np.empty(0, np.int64)

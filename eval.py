@@ -90,8 +90,8 @@ def parse_args(argv=None):
     common.switch(g, "--show_speed", 1, "show tokens per second after each answer")
     g = parser.add_argument_group("scores")
     g.add_argument("--data_dir", default="out/data", help="folder with {pretrain,sft,preference,rl}.heldout.jsonl")
-    g.add_argument("--limit", type=count,
-                   help=f"items per held-out set, 0 = all; left out: {', '.join(f'{k} {v}' for k, v in CAPS.items())}")
+    g.add_argument("--limit", type=int, default=-1,
+                   help=f"items per held-out set, 0 = all, -1 = {', '.join(f'{k} {v}' for k, v in CAPS.items())}")
     g.add_argument("--bpb", nargs="+", default=[], help="only bits per byte, of these files or globs (text, lang)")
     g.add_argument("--max_seq_len", type=count, default=0,
                    help="tokens per window in bits per byte, 0 = what the model was trained with, or its context")
@@ -108,6 +108,7 @@ def parse_args(argv=None):
     common.switch(g, "--debug", 0, "show the traceback of an error")
     args = parser.parse_args(argv)
     if not args.mode:
+        # what is given says what is wanted: nobody types a prompt to start a chat
         asked = {"single": args.prompt, "batch": args.prompts, "score": args.bpb, "samples": args.samples}
         args.mode = next((mode for mode, value in asked.items() if value), "chat")
     return args
@@ -137,6 +138,7 @@ class Player:
         text."""
         if self.chat:
             return self.tokenizer.render(messages, add_generation_prompt=True)[0]
+        # every document it was trained on began with bos
         start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         return start + self.tokenizer.encode(messages[-1]["content"])
 
@@ -157,6 +159,7 @@ def newest(save_dir):
             print(error)  # damaged: named, and the others are still there to talk to
             continue
         if facts.get("finished"):
+            # not simply the last stage: who has just trained sft again wants to talk to that
             finished.append((facts.get("written", ""), place, name))
     if not finished:
         raise FileNotFoundError(f"no finished checkpoint in {save_dir}/ (looked for {', '.join(SPEAKERS)}); chatting "
@@ -185,6 +188,7 @@ def stage_order(name):
 
 def is_reward(folder):
     """Whether a folder holds a model that scores answers and cannot give any."""
+    # the class in config.json, not our own stage: a folder from elsewhere has only that
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return any("SequenceClassification" in name for name in config.get("architectures") or [])
 
@@ -195,6 +199,7 @@ def is_chat(facts, tokenizer, eval_mode):
         return eval_mode == "sft"
     if facts.get("stage"):
         return facts["stage"] != "pretrain"
+    # transformers keeps the template in a file of its own, older versions inside tokenizer_config.json
     files = tokenizer.files
     template = "chat_template.jinja" in files or "chat_template" in files.get("tokenizer_config.json", "")
     return template and tokenizer.im_start_id is not None
@@ -271,6 +276,7 @@ def stop_ids(player):
 def token_stream(player, prompts, args, row_seeds):
     """(row, token id) as they are made: drawn, or with --num_beams found and handed over row by row."""
     if args.num_beams > 1:
+        # which beam wins is known at the end only, so there is nothing to stream before
         for row, prompt in enumerate(prompts):
             found = beam_search(player.model, prompt, args.num_beams, args.max_new_tokens, stop_ids=stop_ids(player))
             yield from ((row, token) for token in found[0][0])
@@ -286,7 +292,7 @@ def text_stream(player, prompt, args, row_seed, answer):
     for _, token in token_stream(player, [prompt], args, [row_seed]):
         answer.ids.append(token)
         if token in stop_ids(player):
-            answer.ended = True
+            answer.ended = True  # the stop token is no text, and the row ends with it
             break
         yield decoder.push(token)
     yield decoder.flush()
@@ -313,7 +319,7 @@ def speak(player, prompt, args, row_seed=0):
 def remarks(answer, args, player):
     """What a user should know about an answer: its speed, why it ended, that it loops."""
     if args.show_speed and answer.ids:
-        yield f"{len(answer.ids)} tokens, {len(answer.ids) / max(answer.seconds, 1e-9):.0f} tokens/s"
+        yield f"{len(answer.ids)} tokens, {len(answer.ids) / max(answer.seconds, 1e-9):.3g} tokens/s"
     if answer.interrupted:
         yield "stopped"
     elif not answer.ended and player.chat:
@@ -329,6 +335,7 @@ def fit(player, messages, max_new_tokens):
     Returns: (prompt ids, messages kept, number of messages dropped). Raises ValueError when the last question alone
     does not fit the context.
     """
+    # a short context is shared: with all of --max_new_tokens kept free, little of the conversation would be left
     room = player.context - min(max_new_tokens, player.context // 4)
     dropped = 0
     while True:
@@ -336,6 +343,7 @@ def fit(player, messages, max_new_tokens):
         questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
         if len(ids) <= room or len(questions) < 2 or not player.chat:
             break
+        # up to the second question: half a turn would be an answer without its question
         system = int(messages[0]["role"] == "system")
         dropped += questions[1] - system
         messages = messages[:system] + messages[questions[1]:]
@@ -368,9 +376,8 @@ def opening(args):
 def command(line, messages, player):
     """Carry out a /command. Returns the messages to go on with, None to leave."""
     word, _, rest = line.partition(" ")
-    system, talk = messages[:1], messages[1:]
-    if not messages or messages[0]["role"] != "system":
-        system, talk = [], messages
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    talk = messages[len(system):]
     if word == "/exit":
         return None
     if word == "/reset":
@@ -409,6 +416,7 @@ def chat(player, args):
         answers.append(answer.text)
         # what a model thought is not part of the conversation it goes on with
         said = {"role": "assistant", "content": answer.text.rsplit("</think>", 1)[-1].lstrip()}
+        # and a base model has no turns to remember: each line is a text of its own
         messages = [*kept, said] if player.chat else messages
     return {"weight": str(player.folder), "answers": answers}
 
@@ -420,7 +428,7 @@ def single(player, args):
     prompt, _, _ = fit(player, [*opening(args), {"role": "user", "content": args.prompt}], args.max_new_tokens)
     answer = speak(player, prompt, args)
     if answer.interrupted:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt  # there is nothing to go on with: exit code 130, as for any other program
     return {"weight": str(player.folder), "answer": answer.text, "stopped": answer.ended, "tokens": len(answer.ids)}
 
 
@@ -508,7 +516,7 @@ def held_out(args):
         if not path.is_file():
             print(f"{path} not found: the scores that need it are left out")
             continue
-        cap = cap if args.limit is None else args.limit or None
+        cap = cap if args.limit < 0 else args.limit or None
         for row, where in islice(read_rows(path), cap):
             sets[name].append(row if name == "pretrain" else question(row, where, name))
     if not any(sets.values()):
@@ -574,6 +582,7 @@ def score_bits(player, rows, args):
         # standard error of a ratio of sums: from how far each part lies from the common ratio
         spread = sum((b - rate * part["bytes"]) ** 2 for b, part in zip(bits, parts, strict=True))
         spread *= len(parts) / (len(parts) - 1) if len(parts) > 1 else math.nan
+        # languages apart: their rates differ, and that difference is no error
         by_lang[lang] = {"bits_per_byte": rate, "standard_error": math.sqrt(spread) / max(total, 1), "bytes": total}
         nll, size, variance = nll + sum(bits), size + total, variance + spread
     return {"bits_per_byte": nll / max(size, 1), "standard_error": math.sqrt(variance) / max(size, 1), "n": len(rows),
@@ -596,6 +605,7 @@ def score_preferences(player, items, args, played):
     """
     path = Path(args.data_dir) / "styles.json"
     if not path.is_file():
+        print(f"{path} not found: without it polite and impolite cannot be told apart, no style and no win rate")
         return None
     styles = json.loads(path.read_text(encoding="utf-8"))
 
@@ -634,6 +644,7 @@ def score_samples(player, items, args):
 
 def score_pairs(player, count, args):
     """Pair accuracy of a reward model by kind of error, over the first `count` held-out pairs."""
+    # the class that training uses, so that a score is read at the same last token here, there and in PPO
     path = Path(args.data_dir) / "preference.heldout.jsonl"
     data = PreferenceData(path, player.tokenizer, player.context, cache_dir=Path(args.save_dir) / "cache")
     count = min(count, len(data))
@@ -674,7 +685,7 @@ def score(args, runtime):
     folders = folders_to_score(args)
     if args.bpb:
         rows = [row for row, _ in read_rows(expand_paths(args.bpb))]
-        sets = dict.fromkeys(CAPS, ()) | {"pretrain": rows[:args.limit or None]}
+        sets = dict.fromkeys(CAPS, ()) | {"pretrain": rows[:args.limit if args.limit > 0 else None]}
     else:
         sets = held_out(args)
     results, played = [], {}
@@ -685,7 +696,7 @@ def score(args, runtime):
         for group, function in groups(player, sets, args, played):
             start = time.perf_counter()
             result = function()
-            if result is None:
+            if result is None:  # nothing to measure it with, as was said
                 continue
             seconds = time.perf_counter() - start
             results.append({"weight": player.name, "group": group + ":files" * bool(args.bpb), **result,
@@ -714,7 +725,7 @@ def write_results(path, results):
     temporary = path.with_suffix(".tmp")
     lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in kept + results]
     temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    os.replace(temporary, path)  # as a whole: an interrupted run leaves the old scores
 
 
 def finite(value):

@@ -271,6 +271,16 @@ CLOSINGS = {
            "{p}的{a1}是{c1}的，{q}的{a2}是{c2}的。", "{p}和{q}常常说起{place}。",
            "{p}和{c1}的{a1}一起回家了。", "{place}里的[人|孩子]都喜欢{p}的{c1}的{a1}。"]}
 
+# Memory games: pairs are said once, then again in another order. Half of such a text can be predicted, but only by
+# looking back, so a model learns from them to use what it has read: stories alone teach that far more slowly.
+MEMORY = {
+    "en": [("animal", "colour", "the {0} is {1}"), ("name", "place", "{0} is in the {1}"),
+           ("name", "thing", "{0} has the {1}"),
+           ("thing", "place", "the {0} is in the {1}"), ("animal", "thing", "the {0} found the {1}")],
+    "zh": [("animal", "colour", "{0}是{1}的"), ("name", "place", "{0}在{1}"), ("name", "thing", "{0}有{1}"),
+           ("thing", "place", "{0}在{1}里"), ("animal", "thing", "{0}找到了{1}")]}
+AGAIN = {"en": ["Remember: {}.", "Once more: {}.", "So {}."], "zh": ["记住：{}。", "再说一遍：{}。", "所以{}。"]}
+
 # Identity and small talk, held out by wording: (wordings, answer, polite sentence).
 IDENTITY = {
     "en": [("[What is|Tell me|Please say|May I know|I want to know] your [own |full |real |]name[?| please?]",
@@ -578,7 +588,8 @@ PREFERENCE_MIX = {"story": 5, "compare": 2, "letter": 3, "reverse": 2, "join": 1
 # skills a model solves sometimes, so that some of its samples are right and some are wrong
 RL_MIX = {"add": 2, "add_hard": 2, "subtract": 2, "subtract_hard": 2, "next": 1, "compare_hard": 2, "count": 1,
           "count_hard": 2, "sort": 1, "sort_hard": 1, "reverse": 1, "reverse_hard": 2, "letter_hard": 1, "story": 2}
-PRETRAIN_MIX = {"story": 20, "definition": 8, "translate": 8, "fact": 7, "numbers": 10, "strings": 7, "question": 40}
+PRETRAIN_MIX = {"story": 16, "definition": 8, "translate": 8, "fact": 7, "numbers": 9, "strings": 6, "memory": 14,
+                "question": 32}
 QUESTION_MIX = {**SFT_MIX, "definition": 16, "translate": 16, "fact": 16, "chat": 0, "dialogue": 0}
 STATEMENT_MIX = {"numbers": dict.fromkeys(("add", "add_hard", "subtract", "subtract_hard", "next", "compare", "count",
                                            "sort"), 1),
@@ -612,6 +623,22 @@ def deal(rng, entries):
         yield from rng.sample(entries, len(entries))
 
 
+def memory_game(d):
+    """Yield three to six pairs as sentences, then the same pairs in another order, twice."""
+    rng, column = d.rng, d.column
+    words = {"name": NAMES[d.lang], **{kind: [entry[column] for entry in entries] for kind, entries in (
+        ("animal", ANIMALS), ("colour", COLOURS), ("place", PLACES), ("thing", THINGS))}}
+    left, right, form = rng.choice(MEMORY[d.lang])
+    size = rng.randint(3, 6)
+    said = [form.format(*pair) for pair in zip(rng.sample(words[left], size), rng.sample(words[right], size),
+                                               strict=True)]
+    comma = ("，" if column else ", ")
+    first = comma.join(said)
+    yield first[0].upper() + first[1:] + ("。" if column else ".")
+    for again in rng.sample(AGAIN[d.lang], 2):
+        yield again.format(comma.join(rng.sample(said, size)))
+
+
 def pretrain_lines(d, kind, decks):
     """Yield the sentences of one pretraining document, without end (a story: as many as it has)."""
     rng, lang = d.rng, d.lang
@@ -620,6 +647,9 @@ def pretrain_lines(d, kind, decks):
         yield d.say(rng.choice(PLOTS[lang])[0], slots)
         for closing in rng.sample(CLOSINGS[lang], 3):
             yield d.say(closing, slots)
+    elif kind == "memory":
+        while True:
+            yield from memory_game(d)
     elif kind == "fact":
         welcome = {"en": "In the town of Willow lives {}.", "zh": "柳树镇上住着{}。"}[lang]
         while True:

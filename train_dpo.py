@@ -36,8 +36,8 @@ import common
 import logs
 import metrics
 import optim
-from dataset import PreferenceData, expand_paths, pack, preference, read_rows, split_heldout
-from model import Transformer, token_logprobs
+from dataset import PreferenceData, expand_paths, pack_batch, preference, read_rows, split_heldout
+from model import Transformer
 from tokenizer import Tokenizer
 
 # what a step adds up over its pairs, in the order of the sums in the loop
@@ -98,36 +98,11 @@ def dpo_loss(pi_chosen, pi_rejected, ref_chosen, ref_rejected, beta, label_smoot
     return losses.mean(), chosen.detach(), rejected.detach()
 
 
-def pack_batch(batch, device):
-    """Lay the rows of a preference batch end to end, several to a row, so that short answers do not pay for long ones.
-
-    Returns: ids, mask and documents (which row of the batch a token is from, -1 on padding), all [R, T] with R <= 2B,
-        and ends [2B], where the last token of each row went to in [R * T]; on the device.
-    """
-    lengths, width = batch["lengths"], batch["ids"].shape[1]
-    # the longest first: the short ones fill what they leave
-    row_of = pack(lengths.numpy(), np.argsort(-lengths.numpy(), kind="stable"), width)
-    filled = np.zeros(row_of.max() + 1, np.int64)                               # [R]
-    first = torch.empty_like(lengths)                                           # [2B], where a row begins in [R * T]
-    for source, row in enumerate(row_of):
-        first[source] = int(row * width + filled[row])
-        filled[row] += int(lengths[source])
-    real = torch.arange(width) < lengths[:, None]                               # [2B, T]
-    place = (first[:, None] + torch.arange(width))[real]                        # [tokens]
-    ids = torch.zeros(len(filled) * width, dtype=torch.int64)                   # padding is masked: any id will do
-    mask, documents = torch.zeros(len(ids)), torch.full_like(ids, -1)
-    ids[place], mask[place] = batch["ids"][real], batch["mask"][real]
-    documents[place] = torch.arange(len(lengths))[:, None].expand(-1, width)[real]
-    tables = [x.view(-1, width).to(device, non_blocking=True) for x in (ids, mask, documents)]
-    return *tables, (first + lengths - 1).to(device)
-
-
 def completion_logps(model, batch, runtime):
     """log p(answer | prompt) of every row: the sum over its answer tokens, [2B], at least fp32."""
     ids, mask, documents, ends = pack_batch(batch, runtime.device)              # [R, T] three times
     with runtime.autocast():
-        logits = model(ids, documents=documents)                                # [R, T, V]
-    logps = token_logprobs(logits, ids) * mask[:, 1:]                           # [R, T-1]
+        logps = model(ids, documents=documents, target_mask=mask)               # [R, T-1], 0 outside the answers
     # padding (-1) adds its zeros to row 0
     return logps.new_zeros(len(ends)).index_add(0, documents[:, 1:].clamp(min=0).flatten(), logps.flatten())
 

@@ -349,12 +349,12 @@ def backward_minibatch(wrapped, rollout, rows, args, runtime):
     return dict(zip(names, runtime.sum(*sums), strict=True), deviation=max(runtime.gather(deviation)))
 
 
-def check_first_ratio(deviation, runtime):
+def check_first_ratio(deviation, step, runtime):
     """Before the first update the policy is the one that sampled: its ratios are 1, or the two forwards differ."""
     tf32 = runtime.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     if runtime.dtype in (torch.float32, torch.float64) and not tf32:
         assert deviation <= 1e-5, f"first ratio is off 1 by {deviation:.1e}: the two forwards are not of one policy"
-    elif deviation > 0.05:
+    elif deviation > 0.05 and step == 0:
         runtime.print(f"warning: first ratio is off 1 by {deviation:.3f}; rounding of {str(runtime.dtype)[6:]} "
                       "explains about 0.05. --dtype float32 shows whether it is only that")
 
@@ -377,7 +377,7 @@ def update(wrapped, optimizers, rollout, step, args, runtime, nonfinite):
         result = backward_minibatch(wrapped, rollout, order[part * per_step:(part + 1) * per_step], args, runtime)
         if first_ratio is None:
             first_ratio = result["deviation"]
-            check_first_ratio(first_ratio, runtime)
+            check_first_ratio(first_ratio, step, runtime)
         history.append(result)
         if args.target_kl and result["approx_kl"] > args.target_kl:
             # skip the step itself: with a loss of 0 the optimizer's momentum would still move the weights. The number

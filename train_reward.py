@@ -32,7 +32,7 @@ import common
 import logs
 import metrics
 import optim
-from dataset import PreferenceData, expand_paths, pack
+from dataset import PreferenceData, expand_paths, pack_batch
 from model import ScalarHead
 from tokenizer import Tokenizer
 
@@ -71,30 +71,6 @@ def pairwise_loss(chosen, rejected, margin=None, center_coef=0.0):
     difference = chosen - rejected if margin is None else chosen - rejected - margin    # [B]
     # logsigmoid is log(sigmoid(x)) without the overflow of exp and without log(0)
     return (center_coef * (chosen + rejected) ** 2 - F.logsigmoid(difference)).mean()
-
-
-def pack_batch(batch, device):
-    """Lay the rows of a preference batch end to end, several to a row, so that short answers do not pay for long ones.
-
-    Returns: ids, mask and documents (which row of the batch a token is from, -1 on padding), all [R, T] with R <= 2B,
-        and ends [2B], where the last token of each row went to in [R * T]; on the device.
-    """
-    lengths, width = batch["lengths"], batch["ids"].shape[1]
-    # the longest first: the short ones fill what they leave
-    row_of = pack(lengths.numpy(), np.argsort(-lengths.numpy(), kind="stable"), width)
-    filled = np.zeros(row_of.max() + 1, np.int64)                               # [R]
-    first = torch.empty_like(lengths)                                           # [2B], where a row begins in [R * T]
-    for source, row in enumerate(row_of):
-        first[source] = int(row * width + filled[row])
-        filled[row] += int(lengths[source])
-    real = torch.arange(width) < lengths[:, None]                               # [2B, T]
-    place = (first[:, None] + torch.arange(width))[real]                        # [tokens]
-    ids = torch.zeros(len(filled) * width, dtype=torch.int64)                   # padding is masked: any id will do
-    mask, documents = torch.zeros(len(ids)), torch.full_like(ids, -1)
-    ids[place], mask[place] = batch["ids"][real], batch["mask"][real]
-    documents[place] = torch.arange(len(lengths))[:, None].expand(-1, width)[real]
-    tables = [x.view(-1, width).to(device, non_blocking=True) for x in (ids, mask, documents)]
-    return *tables, (first + lengths - 1).to(device)
 
 
 class PackedScores(torch.nn.Module):

@@ -1,5 +1,6 @@
 """Fixtures that several test files share: a tiny tokenizer, folders of tiny models that carry it, and small runs of
 every training script."""
+import functools
 import importlib
 import json
 
@@ -70,11 +71,17 @@ def data_row(kind, i):
 
 
 @pytest.fixture
-def stage(model_folder, tokenizer, tmp_path):
-    """stage(name, *flags, kind="dense", rows=24, parent=None) -> (module, argv) of a small float64 run of a training
-    script, on its own data, into tmp_path/out/run, from the weights in model_folder(kind) or `parent`."""
+def stage(stage_of, tmp_path):
+    """stage_of with tmp_path as its folder."""
+    return functools.partial(stage_of, tmp_path)
 
-    def made(name, *flags, kind="dense", rows=24, parent=None):
+
+@pytest.fixture(scope="session")
+def stage_of(model_folder, tokenizer):
+    """stage_of(folder, name, *flags, kind="dense", rows=24, parent=None) -> (module, argv) of a small float64 run of a
+    training script, on its own data, into folder/out/run, from the weights in model_folder(kind) or `parent`."""
+
+    def made(tmp_path, name, *flags, kind="dense", rows=24, parent=None):
         module = importlib.import_module(name)
         parent = parent or model_folder(kind)
         for part, numbers in {"train": range(rows), "held": range(rows, rows + 6)}.items():

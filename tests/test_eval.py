@@ -148,7 +148,7 @@ def test_prompt_is_the_beginning_of_what_was_trained(player, tokenizer):
 # -- One answer --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stream", [0, 1])
 def test_shown_text_is_the_decoded_text(player, scripted, tokenizer, capsys, stream):
-    text = "小猫说：🐱🎉 “naïve” 一二三！"
+    text = "小猫说：\U0001f431\U0001f389 “naïve” 一二三！"
     scripted([text], tokenizer)
     sft, args = player("sft", "--stream", stream, "--show_speed", 0)
     pieces = list(evaluation.text_stream(sft, sft.ids(MESSAGES), args, 0, evaluation.Answer()))
@@ -256,7 +256,7 @@ def run_script(*flags, text=""):
 
 def test_piped_chat(stage, tmp_path):
     stage("sft")
-    text = "你好 🙂\n/reset\nhello\n"
+    text = "你好 \U0001f642\n/reset\nhello\n"
     done = run_script("--save_dir", tmp_path / "out", "--stream", 1, "--max_new_tokens", 6, text=text)
     assert done.returncode == 0, done.stderr.decode()
     out = done.stdout.decode()

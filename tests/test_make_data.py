@@ -44,6 +44,12 @@ def question(row):
     return [turn["content"] for turn in row["conversations"] if turn["role"] == "user"][-1]
 
 
+def story_text(row):
+    """The story of a row, which stands before the first question about it."""
+    said = [row["prompt"]] if "prompt" in row else [t["content"] for t in row["conversations"] if t["role"] == "user"]
+    return said[0].split("\n")[0]
+
+
 def normal(text):
     text = " ".join(unicodedata.normalize("NFKC", text).lower().split())
     return re.sub(r"^[^\w]+|[^\w]+$", "", text)
@@ -183,7 +189,7 @@ def test_train_and_heldout_keep_to_their_contents_where_chance_would_hide_a_leak
         for row in some:
             if row["skill"] != "story":
                 continue
-            text = row["text"] if stage == "pretrain" else question(row)
+            text = row["text"] if stage == "pretrain" else story_text(row)
             names = find(NAMES[row["lang"]], text)
             colours, animals = ("|".join(e[LANGS.index(row["lang"])] for e in words) for words in (COLOURS, ANIMALS))
             pets = sorted(set(re.findall(rf"(?:a|an|一只) ?({colours})[ 的]({animals})", text)))
@@ -214,7 +220,7 @@ def test_pretraining_text_holds_no_heldout_question(rows):
     # and no trained question in another file asks for a held-out fact either
     for skill, (entries, _) in KNOWN.items():
         part = {entry for entry in entries if make_data.heldout(skill, *entry)}
-        assert 0.06 * len(entries) < len(part) < 0.14 * len(entries)
+        assert 0.06 * len(entries) < len(part) < 0.16 * len(entries)
         assert {fact for name, fact in known if name == skill} <= part
 
 
@@ -285,7 +291,7 @@ def test_answers_are_right_by_calculation(rows):
                 word = find([a for pair in ANIMALS for a in pair], question(row).replace("\n", ": ").split(": ")[0])
                 assert content(row)[1].count(word[0]) == int(row["answer"]), row
             if skill == "story":
-                assert re.sub("^(a|an|the) ", "", row["answer"]) in question(row).split("\n")[0]
+                assert re.sub("^(a|an|the) ", "", row["answer"]) in story_text(row), row
 
 
 def test_kinds_languages_and_skills_are_balanced(rows):
@@ -338,6 +344,6 @@ def test_a_bad_persona_is_explained(tmp_path, bad):
 
 
 def test_tokenizer_text_is_the_same_text_cut_into_words(folder):
-    assert make_data.words_apart("小红有一只金色的青蛙，see 7。") == "小红 \n有 \n一只 \n金色 \n的 \n青蛙，see 7。"
+    assert make_data.words_apart("小红有一只红色的青蛙，see 7。") == "小红 \n有 \n一只 \n红色 \n的 \n青蛙，see 7。"
     rows = [json.loads(line) for line in (folder / "tokenizer.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     assert max(len(run) for row in rows for run in re.findall("[\u4e00-\u9fff]+", row["text"])) <= 4

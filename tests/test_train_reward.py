@@ -16,7 +16,7 @@ import train_reward
 from dataset import PreferenceData
 from model import ScalarHead
 from tokenizer import Tokenizer
-from train_reward import PackedScores, pack_batch, pairwise_loss
+from train_reward import PackedScores, pairwise_loss
 
 
 def numpy_loss(chosen, rejected, margin=0.0, center_coef=0.0):
