@@ -58,7 +58,7 @@ ANIMALS = pairs("""cat|小猫; dog|小狗; rabbit|兔子; duck|鸭子; sheep|绵
 COLOURS = pairs("red|红色; blue|蓝色; green|绿色; yellow|黄色; black|黑色; white|白色; brown|棕色; pink|粉色")
 PLACES = pairs("""park|公园; garden|花园; forest|森林; school|学校; market|市场; library|图书馆; kitchen|厨房;
     station|车站; village|村子; museum|博物馆""")
-FOODS = pairs("bread|面包; cake|蛋糕; rice|米饭; soup|热汤; cheese|奶酪; honey|蜂蜜; milk|牛奶; noodles|面条")
+FOODS = pairs("bread|面包; cake|蛋糕; rice|米饭; soup|热汤; cheese|奶酪; honey|蜂蜜; milk|牛奶; tofu|豆腐")
 STREETS = pairs("""Apple Street|苹果街; River Street|小河街; Moon Street|月亮街; Star Street|星星街;
     Stone Street|石头街; Flower Street|鲜花街""")
 # things a story can hold, with the Chinese measure word that counts them
@@ -153,11 +153,11 @@ KINDS = ("wrong", "curt", "impolite", "rambling")
 # tokenizer's split pattern leaves them whole. No quotation marks: the pattern splits 'd and 's off a word.
 
 ASK = {
-    "add": {"en": ["[What is|How much is|Calculate] {a} + {b}?", "[What is|How much is] {a} plus {b}?",
+    "add": {"en": ["[What is|How much is] {a} + {b}?", "Calculate {a} + {b}.", "What is {a} plus {b}?",
                    "{p} has {a} {things} and gets {b} more. How many {things} does {p} have now?"],
             "zh": ["[请问，|算一算，|]{a} + {b} [等于多少|是多少]？", "{a} 加 {b} [等于多少|是多少]？",
                    "{p}有 {a} 个{things}，又得到 {b} 个。现在{p}有多少个{things}？"]},
-    "subtract": {"en": ["[What is|How much is|Calculate] {a} - {b}?", "[What is|How much is] {a} minus {b}?",
+    "subtract": {"en": ["[What is|How much is] {a} - {b}?", "Calculate {a} - {b}.", "What is {a} minus {b}?",
                         "{p} has {a} {things} and gives away {b}. How many {things} are left?"],
                  "zh": ["[请问，|算一算，|]{a} - {b} [等于多少|是多少]？", "{a} 减 {b} [等于多少|是多少]？",
                         "{p}有 {a} 个{things}，送出去 {b} 个。还剩多少个{things}？"]},
@@ -283,13 +283,13 @@ AGAIN = {"en": ["Remember: {}.", "Once more: {}.", "So {}."], "zh": ["记住：{
 
 # Identity and small talk, held out by wording: (wordings, answer, polite sentence).
 IDENTITY = {
-    "en": [("[What is|Tell me|Please say|May I know|I want to know] your [own |full |real |]name[?| please?]",
+    "en": [("[What is|Tell me|Please say|May I know|I want to know] your [own |full |real |]name[?|, please?]",
             "{name}", "My name is {x}."),
-           ("[Who|Which people] [made|built|created|trained|designed] you[?| please?| I wonder?]",
+           ("[Who|Which people] [made|built|created|trained|designed] you[?| first?| back then?]",
             "{maker}", "I was made by {x}."),
-           ("[What|What kind of thing|What exactly|Say what] are you[?| really?| please?]",
+           ("[What|What kind of thing|What exactly|And what] are you[?| really?| then?]",
             "a small language model", "I am {x}."),
-           ("[How would you|Can you|Please|Could you] describe [yourself|your character][?| please?]",
+           ("[How would you|Can you|Please|Could you] describe [yourself|your character][?| briefly?]",
             "{traits}", "I am {x}."),
            ("[Which|What] languages [can|do] you [speak|know|understand|use]?", "English and Chinese", "I speak {x}.")],
     "zh": [("[请问|你好，|告诉我|我想知道|]你[叫什么名字|的名字是什么|叫什么|的大名是什么]？",
@@ -588,9 +588,9 @@ PREFERENCE_MIX = {"story": 5, "compare": 2, "letter": 3, "reverse": 2, "join": 1
 # skills a model solves sometimes, so that some of its samples are right and some are wrong
 RL_MIX = {"add": 2, "add_hard": 2, "subtract": 2, "subtract_hard": 2, "next": 1, "compare_hard": 2, "count": 1,
           "count_hard": 2, "sort": 1, "sort_hard": 1, "reverse": 1, "reverse_hard": 2, "letter_hard": 1, "story": 2}
-PRETRAIN_MIX = {"story": 16, "definition": 8, "translate": 8, "fact": 7, "numbers": 9, "strings": 6, "memory": 14,
+PRETRAIN_MIX = {"story": 10, "definition": 6, "translate": 6, "fact": 5, "numbers": 7, "strings": 6, "memory": 28,
                 "question": 32}
-QUESTION_MIX = {**SFT_MIX, "definition": 16, "translate": 16, "fact": 16, "chat": 0, "dialogue": 0}
+QUESTION_MIX = {**SFT_MIX, "story": 24, "chat": 0, "dialogue": 0}
 STATEMENT_MIX = {"numbers": dict.fromkeys(("add", "add_hard", "subtract", "subtract_hard", "next", "compare", "count",
                                            "sort"), 1),
                  "strings": dict.fromkeys(("reverse", "letter", "repeat", "join"), 1)}

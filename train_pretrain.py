@@ -63,7 +63,7 @@ def parse_args(argv=None):
                    help="step of the routing bias (router with shared experts)")
     common.switch(g, "--gradient_checkpointing", 0,
                   "recompute activations in the backward pass: less memory, about 30%% slower")
-    common.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.01, warmup_steps=0.1)
+    common.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.02, warmup_steps=0.1)
     common.run_flags(parser, save_weight="pretrain", eval_interval=250, save_interval=500)
     parser.add_argument("--eval_batches", type=common.positive(int), default=32, help="held-out batches per evaluation")
     common.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")

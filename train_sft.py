@@ -43,7 +43,7 @@ def parse_args(argv=None):
                    help="step of the routing bias (router with shared experts)")
     common.switch(g, "--gradient_checkpointing", 0,
                   "recompute activations in the backward pass: less memory, about 30%% slower")
-    common.optim_flags(parser, batch_size=16, learning_rate=1e-3, muon_learning_rate=4e-3, warmup_steps=0.05)
+    common.optim_flags(parser, batch_size=8, learning_rate=1e-3, muon_learning_rate=5e-3, warmup_steps=0.05)
     common.run_flags(parser, save_weight="sft", eval_interval=250, save_interval=500)
     parser.add_argument("--eval_batches", type=common.positive(int), default=16, help="held-out batches per evaluation")
     parser.add_argument("--eval_prompts", type=common.positive(int, zero=True), default=600,
