@@ -792,14 +792,27 @@ def skill_table(asked):
     return logs.table(["skill", "n", *asked], lines)
 
 
+def stage_table(save_dir):
+    """Rows of the closing table: what each finished stage changed, in how many seconds, and where it is."""
+    rows = []
+    for folder in sorted((f.parent for f in Path(save_dir).glob("*/minillm.json")), key=lambda f: stage_order(f.name)):
+        facts = common.read_minillm(folder)
+        found = facts.get("metrics", {})
+        if facts.get("finished") and "metric" in found:
+            rows.append([folder.name, found["metric"], f"{found['before']:.3f}", f"{found['after']:.3f}",
+                         f"{facts['seconds']:.0f}", str(folder)])
+    return rows
+
+
 def summary(args):
-    """Print the last scores of all weights again."""
+    """Print the last scores of all weights again, and last what every stage changed."""
     path = Path(args.save_dir) / "eval_results.jsonl"
     results = read_results(path)
     if not results:
         raise FileNotFoundError(f"no scores in {path}; a summary repeats them; make them: python eval.py --mode score")
     results = [row for row in results if not row["group"].endswith(":files")]
     print_tables(sorted(results, key=lambda row: stage_order(row["weight"])))
+    print("\n" + logs.table(["stage", "metric", "before", "after", "seconds", "where"], stage_table(args.save_dir)))
     return {"results": results}
 
 

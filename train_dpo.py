@@ -389,7 +389,9 @@ def main(args):
     if prompts:
         save(finished=False)  # whatever happens in the match, the training is safe
         match = play(model, reference, tokenizer, prompts, styles, args, runtime)
-    final = result | match | {"steps": progress["step"], "skipped_steps": nonfinite.total}
+    shown = ("rule win rate over the start", 0.5, match["win_rate"]) if match else ("implicit accuracy", 0.0,
+                                                                                     result["accuracy"])
+    final = result | match | {**dict(zip(("metric", "before", "after"), shown, strict=True)), "steps": progress["step"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out {describe(result)}. Curves: {folder}/curves.png")

@@ -459,7 +459,8 @@ def main(args):
     bar.close()
     before = progress["before"]
     after = result or evaluate(model, tokenizer, items, args, runtime)  # a resume with nothing left still reports
-    final = after | {"before": before, "steps": progress["step"], "skipped_steps": nonfinite.total}
+    final = after | {"metric": "held-out pass@1", "before": before["pass_at_1"], "after": after["pass_at_1"],
+                     "at_start": before, "steps": progress["step"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
     runtime.print(before_and_after(before, after))

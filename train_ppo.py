@@ -603,7 +603,8 @@ def main(args):
     if stopped:
         runtime.print(f"stopped at step {progress['step']}: {stopped}")
     before, after = progress["before"], progress["best"]
-    final = after | {"before": before, "best_step": after["step"], "steps": progress["step"], "stopped": stopped,
+    final = after | {"metric": "held-out reward (normalised)", "before": before["val_reward"],
+                     "after": after["val_reward"], "at_start": before, "best_step": after["step"], "steps": progress["step"], "stopped": stopped,
                      "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()

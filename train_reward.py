@@ -193,6 +193,11 @@ def main(args):
     per_micro_step = args.batch_size * runtime.world_size
     bar = logs.progress(progress["max_steps"], "reward", progress["step"], runtime.is_main)
     result = None
+    if progress["step"] == 0:
+        before = evaluate(model, held_out, args, runtime)
+        progress["before"] = before["accuracy"]
+        log.log(0, val_loss=before["val_loss"], val_accuracy=before["accuracy"])
+        log.rate()
     while progress["step"] < progress["max_steps"]:
         step = progress["step"]
         scale = common.lr_scale(step, progress["max_steps"], args.warmup_steps, args.schedule)
@@ -260,7 +265,8 @@ def main(args):
     bar.close()
     result = result or evaluate(model, held_out, args, runtime)  # a resume with nothing left to train still reports
     model.score_mean, model.score_std = result["score_mean"], result["score_std"]
-    final = result | {"steps": progress["step"], "skipped_steps": nonfinite.total}
+    final = result | {"metric": "held-out pair accuracy", "before": progress["before"], "after": result["accuracy"],
+                      "steps": progress["step"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out {describe(result)}. Curves: {folder}/curves.png")
