@@ -588,8 +588,8 @@ PREFERENCE_MIX = {"story": 5, "compare": 2, "letter": 3, "reverse": 2, "join": 1
 # skills a model solves sometimes, so that some of its samples are right and some are wrong
 RL_MIX = {"add": 2, "add_hard": 2, "subtract": 2, "subtract_hard": 2, "next": 1, "compare_hard": 2, "count": 1,
           "count_hard": 2, "sort": 1, "sort_hard": 1, "reverse": 1, "reverse_hard": 2, "letter_hard": 1, "story": 2}
-PRETRAIN_MIX = {"story": 10, "definition": 6, "translate": 6, "fact": 5, "numbers": 7, "strings": 6, "memory": 28,
-                "question": 32}
+PRETRAIN_MIX = {"story": 16, "definition": 8, "translate": 8, "fact": 6, "numbers": 9, "strings": 7, "memory": 8,
+                "question": 38}
 QUESTION_MIX = {**SFT_MIX, "story": 24, "chat": 0, "dialogue": 0}
 STATEMENT_MIX = {"numbers": dict.fromkeys(("add", "add_hard", "subtract", "subtract_hard", "next", "compare", "count",
                                            "sort"), 1),

@@ -670,15 +670,17 @@ def initialize(module: nn.Module, std: float):
     """Normal(0, std) for all matrices, ones for norms, and zeros for the two projections that write into the residual
     stream: at step 0 every block is the identity, whatever the depth, and the loss starts near ln V.
 
-    The norms of queries and keys start at 2: attention begins four times as sharp as with ones, and learns to look back
-    in half the steps (a list repeated once: loss 0.9 instead of 1.8 nats after 60 steps of Muon)."""
+    All embeddings share one random direction. Added to every row of a tied head it shifts all logits alike, which softmax
+    does not see; to attention it is the constant input that projections without bias need for heads that look at
+    positions. Repeating random lists of 10 to 29 tokens was learnt faster with it (4.68 instead of 4.92 nats after 150
+    steps of Muon, one seed)."""
     for name, parameter in module.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             parameter.zero_()
-        elif name.endswith(("q_norm.weight", "k_norm.weight")):
-            parameter.fill_(2.0)
         elif parameter.ndim > 1:
             parameter.normal_(0.0, std)
+        if name.endswith("embed_tokens.weight"):
+            parameter.add_(torch.empty(parameter.shape[1]).normal_(0.0, std).to(parameter.device, parameter.dtype))  # [D]
 
 
 # -- The folder on disk ------------------------------------------------------------------------------------------------

@@ -156,9 +156,9 @@ elif [ "$DEVICE" = cuda ]; then
 else
     PRESET="${PRESET:-tiny}"
     DATA_SIZE="--pretrain_mb 16"
-    PRETRAIN_TIME="9 minutes on 2 cores" SFT_TIME="6 minutes" REWARD_TIME="1 minute" DPO_TIME="1 minute" PPO_TIME="3 minutes"
+    PRETRAIN_TIME="6 minutes on 2 cores" SFT_TIME="9 minutes" REWARD_TIME="1 minute" DPO_TIME="1 minute" PPO_TIME="3 minutes"
     GRPO_TIME="3 minutes" EVAL_TIME="1 minute"
-    PRETRAIN="--max_steps 900" SFT="" REWARD="--epochs 0.5" DPO="--epochs 0.3" PPO="" GRPO="" EVAL=""
+    PRETRAIN="--max_steps 600" SFT="--max_steps 900" REWARD="--epochs 0.35" DPO="--epochs 0.25" PPO="" GRPO="" EVAL=""
 fi
 
 if [ "$WANT" != all ]; then

@@ -251,13 +251,10 @@ def main(args):
 
     # -- 5. Resume, then the reference's log-probs ---------------------------------------------------------------------
     # `position` is the number of pairs drawn so far by all ranks together: the order does not depend on the rank count
-    progress = {"step": 0, "position": 0, "max_steps": max_steps, "parent": common.read_minillm(parent).get("key", "")}
+    progress = {"step": 0, "position": 0, "max_steps": max_steps}
     tables = {}  # part -> [N, 2] reference log-probs; kept in the resume state, so a resumed run compares to the same
     if start == "resume":
         state = common.load_resume(runtime, args)
-        if state["progress"]["parent"] != progress["parent"]:
-            raise ValueError(f"{parent} is not the model this run started from; it is the reference and stays the same "
-                             "to the end; start again with --overwrite 1, or give the old weights as --from_weight")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
@@ -389,9 +386,10 @@ def main(args):
     if prompts:
         save(finished=False)  # whatever happens in the match, the training is safe
         match = play(model, reference, tokenizer, prompts, styles, args, runtime)
-    shown = ("rule win rate over the start", 0.5, match["win_rate"]) if match else ("implicit accuracy", 0.0,
-                                                                                     result["accuracy"])
-    final = result | match | {**dict(zip(("metric", "before", "after"), shown, strict=True)), "steps": progress["step"], "skipped_steps": nonfinite.total}
+    final = result | match | {"metric": "implicit accuracy", "before": 0.0, "after": result["accuracy"],
+                              "steps": progress["step"], "skipped_steps": nonfinite.total}
+    if match:
+        final |= {"metric": "rule win rate over the start", "before": 0.5, "after": match["win_rate"]}
     save(finished=True, final=final)
     log.close()
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out {describe(result)}. Curves: {folder}/curves.png")

@@ -377,13 +377,9 @@ def main(args):
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of prompts drawn so far: it decides the next prompts and their random streams
-    origin = common.read_minillm(parent).get("key", "")
-    progress = {"step": 0, "position": 0, "max_steps": max_steps, "origin": origin}
+    progress = {"step": 0, "position": 0, "max_steps": max_steps}
     if start == "resume":
         state = common.load_resume(runtime, args)
-        if args.beta and state["progress"]["origin"] != origin:
-            raise ValueError(f"{parent} was trained again since this run began; it is the reference, and must stay the "
-                             "same to the end; start again with --overwrite 1")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])

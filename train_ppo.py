@@ -24,6 +24,7 @@ V vocabulary.
 """
 import contextlib
 import copy
+import itertools
 import json
 import math
 import time
@@ -245,6 +246,16 @@ def respond(policy, tokenizer, prompts, rows, temperature, args, runtime):
     return runtime.unshard(answers)
 
 
+def minibatches(count, number, args, runtime):
+    """Pass `number` (counted over the whole run) through `count` answers, in an order fixed by seed and number.
+
+    Returns: one list of rows for each optimizer step, the same on all ranks.
+    """
+    per_step = args.batch_size * args.accumulation_steps * runtime.world_size
+    order = shuffled(count, args.seed, number).tolist()
+    return [order[at:at + per_step] for at in range(0, count, per_step)]
+
+
 def micro_batches(rollout, rows, size):
     """Split answers into micro-batches of like length, so that little padding is computed.
 
@@ -258,9 +269,11 @@ def micro_batches(rollout, rows, size):
 
 
 @torch.no_grad()
-def judge(team, prompts, answers, args, runtime):
+def judge(team, prompts, answers, parts, args, runtime):
     """Everything the four networks say about N answers; the ranks share the work and all get all of it (it is small).
 
+    parts: lists of rows, N in all. With the first pass's minibatches each answer is computed here in the same company
+        as in its first update: equal shapes round equally, and the first ratio is 1 to the last bit even in bf16.
     Returns: dict of CPU tensors: ids [N, T], lengths and starts (of the answers) [N], mask [N, T-1] (1 on answer
         tokens, end token included), old_logp, ref_logp, values, entropy [N, T-1], scores [N] (normalised), ended [N].
     """
@@ -270,8 +283,9 @@ def judge(team, prompts, answers, args, runtime):
     targets = torch.arange(1, ids.shape[1])                                             # [T-1]
     mask = (targets >= starts[:, None]) & (targets < lengths[:, None])                  # [N, T-1]
     rollout = {"ids": ids, "lengths": lengths, "starts": starts}
-    mine, found = runtime.shard(list(range(len(ids)))), {}
-    for chunk, columns in micro_batches(rollout, mine, args.batch_size):
+    found = {}  # row -> its numbers
+    batches = (micro_batches(rollout, runtime.shard(rows), args.batch_size) for rows in parts)
+    for chunk, columns in itertools.chain.from_iterable(batches):
         batch = ids[chunk, :columns.stop + 1].to(runtime.device)                        # [B, T]
         first = columns.start
         with runtime.autocast():
@@ -282,12 +296,13 @@ def judge(team, prompts, answers, args, runtime):
         logp, ref_logp = token_logprobs(logits, batch[:, first:]), token_logprobs(ref_logits, batch[:, first:])
         every = logits[:, :-1].to(logp.dtype).log_softmax(-1)                           # [B, T-1, V]
         entropy = -(every.exp() * every).sum(-1)
-        rows = torch.zeros(len(chunk), 4, len(targets), dtype=logp.dtype)
-        rows[:, :, columns] = torch.stack([logp, ref_logp, values[:, :-1], entropy], 1).cpu()
+        wide = torch.zeros(len(chunk), 4, len(targets), dtype=logp.dtype)
+        wide[:, :, columns] = torch.stack([logp, ref_logp, values[:, :-1], entropy], 1).cpu()
         score = (score - team.reward.score_mean) / team.reward.score_std
         # numpy: a row of a tensor would be pickled with all the others
-        found |= dict(zip(chunk, zip(rows.numpy(), score.tolist(), strict=True), strict=True))
-    tokens, scores = zip(*runtime.unshard([found[i] for i in mine]), strict=True)
+        found |= dict(zip(chunk, zip(wide.numpy(), score.tolist(), strict=True), strict=True))
+    found = {row: numbers for share in runtime.gather(found) for row, numbers in share.items()}
+    tokens, scores = zip(*(found[row] for row in range(len(ids))), strict=True)
     tokens = torch.from_numpy(np.stack(tokens))                                         # [N, 4, T-1]
     names = ("old_logp", "ref_logp", "values", "entropy")
     return rollout | dict(zip(names, tokens.unbind(1), strict=True)) | {
@@ -368,13 +383,10 @@ def update(wrapped, optimizers, rollout, step, args, runtime, nonfinite):
     Returns: dict for the log: means over the minibatches, grad_norm, updates (optimizer steps made), first_ratio.
     """
     module = getattr(wrapped, "module", wrapped)
-    per_step = args.batch_size * args.accumulation_steps * runtime.world_size
-    count = len(rollout["ids"])
     history, norms, first_ratio = [], [], None
-    for number in range(args.ppo_epochs * (count // per_step)):
-        epoch, part = divmod(number, count // per_step)
-        order = shuffled(count, args.seed, step * args.ppo_epochs + epoch).tolist()
-        result = backward_minibatch(wrapped, rollout, order[part * per_step:(part + 1) * per_step], args, runtime)
+    passes = range(step * args.ppo_epochs, (step + 1) * args.ppo_epochs)
+    for rows in (rows for number in passes for rows in minibatches(len(rollout["ids"]), number, args, runtime)):
+        result = backward_minibatch(wrapped, rollout, rows, args, runtime)
         if first_ratio is None:
             first_ratio = result["deviation"]
             check_first_ratio(first_ratio, step, runtime)
@@ -417,7 +429,7 @@ def evaluate(team, items, styles, args, runtime):
     prompts, rows = [item["ids"] for item in items], [EVAL_ROWS + i for i in range(len(items))]
     sampled = respond(team.both.policy, team.tokenizer, prompts, rows, 1.0, args, runtime)
     greedy = respond(team.both.policy, team.tokenizer, prompts, rows, 0.0, args, runtime)
-    numbers = summarize(judge(team, prompts, sampled, args, runtime))
+    numbers = summarize(judge(team, prompts, sampled, [list(range(len(items)))], args, runtime))
     result = {"val_reward": numbers["reward"], "val_kl": numbers["kl"], "val_length": numbers["length"],
               "stop_rate": numbers["stop_rate"]}
     for name, answers in (("sampled_exact_match", sampled), ("exact_match", greedy)):
@@ -498,13 +510,9 @@ def main(args):
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of prompts drawn so far: it decides the next prompts and their random streams
-    origin = [common.read_minillm(f).get("key", "") for f in (parent, reward_folder)]
-    progress = {"step": 0, "position": 0, "max_steps": max_steps, "kl_coef": args.kl_coef, "origin": origin}
+    progress = {"step": 0, "position": 0, "max_steps": max_steps, "kl_coef": args.kl_coef}
     if start == "resume":
         state = common.load_resume(runtime, args)
-        if state["progress"]["origin"] != origin:
-            raise ValueError(f"{parent} or {reward_folder} was trained again since this run began; reference and "
-                             "reward must stay the same to the end; start again with --overwrite 1")
         team.both.load_state_dict(state["model"])
         best.load_state_dict(state["best"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -553,7 +561,8 @@ def main(args):
         answers = respond(policy, tokenizer, prompts, rows, 1.0, args, runtime)     # what is sampled is what is trained
         # scores, KL, rewards at the tokens, advantages
         times.append(time.perf_counter())
-        rollout = judge(team, prompts, answers, args, runtime)
+        first_pass = minibatches(args.rollout_size, step * args.ppo_epochs, args, runtime)
+        rollout = judge(team, prompts, answers, first_pass, args, runtime)
         stats = add_advantages(rollout, progress["kl_coef"], args)
         # epochs of minibatches
         times.append(time.perf_counter())
@@ -604,8 +613,8 @@ def main(args):
         runtime.print(f"stopped at step {progress['step']}: {stopped}")
     before, after = progress["before"], progress["best"]
     final = after | {"metric": "held-out reward (normalised)", "before": before["val_reward"],
-                     "after": after["val_reward"], "at_start": before, "best_step": after["step"], "steps": progress["step"], "stopped": stopped,
-                     "skipped_steps": nonfinite.total}
+                     "after": after["val_reward"], "at_start": before, "best_step": after["step"],
+                     "steps": progress["step"], "stopped": stopped, "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
     runtime.print(logs.table(["held-out", "before", f"best (step {after['step']})"],

@@ -3,6 +3,7 @@ global batch, accumulation equals a larger batch, and nothing hangs.
 
     python -m pytest tests/test_ddp.py
 """
+import importlib
 import os
 import shutil
 import signal
@@ -44,9 +45,20 @@ def free_port():
         return s.getsockname()[1]
 
 
+def nothing(folder):
+    """In place of drawing curves, which costs a second."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_curves():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logs, "plot_curves", nothing)
+        yield
+
+
 def worker(rank, jobs):
     """One of two processes: runs every job's main(), with the environment that torchrun would give it."""
-    import importlib
+    logs.plot_curves = nothing
     for module, argv, port in jobs:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -80,7 +92,7 @@ def results(tmp_path_factory, model_folder, stage_of):
         jobs.append((name, two, free_port()))
         made[case] = (tmp_path / "out" / "two", tmp_path / "out" / "one")
     context = torch.multiprocessing.spawn(worker, (jobs,), nprocs=2, join=False)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not context.join(timeout=5):
         if time.monotonic() > deadline:
             for process in context.processes:

@@ -316,7 +316,7 @@ def recorded(run, model_folder, reward_folder, tokenizer):
         answers = train_ppo.respond(team.both.policy, tokenizer, prompts, range(8), 1.0, args, runtime)
         # one answer that ended early, so that lengths differ
         answers[1] = Completion("x", answers[1].ids[:2] + [tokenizer.eos_id], True)
-        rollout = train_ppo.judge(team, prompts, answers, args, runtime)
+        rollout = train_ppo.judge(team, prompts, answers, train_ppo.minibatches(8, 0, args, runtime), args, runtime)
         train_ppo.add_advantages(rollout, 0.05, args)
         return args, runtime, team, rollout, prompts, answers
     return make
@@ -349,10 +349,11 @@ def test_an_answer_does_not_depend_on_its_batch(recorded, tokenizer):
     assert alone[0] == answers[3]
 
 
-@pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("float64", 1e-12)])
-def test_ratio_is_one_before_the_first_update(run, dtype, bound):
-    run("--dtype", dtype, "--max_steps", "1", "--batch_size", "2", "--accumulation_steps", "2")
-    assert log_rows(run)[1]["first_ratio"] <= bound
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_ratio_is_one_before_the_first_update(run, dtype):
+    """To 1e-5 by rule. It is 1 to the last bit, because old and new log-probs come from batches of one shape."""
+    run("--dtype", dtype, "--max_steps", "2", "--batch_size", "2", "--accumulation_steps", "2")
+    assert [row["first_ratio"] for row in log_rows(run) if "first_ratio" in row] == [0.0, 0.0]
 
 
 def test_a_rollout_of_another_policy_is_noticed(recorded):
@@ -489,7 +490,7 @@ def test_a_retrained_parent_cannot_be_resumed_against(run, reward_folder, tmp_pa
     run()
     monkeypatch.setattr(common, "read_minillm", lambda folder, real=common.read_minillm: real(folder) | (
         {"key": "another"} if str(folder) == str(reward_folder) else {}))
-    with pytest.raises(ValueError, match="trained again"):
+    with pytest.raises(ValueError, match="have changed"):
         run("--from_resume", "1", "--max_steps", "3")
 
 

@@ -13,7 +13,7 @@ import torch
 import common
 import logs
 import train_reward
-from dataset import PreferenceData
+from dataset import PreferenceData, pack_batch
 from model import ScalarHead
 from tokenizer import Tokenizer
 from train_reward import PackedScores, pairwise_loss
