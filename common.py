@@ -648,7 +648,11 @@ def save_checkpoint(runtime, args, parts, state, facts, finished=False):
             print(f"checkpoint not written to {folder}: {error}. Training goes on; last good checkpoint: step {last}",
                   flush=True)
             written = False
-    return not runtime.any(not written)
+    written = not runtime.any(not written)
+    if finished and not written:
+        raise OSError("the final checkpoint could not be written (see above); the last good one is untouched; make "
+                      "room and go on with --from_resume 1")
+    return written
 
 
 def _check_space(folder, state):
@@ -802,6 +806,15 @@ def resume_command():
 # Signals and errors
 class Interrupted(Exception):
     """Raised by a script after it has saved because of a signal; carries the signal's number."""
+
+
+def leave(runtime, number, step, saved):
+    """Say how to go on after signal `number` and raise Interrupted. `saved`: whether the save at this step worked."""
+    if saved:
+        runtime.print(f"saved at step {step}. Go on with: {resume_command()}")
+    else:
+        runtime.print(f"stopped at step {step}; the last good checkpoint is older. Make room, then: {resume_command()}")
+    raise Interrupted(number)
 
 
 class StopSignal:

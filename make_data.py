@@ -815,6 +815,23 @@ def print_report(report):
     print("\n(skill: rows in English + rows in Chinese)")
 
 
+def write_rows(path, rows, budget, for_tokenizer):
+    """Write (row, line) pairs to a file; the text of the first `budget` bytes goes, cut into words, to for_tokenizer.
+
+    Returns {"rows", "bytes", "skills"}.
+    """
+    skills = Counter()
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for row, line in rows:
+            file.write(line + "\n")
+            skills[row["skill"], row["lang"]] += 1
+            if budget > 0:
+                text = row.get("text") or " \n".join(turn["content"] for turn in row["conversations"])
+                for_tokenizer.append(json.dumps({"text": words_apart(text)}, ensure_ascii=False) + "\n")
+                budget -= len(text.encode())
+    return {"rows": skills.total(), "bytes": path.stat().st_size, "skills": skills}
+
+
 def main(args):
     """Write every file and print what they hold; return {file name: {"rows", "bytes", "skills"}}."""
     persona = read_persona(args.persona)
@@ -826,20 +843,11 @@ def main(args):
     for stage, size in sizes.items():
         # held-out files: enough for an error of one or two percent, small enough to be evaluated often
         for part, amount in (("train", size), ("heldout", min(size, max(400, size // 20)))):
-            name, skills = f"{stage}.{part}.jsonl", Counter()
+            name = f"{stage}.{part}.jsonl"
             # three parts of plain text and one of conversations are plenty to find every word
             budget = {"pretrain": 1.5e6, "sft": 0.5e6}.get(stage, 0) if part == "train" else 0
-            with open(output / name, "w", encoding="utf-8", newline="\n") as file:
-                for row, line in rows_of(stage, part, amount, args.seed, persona):
-                    file.write(line + "\n")
-                    skills[row["skill"], row["lang"]] += 1
-                    if budget > 0:
-                        text = row.get("text") or " \n".join(turn["content"] for turn in row["conversations"])
-                        for_tokenizer.append(json.dumps({"text": words_apart(text)}, ensure_ascii=False) + "\n")
-                        budget -= len(text.encode())
-                    if stage == "sft" and part == "train" and skills.total() <= 3:
-                        print(line)
-            report[name] = {"rows": skills.total(), "bytes": (output / name).stat().st_size, "skills": skills}
+            rows = rows_of(stage, part, amount, args.seed, persona)
+            report[name] = write_rows(output / name, rows, budget, for_tokenizer)
     random.Random(args.seed).shuffle(for_tokenizer)
     styles = {"polite_openers": [text.strip() for lang in LANGS for text in POLITE_OPENERS[lang]],
               "rude": [text for lang in LANGS for text in RUDE[lang]], "max_characters": MAX_CHARACTERS,
@@ -847,6 +855,8 @@ def main(args):
                       "than max_characters; else polite"}
     (output / "tokenizer.jsonl").write_bytes("".join(for_tokenizer).encode())
     (output / "styles.json").write_bytes((json.dumps(styles, ensure_ascii=False, indent=1) + "\n").encode())
+    with open(output / "sft.train.jsonl", encoding="utf-8") as file:
+        print("".join(next(file) for _ in range(min(3, args.sft_samples))), end="")
     print_report(report)
     return report
 

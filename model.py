@@ -180,11 +180,13 @@ class ModelConfig:
 
     @property
     def model_type(self) -> str:
+        """Name of the architecture in config.json: qwen3, qwen3_moe, dots1, or our own for the plain MLP."""
         if self.mlp_type == "plain":
             return "minillm_plain"
         return ("dots1" if self.n_shared_experts else "qwen3_moe") if self.num_experts else "qwen3"
 
     def is_moe_layer(self, layer: int) -> bool:
+        """Whether block `layer` has experts instead of one MLP."""
         return self.num_experts > 0 and layer >= self.first_k_dense_replace
 
     def to_dict(self) -> dict:
@@ -670,17 +672,17 @@ def initialize(module: nn.Module, std: float):
     """Normal(0, std) for all matrices, ones for norms, and zeros for the two projections that write into the residual
     stream: at step 0 every block is the identity, whatever the depth, and the loss starts near ln V.
 
-    All embeddings share one random direction. Added to every row of a tied head it shifts all logits alike, which softmax
-    does not see; to attention it is the constant input that projections without bias need for heads that look at
-    positions. Repeating random lists of 10 to 29 tokens was learnt faster with it (4.68 instead of 4.92 nats after 150
-    steps of Muon, one seed)."""
+    All embeddings share one random direction. Added to every row of a tied head it shifts all logits alike, which
+    softmax does not see; to attention it is the constant input that projections without bias need for heads that look
+    at positions. Repeating random lists of 10 to 29 tokens was learnt faster with it (4.68 instead of 4.92 nats after
+    150 steps of Muon, one seed)."""
     for name, parameter in module.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             parameter.zero_()
         elif parameter.ndim > 1:
             parameter.normal_(0.0, std)
         if name.endswith("embed_tokens.weight"):
-            parameter.add_(torch.empty(parameter.shape[1]).normal_(0.0, std).to(parameter.device, parameter.dtype))  # [D]
+            parameter.add_(torch.empty_like(parameter[0]).normal_(0.0, std))  # [D], to every row
 
 
 # -- The folder on disk ------------------------------------------------------------------------------------------------

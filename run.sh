@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # MiniLLM, the whole story: from a bare machine to a small model that chats in Chinese and English.
 #
-#   bash run.sh                      set up, then every stage (about 20 minutes on 2 CPU cores)
-#   bash run.sh --smoke-test         the same stages, trimmed to under 3 minutes, with checks; writes to out/smoke only
+#   bash run.sh                      set up, then every stage (about 25 minutes on 2 CPU cores)
+#   bash run.sh --smoke-test         the same stages, trimmed to minutes, with checks; writes to out/smoke only
 #   bash run.sh pretrain             one stage: setup data tokenizer pretrain sft reward dpo ppo grpo eval chat test
 #   bash run.sh --from sft           do this stage and everything after it again
 #
-# A finished stage is skipped when its flags, its input files and its parents are unchanged; an interrupted one goes on.
+# A finished stage is skipped when its flags, input files and parents are unchanged; an interrupted one goes on.
 # Settings: PYTHON=python3.12  VENV_DIR=.venv  OUT=out  SEED=42  PRESET=tiny|small|base|moe
-#           DATA_ARGS PRETRAIN_ARGS SFT_ARGS REWARD_ARGS DPO_ARGS PPO_ARGS GRPO_ARGS EVAL_ARGS   flags added to a stage
+#           DATA_ARGS PRETRAIN_ARGS SFT_ARGS REWARD_ARGS DPO_ARGS PPO_ARGS GRPO_ARGS EVAL_ARGS: flags added to a stage
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -18,7 +18,7 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --smoke-test) SMOKE=1 ;;
         --from) FROM="${2:-}"; shift ;;
-        -h|--help) sed -n '2,12p' "$0" | cut -c3-; exit 0 ;;
+        -h|--help) sed -n '2,11p' "$0" | cut -c3-; exit 0 ;;
         all|setup|data|tokenizer|pretrain|sft|reward|dpo|ppo|grpo|eval|chat|test) WANT="$1" ;;
         *) echo "error: '$1' is not a stage or flag; see: bash run.sh --help" >&2; exit 2 ;;
     esac
@@ -32,7 +32,7 @@ OUT="${OUT:-out}"
 [ "$SMOKE" = 1 ] && OUT="$OUT/smoke"
 export PYTHONUTF8=1
 
-# -- Set-up: a virtual environment, the packages, the Rust tokenizer where cargo exists. A marker makes the second time quick.
+# -- Set-up: virtual environment, packages, the Rust tokenizer where cargo exists. A marker makes the second time quick.
 setup() {   # $1: requirements file
     local py="$VENV_DIR/bin/python" sources mark
     [ -x "$py" ] || { echo "setup: virtual environment in $VENV_DIR"; "$PYTHON" -m venv "$VENV_DIR"; }
@@ -93,15 +93,18 @@ run_stage() {
             echo "== tokenizer: $OUT/tokenizer is up to date"; return
         fi
         stage tokenizer "learn 3072 tokens from 2 MB of that text, all it can fill (seconds; a minute without Rust)" \
-            "$PY" tokenizer.py train --data_path "$d/tokenizer.jsonl" --vocab_size 3072 --sample_mb 2 --output "$OUT/tokenizer"
+            "$PY" tokenizer.py train --data_path "$d/tokenizer.jsonl" --vocab_size 3072 --sample_mb 2 \
+            --output "$OUT/tokenizer"
         mark "$OUT/tokenizer" "$key" ;;
     pretrain)
         stage pretrain "learn to predict the next token of plain text ($PRETRAIN_TIME)" \
             "$PY" train_pretrain.py "${common[@]}" --preset "$PRESET" --tokenizer "$OUT/tokenizer" \
-            --data_path "$d/pretrain.train.jsonl" --val_path "$d/pretrain.heldout.jsonl" $PRETRAIN ${PRETRAIN_ARGS:-} ;;
+            --data_path "$d/pretrain.train.jsonl" \
+            --val_path "$d/pretrain.heldout.jsonl" $PRETRAIN ${PRETRAIN_ARGS:-} ;;
     sft)
         stage sft "learn to answer instead of continuing ($SFT_TIME)" \
-            "$PY" train_sft.py "${common[@]}" --data_path "$d/sft.train.jsonl" --val_path "$d/sft.heldout.jsonl" $SFT ${SFT_ARGS:-} ;;
+            "$PY" train_sft.py "${common[@]}" --data_path "$d/sft.train.jsonl" \
+            --val_path "$d/sft.heldout.jsonl" $SFT ${SFT_ARGS:-} ;;
     reward)
         stage reward "learn which of two answers people prefer ($REWARD_TIME)" \
             "$PY" train_reward.py "${common[@]}" --data_path "$d/preference.train.jsonl" \
@@ -112,13 +115,16 @@ run_stage() {
             --val_path "$d/preference.heldout.jsonl" $DPO ${DPO_ARGS:-} ;;
     ppo)
         stage ppo "reinforcement learning against the reward model ($PPO_TIME)" \
-            "$PY" train_ppo.py "${common[@]}" --data_path "$d/rl.train.jsonl" --val_path "$d/rl.heldout.jsonl" $PPO ${PPO_ARGS:-} ;;
+            "$PY" train_ppo.py "${common[@]}" --data_path "$d/rl.train.jsonl" \
+            --val_path "$d/rl.heldout.jsonl" $PPO ${PPO_ARGS:-} ;;
     grpo)
         stage grpo "reinforcement learning on answers a rule can check ($GRPO_TIME)" \
-            "$PY" train_grpo.py "${common[@]}" --data_path "$d/rl.train.jsonl" --val_path "$d/rl.heldout.jsonl" $GRPO ${GRPO_ARGS:-} ;;
+            "$PY" train_grpo.py "${common[@]}" --data_path "$d/rl.train.jsonl" \
+            --val_path "$d/rl.heldout.jsonl" $GRPO ${GRPO_ARGS:-} ;;
     eval)
         stage eval "all checkpoints side by side on held-out data ($EVAL_TIME)" \
-            "$PY" eval.py --mode score --weight all --save_dir "$OUT" --data_dir "$d" --samples 3 $EVAL ${EVAL_ARGS:-} ;;
+            "$PY" eval.py --mode score --weight all --save_dir "$OUT" --data_dir "$d" \
+            --samples 3 $EVAL ${EVAL_ARGS:-} ;;
     esac
 }
 
@@ -139,24 +145,29 @@ setup requirements.txt
 if [ "$WANT" = chat ]; then exec "$PY" eval.py --stream 1 --save_dir "$OUT"; fi
 
 # -- How much of everything: a CPU gets the tiny model, a GPU the small one; the smoke test a corner of each
-DEVICE="$([ "$SMOKE" = 1 ] && echo cpu || "$PY" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')"
+FOUND='import torch; print("cuda" if torch.cuda.is_available() else "cpu")'
+DEVICE=cpu
+[ "$SMOKE" = 1 ] || DEVICE="$("$PY" -c "$FOUND")"
 if [ "$SMOKE" = 1 ]; then
     PRESET="${PRESET:-tiny}"
     DATA_SIZE="--pretrain_mb 3 --sft_samples 6000 --preference_pairs 1500 --rl_prompts 1000"
-    PRETRAIN_TIME="40 s" SFT_TIME="40 s" REWARD_TIME="15 s" DPO_TIME="15 s" PPO_TIME="15 s" GRPO_TIME="15 s" EVAL_TIME="15 s"
+    PRETRAIN_TIME="40 s" SFT_TIME="40 s" REWARD_TIME="15 s" DPO_TIME="15 s" PPO_TIME="15 s"
+    GRPO_TIME="15 s" EVAL_TIME="15 s"
     PRETRAIN="--device cpu --max_steps 200" SFT="--device cpu --max_steps 150" REWARD="--device cpu --max_steps 30"
     DPO="--device cpu --max_steps 20" PPO="--device cpu --max_steps 2" GRPO="--device cpu --max_steps 2"
     EVAL="--device cpu --limit 60"
 elif [ "$DEVICE" = cuda ]; then
     PRESET="${PRESET:-small}"
     DATA_SIZE="--pretrain_mb 40"
-    PRETRAIN_TIME="minutes on a GPU" SFT_TIME="a minute or two" REWARD_TIME="a minute" DPO_TIME="a minute" PPO_TIME="2 minutes"
+    PRETRAIN_TIME="minutes on a GPU" SFT_TIME="a minute or two" REWARD_TIME="a minute"
+    DPO_TIME="a minute" PPO_TIME="2 minutes"
     GRPO_TIME="2 minutes" EVAL_TIME="a minute"
     PRETRAIN="" SFT="" REWARD="" DPO="" PPO="" GRPO="" EVAL=""
 else
     PRESET="${PRESET:-tiny}"
     DATA_SIZE="--pretrain_mb 16"
-    PRETRAIN_TIME="6 minutes on 2 cores" SFT_TIME="9 minutes" REWARD_TIME="1 minute" DPO_TIME="1 minute" PPO_TIME="3 minutes"
+    PRETRAIN_TIME="6 minutes on 2 cores" SFT_TIME="9 minutes" REWARD_TIME="1 minute"
+    DPO_TIME="1 minute" PPO_TIME="3 minutes"
     GRPO_TIME="3 minutes" EVAL_TIME="1 minute"
     PRETRAIN="--max_steps 600" SFT="--max_steps 900" REWARD="--epochs 0.35" DPO="--epochs 0.25" PPO="" GRPO="" EVAL=""
 fi
@@ -173,7 +184,8 @@ for name in "${STAGES[@]}"; do
 done
 "$PY" eval.py --mode summary --save_dir "$OUT"
 [ "$SMOKE" = 1 ] && "$PY" tests/smoke_checks.py "$OUT"
-printf '\nThe whole story took %d min %d s. Curves: %s/logs/*/curves.png\n' $(((SECONDS - BEGIN) / 60)) $(((SECONDS - BEGIN) % 60)) "$OUT"
+printf '\nThe whole story took %d min %d s. Curves: %s/logs/*/curves.png\n' \
+    $(((SECONDS - BEGIN) / 60)) $(((SECONDS - BEGIN) % 60)) "$OUT"
 if [ "$SMOKE" = 1 ]; then
     echo "Next: bash run.sh"
 else

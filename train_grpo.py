@@ -446,10 +446,9 @@ def main(args):
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):
-            save(finished=False)
+            saved = save(finished=False)
         if signal:
-            runtime.print(f"saved at step {step}. Go on with: {common.resume_command()}")
-            raise common.Interrupted(signal)
+            common.leave(runtime, signal, step, saved)
 
     # -- 8. Final save and summary -------------------------------------------------------------------------------------
     bar.close()

