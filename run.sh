@@ -151,10 +151,12 @@ DEVICE=cpu
 if [ "$SMOKE" = 1 ]; then
     PRESET="${PRESET:-tiny}"
     DATA_SIZE="--pretrain_mb 3 --sft_samples 6000 --preference_pairs 1500 --rl_prompts 1000"
-    PRETRAIN_TIME="40 s" SFT_TIME="40 s" REWARD_TIME="15 s" DPO_TIME="15 s" PPO_TIME="15 s"
+    PRETRAIN_TIME="30 s" SFT_TIME="30 s" REWARD_TIME="15 s" DPO_TIME="15 s" PPO_TIME="15 s"
     GRPO_TIME="15 s" EVAL_TIME="15 s"
-    PRETRAIN="--device cpu --max_steps 200" SFT="--device cpu --max_steps 150" REWARD="--device cpu --max_steps 30"
-    DPO="--device cpu --max_steps 20" PPO="--device cpu --max_steps 2" GRPO="--device cpu --max_steps 2"
+    # half the width and four blocks: the same code in a sixth of the time
+    PRETRAIN="--device cpu --hidden_size 128 --num_hidden_layers 4 --max_steps 200" SFT="--device cpu --max_steps 160"
+    REWARD="--device cpu --max_steps 30" DPO="--device cpu --max_steps 20 --eval_prompts 100"
+    PPO="--device cpu --max_steps 2 --eval_prompts 64" GRPO="--device cpu --max_steps 2 --eval_prompts 32"
     EVAL="--device cpu --limit 60"
 elif [ "$DEVICE" = cuda ]; then
     PRESET="${PRESET:-small}"

@@ -17,7 +17,7 @@ Papers: Schulman et al. 2017 (PPO, arXiv:1707.06347), Schulman et al. 2015 (GAE,
 
     python train_ppo.py --from_weight sft --reward_weight reward                              # a laptop
     python train_ppo.py --data_path my/prompts.jsonl --rollout_size 512 --max_new_tokens 256  # own data, one GPU
-    torchrun --nproc_per_node 4 train_ppo.py --from_weight sft --accumulation_steps 1         # four GPUs or processes
+    torchrun --nproc_per_node 4 train_ppo.py --batch_size 16 --accumulation_steps 1           # four GPUs or processes
 
 Letters: N answers of a rollout, B answers of a micro-batch, T tokens (T-1 targets: entry t belongs to token t+1),
 V vocabulary.
