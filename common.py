@@ -462,6 +462,8 @@ class Budget:
     def steps(self, done, max_steps, runtime):
         """Call once after every step with the number of steps done; returns the (perhaps changed) total, the same on
         all ranks."""
+        if not self.times and done > self.probe_steps + 1:
+            self.minutes = 0  # a resumed run: what was measured before the stop holds, or it would be another run
         if not self.minutes or len(self.times) > self.probe_steps:
             return max_steps
         self.times.append(time.perf_counter())

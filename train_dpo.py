@@ -344,7 +344,7 @@ def main(args):
                 raise RuntimeError("policy and reference differ before the first update; this is a bug")
         if not nonfinite.skip(step, means["loss"], grad_norm, lr):
             runtime.scaler.step(optimizer)
-            runtime.scaler.update()
+        runtime.scaler.update()  # also after a skipped step: unscale_ may be called once between two updates
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1
         progress["position"] += per_micro_step * args.accumulation_steps

@@ -16,8 +16,8 @@ Papers: Shao et al. 2024 (GRPO, arXiv:2402.03300), Yu et al. 2025 (DAPO, arXiv:2
 arXiv:2503.20783).
 
     python train_grpo.py --from_weight sft                                                    # a laptop
-    python train_grpo.py --data_path my/prompts.jsonl --batch_size 256 --max_new_tokens 256   # own data, one GPU
-    torchrun --nproc_per_node 4 train_grpo.py --from_weight sft --accumulation_steps 1        # four GPUs or processes
+    python train_grpo.py --data_path my/prompts.jsonl --batch_size 256 --accumulation_steps 2 # own data, one GPU
+    torchrun --nproc_per_node 4 train_grpo.py --from_weight sft --accumulation_steps 2        # four GPUs or processes
 
 Letters: G groups, K answers of a group, N = G K answers of a step, B answers of a micro-batch, T tokens (T-1 targets:
 entry t belongs to token t+1), V vocabulary.
@@ -60,9 +60,9 @@ def parse_args(argv=None):
     g.add_argument("--beta", type=from_0, default=0.0, help="weight of the KL to the start, 0 = no reference model")
     g.add_argument("--updates_per_rollout", type=whole, default=1,
                    help="optimizer steps on the same answers; from 2 on the clip acts")
-    common.optim_flags(parser, batch_size=48, learning_rate=1e-4, muon_learning_rate=4e-4, max_steps=12, warmup_steps=0,
-                       schedule="constant", accumulation_steps=4, optimizer="adamw")
-    common.run_flags(parser, save_weight="grpo", eval_interval=6, save_interval=6, log_interval=1)
+    common.optim_flags(parser, batch_size=48, learning_rate=1e-4, muon_learning_rate=4e-4, max_steps=20, warmup_steps=0,
+                       schedule="constant", accumulation_steps=8, optimizer="adamw")
+    common.run_flags(parser, save_weight="grpo", eval_interval=10, save_interval=10, log_interval=1)
     parser.add_argument("--eval_prompts", type=whole, default=128, help="held-out prompts per evaluation")
     parser.add_argument("--eval_samples", type=whole, default=4, help="sampled answers to each of them")
     return parser.parse_args(argv)

@@ -28,7 +28,7 @@ import logs
 import metrics
 import optim
 from dataset import PretrainData, expand_paths
-from model import PRESETS, ModelConfig, Transformer, token_logprobs
+from model import MOE_BLOCK, PRESETS, ModelConfig, Transformer, token_logprobs
 from tokenizer import Tokenizer
 
 
@@ -70,20 +70,32 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def build_config(args, tokenizer):
-    """ModelConfig from preset, single fields and tokenizer. Flags that were not given keep the preset's value."""
+def given_shape(args):
+    """The shape flags that were given, as a dict."""
     fields = ["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
               "dropout", "max_position_embeddings", "num_experts", "num_experts_per_tok", "n_shared_experts"]
-    given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    return {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+
+
+def build_config(args, tokenizer):
+    """ModelConfig from preset, single fields and tokenizer. Flags that were not given keep the preset's value."""
+    given = given_shape(args)
     if args.use_moe and args.preset != "moe":
-        given = {"num_experts": 4, "num_experts_per_tok": 1, "n_shared_experts": 1} | given
-    config = ModelConfig.preset(args.preset, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id,
-                                eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, **given)
+        given = MOE_BLOCK | given
+    return ModelConfig.preset(args.preset, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id,
+                              eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, **given)
+
+
+def check_shape(args, config):
+    """Raise ValueError when a flag contradicts the model: its shape, where it comes from weights, or its context."""
+    for name, value in given_shape(args).items() if args.from_weight else ():
+        if value != getattr(config, name):
+            raise ValueError(f"--{name} {value} with --from_weight {args.from_weight}, which has "
+                             f"{getattr(config, name)}; the shape comes from the weights; leave the flag out")
     if args.max_seq_len > config.max_position_embeddings:
         raise ValueError(f"--max_seq_len {args.max_seq_len} is above max_position_embeddings "
-                         f"{config.max_position_embeddings}; rows must fit the context; shorten the rows, or give "
-                         "--max_position_embeddings")
-    return config
+                         f"{config.max_position_embeddings}; rows must fit the context; shorten the rows, or train a "
+                         "model with a larger --max_position_embeddings")
 
 
 def evaluate(model, data, args, runtime):
@@ -120,6 +132,7 @@ def main(args):
 
     # -- 3. Model ------------------------------------------------------------------------------------------------------
     model = Transformer.from_pretrained(parent) if parent else Transformer(build_config(args, tokenizer))
+    check_shape(args, model.config)
     if model.config.vocab_size <= tokenizer.max_id:
         raise ValueError(f"token id {tokenizer.max_id} >= vocabulary {model.config.vocab_size} of {args.from_weight}; "
                          f"tokenizer and model do not match; use the tokenizer saved with the model")
@@ -175,8 +188,9 @@ def main(args):
     bar = logs.progress(progress["max_steps"], "pretrain", progress["step"], runtime.is_main)
     if progress["step"] == 0 or progress["step"] >= progress["max_steps"]:
         val_loss, bits = evaluate(model, held_out, args, runtime)
-        progress.setdefault("before", bits)
-        log.log(progress["step"], val_loss=val_loss, bits_per_byte=bits)
+        if progress["step"] == 0:  # else a resume with nothing left: it only reports
+            progress["before"] = bits
+            log.log(0, val_loss=val_loss, bits_per_byte=bits)
         log.rate()
     while progress["step"] < progress["max_steps"]:
         step = progress["step"]
@@ -218,8 +232,8 @@ def main(args):
         loss_value, balance_value = (x / targets for x in runtime.sum(nll_sum, balance_sum))
         if not nonfinite.skip(step, loss_value, grad_norm, lr):
             runtime.scaler.step(optimizer)
-            runtime.scaler.update()
             model.update_router_bias(args.router_bias_rate, runtime.reduce)
+        runtime.scaler.update()  # also after a skipped step: unscale_ may be called once between two updates
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1
         progress["position"] += per_micro_step * args.accumulation_steps

@@ -229,7 +229,7 @@ def main(args):
         loss_value, accuracy, margin = (x / pairs for x in runtime.sum(*sums.tolist()))
         if not nonfinite.skip(step, loss_value, grad_norm, lr):
             runtime.scaler.step(optimizer)
-            runtime.scaler.update()
+        runtime.scaler.update()  # also after a skipped step: unscale_ may be called once between two updates
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1
         progress["position"] += per_micro_step * args.accumulation_steps

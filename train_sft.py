@@ -162,8 +162,9 @@ def main(args):
     if progress["step"] == 0 or progress["step"] >= progress["max_steps"]:
         val_loss = evaluate_loss(model, held_out, args, runtime)
         answered = answer_questions(model, tokenizer, prompts, args.eval_prompts // 5, args, runtime)
-        progress.setdefault("before", answered["total"] if answered else val_loss)
-        log.log(progress["step"], val_loss=val_loss, **({"exact_match": answered["total"]} if answered else {}))
+        if progress["step"] == 0:  # else a resume with nothing left: it only reports
+            progress["before"] = answered["total"] if answered else val_loss
+            log.log(0, val_loss=val_loss, **({"exact_match": answered["total"]} if answered else {}))
         log.rate()
     while progress["step"] < progress["max_steps"]:
         step = progress["step"]
@@ -206,8 +207,8 @@ def main(args):
         loss_value = nll_value / max(targets, 1)
         if not nonfinite.skip(step, loss_value, grad_norm, lr):
             runtime.scaler.step(optimizer)
-            runtime.scaler.update()
             model.update_router_bias(args.router_bias_rate, runtime.reduce)
+        runtime.scaler.update()  # also after a skipped step: unscale_ may be called once between two updates
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1
         progress["position"] += per_micro_step * args.accumulation_steps

@@ -659,6 +659,22 @@ def test_budget_never_adds_steps(monkeypatch):
     assert [budget.steps(done, 12, runtime) for done in range(1, 13) if not now.__setitem__(0, done)] == [12] * 12
 
 
+def test_budget_measures_once_also_when_the_run_is_resumed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    runtime = common.Runtime(torch.device("cpu"), torch.float32)
+
+    def steps(first, total):
+        budget = common.Budget(minutes=1)
+        for done in range(first, first + 20):
+            now[0] += 1
+            total = budget.steps(done, total, runtime)
+        return total
+
+    assert steps(first=10, total=33) == 33, "stopped after the measurement: its result stays"
+    assert steps(first=5, total=9999) < 70, "stopped before: it is measured now"
+
+
 # -- Signals ---------------------------------------------------------------------------------------------------------
 def training(saved, deaf=False, nohup=False):
     """A training loop of 200 steps, as a script would run it; a deaf one never gets to its save."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import BF16_SPEEDUP
 from safetensors.torch import load_file, save_file
 
-from model import MLP, KVCache, ModelConfig, MoE, ScalarHead, SkipInit, Transformer, sample, token_logprobs
+from model import MLP, KVCache, ModelConfig, MoE, ScalarHead, SkipInit, Transformer, fill_holes, sample, token_logprobs
 
 SHAPE = dict(vocab_size=97, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
              head_dim=16, intermediate_size=80, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
@@ -459,6 +459,15 @@ def test_a_row_in_a_ragged_batch_equals_the_row_alone(kind, options):
         assert len({len(a) for a in together}) > 1 and all(not set(a[:-1]) & set(range(4, 30)) for a in together)
     else:
         assert {len(a) for a in together} == {16}
+
+
+def test_many_rows_leaving_at_once_mix_nothing_up():
+    model, prompts = make_model(), [random_ids(2 + n % 5, seed=n).tolist() for n in range(24)]
+    options = dict(stop_ids=range(4, 50), seed=1)  # about every second token ends its row
+    together = answers(model, prompts, 12, **options)
+    assert together == [answers(model, [p], 12, row_seeds=[row], **options)[0] for row, p in enumerate(prompts)]
+    order = fill_holes([1, 4, 6, 7, 9], 5)
+    assert sorted(order) == [1, 4, 6, 7, 9] and order[1] == 1 and order[4] == 4, "kept rows stay, the tail fills holes"
 
 
 def test_greedy_generation_equals_recomputing_the_whole_text():

@@ -367,11 +367,11 @@ def test_run_writes_a_policy_and_says_what_it_did(run, capsys):
     assert "pass@1 before" in printed and "Next: python eval.py" in printed
 
 
-def test_reward_rises(run, monkeypatch):
+def test_reward_rises(run):
     """The proof of the whole loop: a random model starts with about half of the rewards."""
-    run("--max_steps", "8", "--batch_size", "32", "--learning_rate", "1e-2", "--num_generations", "8")
+    run("--max_steps", "16", "--batch_size", "32", "--learning_rate", "1e-2", "--num_generations", "8")
     rewards = [row["reward"] for row in log_rows(run) if "reward" in row]
-    assert 0.2 < rewards[0] < 0.8 and rewards[-1] > rewards[0] + 0.2
+    assert 0.2 < rewards[0] < 0.7 and sum(rewards[-3:]) / 3 > rewards[0] + 0.2
 
 
 @pytest.mark.parametrize("stop_at", [1, 2])
