@@ -161,7 +161,8 @@ def main(args):
     bar = logs.progress(progress["max_steps"], "sft", progress["step"], runtime.is_main)
     if progress["step"] == 0 or progress["step"] >= progress["max_steps"]:
         val_loss = evaluate_loss(model, held_out, args, runtime)
-        answered = answer_questions(model, tokenizer, prompts, args.eval_prompts // 5, args, runtime)
+        count = args.eval_prompts if progress["step"] else args.eval_prompts // 5
+        answered = answer_questions(model, tokenizer, prompts, count, args, runtime)
         if progress["step"] == 0:  # else a resume with nothing left: it only reports
             progress["before"] = answered["total"] if answered else val_loss
             log.log(0, val_loss=val_loss, **({"exact_match": answered["total"]} if answered else {}))
