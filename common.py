@@ -40,7 +40,7 @@ SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64"
 # Flags that cannot change what a run computes: they are left out of the stage key, and resume may change them freely.
 FREE_FLAGS = {"accumulation_steps", "batch_size", "cache_dir", "debug", "device", "dtype", "epochs", "eval_batches",
               "eval_interval", "eval_prompts", "from_resume", "if_needed", "keep_resume", "log_interval",
-              "max_minutes", "max_steps", "num_workers", "overwrite", "sample_interval", "save_dir", "save_interval",
+              "max_minutes", "max_steps", "overwrite", "save_dir", "save_interval",
               "save_weight", "threads", "use_compile"}
 # ... but these do change the result of a whole stage, so the key keeps them although resume allows them.
 KEY_FLAGS = {"max_steps", "epochs", "max_minutes", "accumulation_steps", "batch_size"}

@@ -422,6 +422,18 @@ def pack_batch(batch, device):
     return *tables, (first + lengths - 1).to(device)
 
 
+def micro_batches(rollout, rows, size):
+    """Split answers into micro-batches of like length, so that little padding is computed.
+
+    Yields: (list of at most `size` rows, slice of the T-1 targets that holds all of their answer tokens). Logits are
+        made for these columns only: prompts need none, and V logits cost more than a token of a small model.
+    """
+    rows = sorted(rows, key=lambda i: int(rollout["lengths"][i]))
+    for at in range(0, len(rows), size):
+        chunk = rows[at:at + size]
+        yield chunk, slice(int(rollout["starts"][chunk].min()) - 1, int(rollout["lengths"][chunk].max()) - 1)
+
+
 def _ragged(pieces: list[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Sequences -> (items, lengths)."""
     items = np.concatenate([np.asarray(piece, np.int64) for piece in pieces]) if pieces else np.empty(0, np.int64)

@@ -35,7 +35,7 @@ import common
 import logs
 import metrics
 import optim
-from dataset import PromptData, expand_paths, pad_rows
+from dataset import PromptData, expand_paths, micro_batches, pad_rows
 from model import Transformer, token_logprobs
 from tokenizer import Tokenizer
 
@@ -141,18 +141,6 @@ def respond(policy, tokenizer, prompts, rows, temperature, args, runtime):
                                    row_seeds=[row for i in mine for row in rows[i]], stop_ids={tokenizer.eos_id})
     answers = iter(answers)
     return runtime.unshard([[next(answers) for _ in rows[i]] for i in mine])
-
-
-def micro_batches(rollout, rows, size):
-    """Split answers into micro-batches of like length, so that little padding is computed.
-
-    Yields: (list of at most `size` rows, slice of the T-1 targets that holds all of their answer tokens). Logits are
-        made for these columns only: prompts need none, and V logits cost more than a token of a small model.
-    """
-    rows = sorted(rows, key=lambda i: int(rollout["lengths"][i]))
-    for at in range(0, len(rows), size):
-        chunk = rows[at:at + size]
-        yield chunk, slice(int(rollout["starts"][chunk].min()) - 1, int(rollout["lengths"][chunk].max()) - 1)
 
 
 @torch.no_grad()

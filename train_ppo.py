@@ -40,7 +40,7 @@ import common
 import logs
 import metrics
 import optim
-from dataset import PromptData, expand_paths, pad_rows, shuffled
+from dataset import PromptData, expand_paths, micro_batches, pad_rows, shuffled
 from model import ScalarHead, Transformer, token_logprobs
 from tokenizer import Tokenizer
 
@@ -254,18 +254,6 @@ def minibatches(count, number, args, runtime):
     per_step = args.batch_size * args.accumulation_steps * runtime.world_size
     order = shuffled(count, args.seed, number).tolist()
     return [order[at:at + per_step] for at in range(0, count, per_step)]
-
-
-def micro_batches(rollout, rows, size):
-    """Split answers into micro-batches of like length, so that little padding is computed.
-
-    Yields: (list of at most `size` rows, slice of the T-1 targets that holds all of their answer tokens). Logits are
-        made for these columns only: prompts need none, and V logits cost more than a token of a small model.
-    """
-    rows = sorted(rows, key=lambda i: int(rollout["lengths"][i]))
-    for at in range(0, len(rows), size):
-        chunk = rows[at:at + size]
-        yield chunk, slice(int(rollout["starts"][chunk].min()) - 1, int(rollout["lengths"][chunk].max()) - 1)
 
 
 @torch.no_grad()
