@@ -878,6 +878,17 @@ class SFTData(TokenData):
                 f"{self.max_seq_len}, {s['fill']:.1%} full")
 
 
+def join_windows(batch: dict, windows: dict) -> dict:
+    """SFTData's batch [B,T] with the windows of a PretrainData batch [R,T] below it, as a batch [B+R,T].
+
+    A window is one document: all of its tokens see those before them, as they did in pretraining.
+    """
+    real = windows["mask"] > 0  # [R,T]
+    real[:, 0] = True  # context of the first target
+    below = {"ids": windows["ids"], "mask": windows["mask"], "documents": torch.where(real, 0, -1)}
+    return {name: torch.cat([batch[name], rows]) for name, rows in below.items()}
+
+
 class PreferenceData(TokenData):
     """Pairs of a chosen and a rejected answer to one prompt. An index is a pair. stats adds kinds.
 

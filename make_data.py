@@ -15,15 +15,19 @@ as plain statements and never as a question with its answer. Identity and small 
 
 How the pretraining text teaches. Every fact is dealt from a shuffled deck, so that all occur equally often, in several
 phrasings (Allen-Zhu and Li 2023, arXiv 2309.14316: without rephrasing, a model stores a fact but cannot be asked for
-it); questions with answers about the OTHER facts stand beside them. Stories repeat their own facts, which teaches
-copying (simple closed-vocabulary stories for small models: Eldan and Li 2023, arXiv 2305.07759).
+it); questions with answers about the OTHER facts stand beside them. Stories in a closed vocabulary (for small models:
+Eldan and Li 2023, arXiv 2305.07759) come with questions too, because their answers can only be copied from the story: a
+text that is half answers teaches copying far sooner than one that merely repeats itself.
 
 Why the tokenizer has its own file. Chinese is written without spaces, and this world has few sentences: byte-pair
 merging would go on until whole clauses are one token each, in which a model sees neither name nor colour. Cut into
-words, the same text gives word tokens, and encoding uncut Chinese with them then finds the words again.
+words, the same text gives word tokens, and encoding uncut Chinese with them then finds the words again; every fourth
+document is cut into characters, so that these are whole before they join. Numbers are cut into digits, of which sums
+can be learnt (Singh and Strouse 2024, arXiv 2402.14903), and the role names of the chat template are there as well: in
+pieces they cost eight tokens a turn.
 
-What it does not do: no download, no model, no natural text. The world is tiny on purpose: a 6M-parameter model can
-master it in half an hour on two CPU cores, and a right answer can be told from a wrong one by a rule.
+What it does not do: no download, no model, no natural text. The world is tiny on purpose: a model of a million
+parameters learns most of it in ten minutes on two CPU cores, and a rule can tell a right answer from a wrong one.
 
     python make_data.py --output out/data --pretrain_mb 16 --seed 42
     python make_data.py --output out/mine --persona persona.json      # another name, maker and character
@@ -236,50 +240,33 @@ TELL = {
 # fit every plot. Behind the bars stand the slots of the answer and of a wrong answer, mostly from the same story.
 PLOTS = {
     "en": [
-        ("{p} has {pet1}. [One morning|One day|On Sunday|After lunch] {p} [went|walked|ran] to the {place}. There {p} "
-         "met {q}, who [came with|had] {pet2}. [Together|Soon] they found {thing} [under a tree|behind a wall].",
+        ("{pet1} [One morning|One day|On Sunday|After lunch] {p} [went|walked|ran] to the {place} and met {q}. {pet2} "
+         "[Together|Soon] they found {thing} [under a tree|behind a wall].",
          ["Where did {p} go?|the_place|no_place", "Who did {p} meet?|q|p", "What did they find?|the_thing|no_thing"]),
-        ("{q} [was in|stood in|came to] the {place} with {pet2}. {p} [came by|was there too] and had {pet1}. "
+        ("{q} [was in|stood in|came to] the {place}. {pet2} Then {p} [came by|was there too]. {pet1} "
          "[It was a warm day|The sun was shining]. {q} gave {p} {thing}, and {p} said thank you.",
          ["Where was {q}?|the_place|no_place", "What did {q} give to {p}?|the_thing|no_thing",
           "Who said thank you?|p|q"]),
-        ("[Yesterday|Last week] {p} lost {thing} in the {place}. {p} has {pet1} and {q} has {pet2}. [They looked "
-         "everywhere|All of them helped to look]. In the end {q} found it and {p} was [happy|very glad].",
+        ("[Yesterday|Last week] {p} lost {thing} in the {place}. {pet1} {pet2} [They looked everywhere|All of them "
+         "helped to look]. In the end {q} found it and {p} was [happy|very glad].",
          ["What did {p} lose?|the_thing|no_thing", "Where did {p} lose it?|the_place|no_place", "Who found it?|q|p"])],
     "zh": [
-        ("{p}[有|养了]{pet1}。[一天早上|有一天|星期天|午饭以后]，{p}[去了|走到了|跑到了]{place}。在那里，{p}遇见了{q}，"
-         "{q}带着{pet2}。[后来|不久]，他们在[树下|墙边|门口]找到了{thing}。",
+        ("{pet1}[一天早上|有一天|星期天|午饭以后]，{p}[去了|走到了|跑到了]{place}，遇见了{q}。{pet2}"
+         "[后来|不久]，他们在[树下|墙边|门口]找到了{thing}。",
          ["{p}去了哪里？|the_place|no_place", "{p}遇见了谁？|q|p", "他们找到了什么？|the_thing|no_thing"]),
-        ("{q}带着{pet2}[来到|站在]{place}。{p}也[来了|在那里]，{p}有{pet1}。[天气很暖和|阳光很好]。"
+        ("{q}[来到|站在]{place}。{pet2}{p}也[来了|在那里]。{pet1}[天气很暖和|阳光很好]。"
          "{q}送给{p}{thing}，{p}说了谢谢。",
          ["{q}在哪里？|the_place|no_place", "{q}送给{p}什么？|the_thing|no_thing", "谁说了谢谢？|p|q"]),
-        ("[昨天|上个星期]，{p}在{place}丢了{thing}。{p}有{pet1}，{q}有{pet2}。[他们到处找|大家都来帮忙找]。"
+        ("[昨天|上个星期]，{p}在{place}丢了{thing}。{pet1}{pet2}[他们到处找|大家都来帮忙找]。"
          "最后{q}找到了它，{p}[很高兴|非常开心]。",
          ["{p}丢了什么？|the_thing|no_thing", "{p}在哪里丢了它？|the_place|no_place", "最后是谁找到的？|q|p"])]}
+PETS = {"en": "{p} has {a}. The {animal} is {c}.", "zh": "{p}[有|养了]一只{animal}，{animal}是{c}的。"}
 PET_QUESTIONS = {
-    "en": ["What colour is the {a1} of {p}?|c1|c2", "What colour is the {a2} of {q}?|c2|c1", "Who has the {a1}?|p|q",
+    "en": ["What colour is the {a1}?|c1|c2", "What colour is the {a2}?|c2|c1", "Who has the {a1}?|p|q",
            "Who has the {a2}?|q|p", "Which animal does {p} have?|the_a1|the_a2",
            "Which animal does {q} have?|the_a2|the_a1"],
-    "zh": ["{p}的{a1}是什么颜色？|c1|c2", "{q}的{a2}是什么颜色？|c2|c1", "谁有{a1}？|p|q",
-           "谁有{a2}？|q|p", "{p}有什么动物？|the_a1|the_a2", "{q}有什么动物？|the_a2|the_a1"]}
-# Closing sentences say facts of the story again: to predict them the model must look back, which is copying.
-CLOSINGS = {
-    "en": ["[That evening|At home] {p} told everyone about the {place} and {thing}.", "{q} still had the {c2} {a2}.",
-           "The {a1} of {p} was {c1}, and the {a2} of {q} was {c2}.", "{p} and {q} often talked about the {place}.",
-           "{p} and the {c1} {a1} went home.", "[Everyone|Every child] in the {place} liked the {c1} {a1} of {p}."],
-    "zh": ["[那天晚上|回家以后]，{p}给大家讲了{place}和{the_thing}的事。", "{q}还是带着那只{c2}的{a2}。",
-           "{p}的{a1}是{c1}的，{q}的{a2}是{c2}的。", "{p}和{q}常常说起{place}。",
-           "{p}和{c1}的{a1}一起回家了。", "{place}里的[人|孩子]都喜欢{p}的{c1}的{a1}。"]}
-
-# Memory games: pairs are said once, then again in another order. Half of such a text can be predicted, but only by
-# looking back, so a model learns from them to use what it has read: stories alone teach that far more slowly.
-MEMORY = {
-    "en": [("animal", "colour", "the {0} is {1}"), ("name", "place", "{0} is in the {1}"),
-           ("name", "thing", "{0} has the {1}"),
-           ("thing", "place", "the {0} is in the {1}"), ("animal", "thing", "the {0} found the {1}")],
-    "zh": [("animal", "colour", "{0}是{1}的"), ("name", "place", "{0}在{1}"), ("name", "thing", "{0}有{1}"),
-           ("thing", "place", "{0}在{1}里"), ("animal", "thing", "{0}找到了{1}")]}
-AGAIN = {"en": ["Remember: {}.", "Once more: {}.", "So {}."], "zh": ["记住：{}。", "再说一遍：{}。", "所以{}。"]}
+    "zh": ["{a1}是什么颜色？|c1|c2", "{a2}是什么颜色？|c2|c1", "谁有{a1}？|p|q", "谁有{a2}？|q|p",
+           "{p}有什么动物？|the_a1|the_a2", "{q}有什么动物？|the_a2|the_a1"]}
 
 # Identity and small talk, held out by wording: (wordings, answer, polite sentence).
 IDENTITY = {
@@ -508,12 +495,13 @@ def story_slots(d):
     elsewhere = rng.choice([place for place in PLACES if place is not here])
     other = rng.choice([thing for thing in THINGS if thing is not it])
     slots = {"p": p, "q": q, "c1": c1, "c2": c2, "a1": a1, "a2": a2, "place": here[column]}
+    for pet, *values in (("pet1", p, c1, a1), ("pet2", q, c2, a2)):
+        name, colour, animal = values
+        slots[pet] = d.say(PETS[d.lang], {"p": name, "c": colour, "animal": animal, "a": with_article(animal)})
     if d.lang == "zh":
-        return {**slots, "pet1": f"一只{c1}的{a1}", "pet2": f"一只{c2}的{a2}", "thing": f"一{it[2]}{it[1]}",
-                "the_a1": a1, "the_a2": a2, "the_place": here[1], "no_place": elsewhere[1], "the_thing": it[1],
-                "no_thing": other[1]}
-    nouns = {"pet1": f"{c1} {a1}", "pet2": f"{c2} {a2}", "the_a1": a1, "the_a2": a2, "thing": it[0], "the_thing": it[0],
-             "no_thing": other[0]}
+        return {**slots, "thing": f"一{it[2]}{it[1]}", "the_a1": a1, "the_a2": a2, "the_place": here[1],
+                "no_place": elsewhere[1], "the_thing": it[1], "no_thing": other[1]}
+    nouns = {"the_a1": a1, "the_a2": a2, "thing": it[0], "the_thing": it[0], "no_thing": other[0]}
     return {**slots, **{slot: with_article(noun) for slot, noun in nouns.items()}, "the_place": f"the {here[0]}",
             "no_place": f"the {elsewhere[0]}"}
 
@@ -523,8 +511,7 @@ def story(d, questions=0):
     questions = questions or d.rng.randint(1, d.turns)
     slots = story_slots(d)
     plot, own = d.rng.choice(PLOTS[d.lang])
-    # one question in two is about the plot, the others about the animals
-    asked = [text.split("|") for text in d.rng.sample(own * 2 + PET_QUESTIONS[d.lang], questions)]
+    asked = [text.split("|") for text in d.rng.sample(own + PET_QUESTIONS[d.lang], questions)]
     turns = [[text.format(**slots), slots[right], slots[wrong]] for text, right, wrong in asked]
     turns[0][0] = f"{d.say(plot, slots)}\n{turns[0][0]}"
     question, answer, wrong = turns[-1]
@@ -578,19 +565,18 @@ SKILLS = {"story": story, "add": add, "subtract": subtract, "next": following, "
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. The mix of every file, in parts of the whole; "_hard" asks for the second level.
 
-SFT_MIX = {"story": 12, "add": 3, "add_hard": 2, "subtract": 2, "subtract_hard": 1, "next": 2, "compare": 2,
-           "compare_hard": 1, "count": 2, "count_hard": 1, "sort": 2, "sort_hard": 1, "reverse": 3, "reverse_hard": 1,
-           "letter": 3, "letter_hard": 1, "repeat": 1, "join": 1, "definition": 11, "translate": 11, "fact": 11,
-           "identity": 6, "chat": 6, "dialogue": 11}
+SFT_MIX = {"story": 14, "dialogue": 12, "definition": 5, "translate": 9, "fact": 8, "add": 4, "add_hard": 2,
+           "subtract": 3, "subtract_hard": 1, "next": 2, "compare": 3, "compare_hard": 1, "count": 3, "count_hard": 1,
+           "sort": 2, "sort_hard": 1, "reverse": 4, "reverse_hard": 1, "letter": 4, "letter_hard": 1, "repeat": 2,
+           "join": 2, "identity": 5, "chat": 5}
 # skills a small model masters: a reward model can see a wrong answer only where it could find the right one
 PREFERENCE_MIX = {"story": 5, "compare": 2, "letter": 3, "reverse": 2, "join": 1, "repeat": 1, "count": 1, "next": 1,
                   "definition": 1, "translate": 2}
 # skills a model solves sometimes, so that some of its samples are right and some are wrong
 RL_MIX = {"add": 2, "add_hard": 2, "subtract": 2, "subtract_hard": 2, "next": 1, "compare_hard": 2, "count": 1,
           "count_hard": 2, "sort": 1, "sort_hard": 1, "reverse": 1, "reverse_hard": 2, "letter_hard": 1, "story": 2}
-PRETRAIN_MIX = {"story": 16, "definition": 8, "translate": 8, "fact": 6, "numbers": 9, "strings": 7, "memory": 8,
-                "question": 38}
-QUESTION_MIX = {**SFT_MIX, "story": 24, "chat": 0, "dialogue": 0}
+PRETRAIN_MIX = {"story": 18, "definition": 8, "translate": 12, "fact": 9, "numbers": 13, "strings": 10, "question": 30}
+QUESTION_MIX = {**SFT_MIX, "story": 0, "dialogue": 8, "chat": 0}
 STATEMENT_MIX = {"numbers": dict.fromkeys(("add", "add_hard", "subtract", "subtract_hard", "next", "compare", "count",
                                            "sort"), 1),
                  "strings": dict.fromkeys(("reverse", "letter", "repeat", "join"), 1)}
@@ -623,34 +609,10 @@ def deal(rng, entries):
         yield from rng.sample(entries, len(entries))
 
 
-def memory_game(d):
-    """Yield three to six pairs as sentences, then the same pairs in another order, twice."""
-    rng, column = d.rng, d.column
-    words = {"name": NAMES[d.lang], **{kind: [entry[column] for entry in entries] for kind, entries in (
-        ("animal", ANIMALS), ("colour", COLOURS), ("place", PLACES), ("thing", THINGS))}}
-    left, right, form = rng.choice(MEMORY[d.lang])
-    size = rng.randint(3, 6)
-    said = [form.format(*pair) for pair in zip(rng.sample(words[left], size), rng.sample(words[right], size),
-                                               strict=True)]
-    comma = ("，" if column else ", ")
-    first = comma.join(said)
-    yield first[0].upper() + first[1:] + ("。" if column else ".")
-    for again in rng.sample(AGAIN[d.lang], 2):
-        yield again.format(comma.join(rng.sample(said, size)))
-
-
 def pretrain_lines(d, kind, decks):
-    """Yield the sentences of one pretraining document, without end (a story: as many as it has)."""
+    """Yield the lines of one pretraining document: without end, but for a story."""
     rng, lang = d.rng, d.lang
-    if kind == "story":
-        slots = story_slots(d)
-        yield d.say(rng.choice(PLOTS[lang])[0], slots)
-        for closing in rng.sample(CLOSINGS[lang], 3):
-            yield d.say(closing, slots)
-    elif kind == "memory":
-        while True:
-            yield from memory_game(d)
-    elif kind == "fact":
+    if kind == "fact":
         welcome = {"en": "In the town of Willow lives {}.", "zh": "柳树镇上住着{}。"}[lang]
         while True:
             person = next(decks[lang, kind])
@@ -661,14 +623,17 @@ def pretrain_lines(d, kind, decks):
     elif kind in KNOWN:
         while True:
             yield statement(d, KNOWN[kind][1](d, next(decks[lang, kind])))
-    elif kind == "question":
-        frame, (p, q) = rng.choice(FRAMES[lang]), rng.sample(NAMES[lang], 2)
+    elif kind in ("story", "question"):
+        # a story has people of its own, so nobody else asks about it
+        frame, (p, q) = rng.choice(FRAMES[lang][:1 if kind == "story" else 2]), rng.sample(NAMES[lang], 2)
         while True:
-            task = make_task(replace(d, turns=3), QUESTION_MIX)[1]
+            task = story(d, questions=6) if kind == "story" else make_task(d, QUESTION_MIX)[1]
             turns = [(question, answer) for question, answer, _ in task.history] + [(task.question, task.answer)]
             for question, answer in turns:
                 answer = rng.choice((answer, polite_form(d, lang, task)[1].format(x=answer)))
                 yield frame.format(p=p, q=q, question=question, answer=answer)
+            if kind == "story":
+                return
     counting = rng.random() < 0.15
     while kind == "numbers" and counting:
         start = rng.randint(1, 88)
@@ -678,14 +643,14 @@ def pretrain_lines(d, kind, decks):
 
 
 def pretrain_row(d, decks):
-    """Return one pretraining row: sentences until the document is long enough, 100 to 600 characters."""
+    """Return one pretraining row: a story with questions, or sentences until the document is long enough."""
     kind = d.rng.choices(list(PRETRAIN_MIX), list(PRETRAIN_MIX.values()))[0]
-    glue = "\n" if kind == "question" or (d.lang == "zh" and kind != "story") else {"en": " ", "zh": ""}[d.lang]
+    glue = "\n" if kind in ("story", "question") or d.lang == "zh" else " "
     enough = d.rng.randint(110, 330 if d.lang == "en" else 200)
     text = ""
     for line in pretrain_lines(d, kind, decks):
         text += glue + line if text else line
-        if len(text) >= enough:
+        if len(text) >= enough and kind != "story":
             break
     return {"text": text, "lang": d.lang, "skill": kind}
 
@@ -760,12 +725,14 @@ def rows_of(stage, part, size, seed, persona):
 # 7. The command
 
 
-def words_apart(text):
-    """Cut before every Chinese word: greedy, longest word first, characters of no known word one by one."""
+def words_apart(text, characters=False):
+    """Cut before every Chinese word (greedy, longest word first) or before every Chinese character, and between digits.
+    """
+    words = "|".join(() if characters else CHINESE_WORDS) or "(?!)"
     # a blank and a newline, because the split pattern would glue a blank alone to the word behind it, and a newline
     # alone to the punctuation before it
-    words = "(" + "|".join(CHINESE_WORDS) + "|[^a-zA-Z0-9])((?=[\u4e00-\u9fff]))?"
-    return re.sub(words, lambda found: found[1] if found[2] is None else found[1] + " \n", text)
+    pattern = rf"({words}|[^a-zA-Z])((?=[\u4e00-\u9fff]|(?<=\d)\d))?"
+    return re.sub(pattern, lambda found: found[1] if found[2] is None else found[1] + " \n", text)
 
 
 def read_persona(path):
@@ -826,8 +793,10 @@ def write_rows(path, rows, budget, for_tokenizer):
             file.write(line + "\n")
             skills[row["skill"], row["lang"]] += 1
             if budget > 0:
-                text = row.get("text") or " \n".join(turn["content"] for turn in row["conversations"])
-                for_tokenizer.append(json.dumps({"text": words_apart(text)}, ensure_ascii=False) + "\n")
+                text = row.get("text") or " \n".join(f"{turn['role']} \n{turn['content']}"
+                                                     for turn in row["conversations"])
+                text = words_apart(text, characters=skills.total() % 4 == 0)
+                for_tokenizer.append(json.dumps({"text": text}, ensure_ascii=False) + "\n")
                 budget -= len(text.encode())
     return {"rows": skills.total(), "bytes": path.stat().st_size, "skills": skills}
 

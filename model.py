@@ -61,6 +61,8 @@ EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", 
 # loss teaches the router how to mix them; one expert's normalised weight would be the constant 1, without a gradient.
 MOE_BLOCK = {"num_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
 PRESETS = {
+    # nano is what 25 minutes on two CPU cores can feed: about 1.2M parameters and several million tokens
+    "nano": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=2, intermediate_size=384),
     "tiny": dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768),
     "small": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408),
     "base": dict(hidden_size=768, num_hidden_layers=16, num_attention_heads=8, intermediate_size=2048),
@@ -166,7 +168,8 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "ModelConfig":
-        """A named shape ("tiny", "small", "base", "moe") with single fields replaced; None keeps the preset's value."""
+        """A named shape ("nano", "tiny", "small", "base" or "moe") with single fields replaced; None keeps the
+        preset's value."""
         need(name in PRESETS, f"preset {name!r}", f"it is one of {', '.join(PRESETS)}", "choose one of them")
         given = {key: value for key, value in overrides.items() if value is not None}
         known = {field.name for field in fields(cls)}

@@ -7,7 +7,7 @@
 #   bash run.sh --from sft           do this stage and everything after it again
 #
 # A finished stage is skipped when its flags, input files and parents are unchanged; an interrupted one goes on.
-# Settings: PYTHON=python3.12  VENV_DIR=.venv  OUT=out  SEED=42  PRESET=tiny|small|base|moe
+# Settings: PYTHON=python3.12  VENV_DIR=.venv  OUT=out  SEED=42  PRESET=nano|tiny|small|base|moe
 #           DATA_ARGS PRETRAIN_ARGS SFT_ARGS REWARD_ARGS DPO_ARGS PPO_ARGS GRPO_ARGS EVAL_ARGS: flags added to a stage
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -104,7 +104,7 @@ run_stage() {
     sft)
         stage sft "learn to answer instead of continuing ($SFT_TIME)" \
             "$PY" train_sft.py "${common[@]}" --data_path "$d/sft.train.jsonl" \
-            --val_path "$d/sft.heldout.jsonl" $SFT ${SFT_ARGS:-} ;;
+            --val_path "$d/sft.heldout.jsonl" --replay_path "$d/pretrain.train.jsonl" $SFT ${SFT_ARGS:-} ;;
     reward)
         stage reward "learn which of two answers people prefer ($REWARD_TIME)" \
             "$PY" train_reward.py "${common[@]}" --data_path "$d/preference.train.jsonl" \
@@ -144,34 +144,33 @@ setup requirements.txt
 [ "$WANT" = setup ] && { echo "ready: $PY"; exit 0; }
 if [ "$WANT" = chat ]; then exec "$PY" eval.py --stream 1 --save_dir "$OUT"; fi
 
-# -- How much of everything: a CPU gets the tiny model, a GPU the small one; the smoke test a corner of each
+# -- How much of everything: a CPU gets the nano model, a GPU the small one; the smoke test a corner of each
 FOUND='import torch; print("cuda" if torch.cuda.is_available() else "cpu")'
 DEVICE=cpu
 [ "$SMOKE" = 1 ] || DEVICE="$("$PY" -c "$FOUND")"
 if [ "$SMOKE" = 1 ]; then
-    PRESET="${PRESET:-tiny}"
+    PRESET="${PRESET:-nano}"
     DATA_SIZE="--pretrain_mb 3 --sft_samples 6000 --preference_pairs 1500 --rl_prompts 1000"
     PRETRAIN_TIME="30 s" SFT_TIME="30 s" REWARD_TIME="15 s" DPO_TIME="15 s" PPO_TIME="15 s"
     GRPO_TIME="15 s" EVAL_TIME="15 s"
-    # half the width and four blocks: the same code in a sixth of the time
-    PRETRAIN="--device cpu --hidden_size 128 --num_hidden_layers 4 --max_steps 200" SFT="--device cpu --max_steps 160"
+    PRETRAIN="--device cpu --max_steps 240" SFT="--device cpu --max_steps 240"
     REWARD="--device cpu --max_steps 30" DPO="--device cpu --max_steps 20 --eval_prompts 100"
     PPO="--device cpu --max_steps 2 --eval_prompts 64" GRPO="--device cpu --max_steps 2 --eval_prompts 32"
     EVAL="--device cpu --limit 60"
 elif [ "$DEVICE" = cuda ]; then
     PRESET="${PRESET:-small}"
-    DATA_SIZE="--pretrain_mb 40"
+    DATA_SIZE="--pretrain_mb 40 --sft_samples 90000"
     PRETRAIN_TIME="minutes on a GPU" SFT_TIME="a minute or two" REWARD_TIME="a minute"
     DPO_TIME="a minute" PPO_TIME="2 minutes"
     GRPO_TIME="2 minutes" EVAL_TIME="a minute"
-    PRETRAIN="" SFT="" REWARD="" DPO="" PPO="" GRPO="" EVAL=""
+    PRETRAIN="" SFT="--epochs 2" REWARD="" DPO="" PPO="" GRPO="" EVAL=""
 else
-    PRESET="${PRESET:-tiny}"
-    DATA_SIZE="--pretrain_mb 16"
+    PRESET="${PRESET:-nano}"
+    DATA_SIZE="--pretrain_mb 20 --sft_samples 90000"
     PRETRAIN_TIME="6 minutes on 2 cores" SFT_TIME="9 minutes" REWARD_TIME="1 minute"
     DPO_TIME="1 minute" PPO_TIME="3 minutes"
     GRPO_TIME="3 minutes" EVAL_TIME="1 minute"
-    PRETRAIN="--max_steps 600" SFT="--max_steps 900" REWARD="--epochs 0.35" DPO="--epochs 0.25" PPO="" GRPO="" EVAL=""
+    PRETRAIN="--max_steps 1500" SFT="--max_steps 3500" REWARD="--epochs 0.35" DPO="--epochs 0.25" PPO="" GRPO="" EVAL=""
 fi
 
 if [ "$WANT" != all ]; then

@@ -9,7 +9,7 @@ data format (dataset.py), the optimizer's mathematics (optim.py).
 
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), Radford et al. 2019 (GPT-2), Yang et al. 2025 (Qwen3, arXiv:2505.09388).
 
-    python train_pretrain.py --preset tiny --data_path out/data/pretrain.train.jsonl       # a laptop
+    python train_pretrain.py --preset nano --data_path out/data/pretrain.train.jsonl       # a laptop
     python train_pretrain.py --preset small --data_path "data/*.jsonl.gz" --epochs 2       # one GPU
     torchrun --nproc_per_node 4 train_pretrain.py --preset base --data_path data/*.jsonl   # four GPUs, or CPU processes
 

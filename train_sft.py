@@ -5,8 +5,12 @@ Objective, over the trained tokens t (assistant text and its end token <|im_end|
 The user's words are context, not targets: the model learns to answer, not to ask. Conversations are packed several to a
 row; a document mask keeps them from seeing each other (without it the logits of packed rows are simply wrong).
 
-Papers: Ouyang et al. 2022 (InstructGPT, arXiv:2203.02155), Krell et al. 2021 (packing without cross-contamination,
-arXiv:2107.02027).
+With --replay_path some rows of every step are pretraining text, whose tokens are all targets. Fine-tuning overwrites
+what it does not practise: a model that is only asked about some facts forgets the others; replay keeps them.
+
+Papers: Ouyang et al. 2022 (InstructGPT, arXiv:2203.02155; its section 3.5 mixes pretraining gradients into PPO for the
+same reason), Krell et al. 2021 (packing without cross-contamination, arXiv:2107.02027), Robins 1995 (rehearsal against
+catastrophic forgetting).
 
     python train_sft.py --from_weight pretrain --data_path out/data/sft.train.jsonl          # a laptop
     python train_sft.py --from_weight out/pretrain --data_path my/chats.jsonl --epochs 3     # own data, one GPU
@@ -25,7 +29,7 @@ import common
 import logs
 import metrics
 import optim
-from dataset import PromptData, SFTData, expand_paths
+from dataset import PretrainData, PromptData, SFTData, expand_paths, join_windows
 from model import Transformer, token_logprobs
 from tokenizer import Tokenizer
 
@@ -34,6 +38,11 @@ def parse_args(argv=None):
     """Flags of this stage. The model's shape comes from the weights it starts from."""
     parser = common.Parser(__doc__)
     common.data_flags(parser, "out/data/sft.train.jsonl", max_seq_len=256, val_ratio=0.02)
+    g = parser.add_argument_group("replay")
+    g.add_argument("--replay_path", nargs="+", default=[],
+                   help="pretraining files to mix in, so that what they taught is not forgotten")
+    g.add_argument("--replay_rows", type=common.positive(int), default=1,
+                   help="rows of that text beside every --batch_size rows of conversations")
     g = parser.add_argument_group("model")
     g.add_argument("--from_weight", default="pretrain",
                    help="checkpoint to start from: name below --save_dir, or folder")
@@ -43,7 +52,7 @@ def parse_args(argv=None):
                    help="step of the routing bias (router with shared experts)")
     common.switch(g, "--gradient_checkpointing", 0,
                   "recompute activations in the backward pass: less memory, about 30%% slower")
-    common.optim_flags(parser, batch_size=8, learning_rate=1e-3, muon_learning_rate=5e-3, warmup_steps=0.05)
+    common.optim_flags(parser, batch_size=8, learning_rate=2e-3, muon_learning_rate=0.01, warmup_steps=0.05)
     common.run_flags(parser, save_weight="sft", eval_interval=250, save_interval=500)
     parser.add_argument("--eval_batches", type=common.positive(int), default=16, help="held-out batches per evaluation")
     parser.add_argument("--eval_prompts", type=common.positive(int, zero=True), default=600,
@@ -91,7 +100,7 @@ def main(args):
     # -- 2. Data -------------------------------------------------------------------------------------------------------
     parent = common.find_checkpoint(args.save_dir, args.from_weight)
     tokenizer = Tokenizer.from_pretrained(parent)
-    files = expand_paths(args.data_path) + expand_paths(args.val_path)
+    files = expand_paths(args.data_path) + expand_paths(args.val_path) + expand_paths(args.replay_path)
     key = common.stage_key(args, files, [parent])
     start = common.begin(runtime, args, key)
     if start == "skip":
@@ -101,6 +110,7 @@ def main(args):
     ratio = 0.0 if args.val_path else args.val_ratio
     data = SFTData(args.data_path, part="train" if ratio else "all", val_ratio=ratio, **shared)
     held_out = SFTData(args.val_path or args.data_path, part="val" if ratio else "all", val_ratio=ratio, **shared)
+    replay = PretrainData(args.replay_path, part="all", **shared) if args.replay_path else None
     prompts = PromptData(args.val_path or args.data_path, part="val" if ratio else "all", val_ratio=ratio, **shared)
     runtime.print(data.summary())
 
@@ -138,7 +148,8 @@ def main(args):
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
-    log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
+    log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats,
+                                         **({"replay": replay.stats} if replay else {})})
 
     def save(finished, final=None):
         """Write out/<save_weight>; called by all ranks at the same step."""
@@ -177,6 +188,9 @@ def main(args):
         for micro in range(args.accumulation_steps):
             first = progress["position"] + micro * per_micro_step + runtime.rank * args.batch_size
             batches.append(data.batch(data.position_batch(first, args.batch_size)))
+            if replay:
+                rows = replay.position_batch(first // args.batch_size * args.replay_rows, args.replay_rows)
+                batches[-1] = join_windows(batches[-1], replay.batch(rows))
         targets, tokens = runtime.sum(sum(b["mask"][:, 1:].sum() for b in batches),
                                       sum((b["documents"] >= 0).sum() for b in batches))
 

@@ -17,7 +17,17 @@ import pytest
 import torch
 
 import dataset
-from dataset import PreferenceData, PretrainData, PromptData, SFTData, expand_paths, pack, pad_rows, read_rows
+from dataset import (
+    PreferenceData,
+    PretrainData,
+    PromptData,
+    SFTData,
+    expand_paths,
+    join_windows,
+    pack,
+    pad_rows,
+    read_rows,
+)
 
 BOS, START, END, PAD = 256, 257, 258, 259
 
@@ -332,6 +342,16 @@ def test_a_long_conversation_keeps_an_answer_token_or_is_dropped_and_counted(mak
     assert "3 samples: 1 used, 1 truncated, 2 dropped" in data.summary() and "\n" not in data.summary()
     with pytest.raises(ValueError, match=f"no usable sft sample among 3 rows.*setting that works is {head + 1} "):
         make(SFTData, rows, head)
+
+
+def test_windows_below_conversations_are_documents_of_their_own(make):
+    rows = make(SFTData, [{"conversations": chat("a", "b")}], 24).batch([0])
+    windows = make(PretrainData, [{"text": "abcdefghijklmnopqrstuvwxyz"}], 24)
+    both = join_windows(rows, windows.batch([0, 1]))  # the second window holds the last 4 of 27 tokens
+    assert all(torch.equal(both[name][:1], rows[name]) for name in ("ids", "mask", "documents"))
+    assert both["documents"][1:].tolist() == [[0] * 24, [0] * 4 + [-1] * 20]
+    assert both["mask"][1:].tolist() == [[0] + [1] * 23, [0] + [1] * 3 + [0] * 20]
+    assert both["ids"][2, :4].tolist() == windows.batch([1])["ids"][0, :4].tolist() == list(b"wxyz")
 
 
 def test_each_epoch_sees_every_packed_row_once(make):

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 import pytest
 
 import make_data
+import tokenizer
 from make_data import ANIMALS, COLOURS, DICTIONARY, FACTS, KINDS, KNOWN, LANGS, NAMES, PLACES, THINGS
 
 STAGES = ("pretrain", "sft", "preference", "rl")
@@ -190,9 +191,10 @@ def test_train_and_heldout_keep_to_their_contents_where_chance_would_hide_a_leak
             if row["skill"] != "story":
                 continue
             text = row["text"] if stage == "pretrain" else story_text(row)
-            names = find(NAMES[row["lang"]], text)
+            names = find(NAMES[row["lang"]], text.split("\n")[0])
             colours, animals = ("|".join(e[LANGS.index(row["lang"])] for e in words) for words in (COLOURS, ANIMALS))
-            pets = sorted(set(re.findall(rf"(?:a|an|一只) ?({colours})[ 的]({animals})", text)))
+            pets = sorted({(colour, animal) for animal, colour in
+                           re.findall(rf"(?:The |，)({animals})(?: is |是)({colours})", text)})
             # who has which is not read here: one of the two ways must be of the part
             ways = [{make_data.heldout("pet", name, *pet) for name, pet in zip(order, pets, strict=True)}
                     for order in (names, names[::-1])]
@@ -211,7 +213,7 @@ def test_pretraining_text_holds_no_heldout_question(rows):
             assert tuple(sorted((int(a), int(b)))) not in sums, text
         for letters in re.findall(r"((?:\b\w )+)(?:backwards|around|倒过来|反过来)", text):
             assert tuple(letters.split()) not in strings, text
-        if row["skill"] == "question":
+        if row["skill"] in ("story", "question"):
             lines = re.split(r"^(?:Question: |问题：|\w+ asks: |\w+问：)", text, flags=re.M)[1:]
             for asked, _ in (re.split(r"\n(?:Answer: |回答：|\w+ says: |\w+答：)", line) for line in lines):
                 assert asked not in questions, text
@@ -344,6 +346,18 @@ def test_a_bad_persona_is_explained(tmp_path, bad):
 
 
 def test_tokenizer_text_is_the_same_text_cut_into_words(folder):
-    assert make_data.words_apart("小红有一只红色的青蛙，see 7。") == "小红 \n有 \n一只 \n红色 \n的 \n青蛙，see 7。"
+    assert make_data.words_apart("小红有一只红色的青蛙，see 123。") == "小红 \n有 \n一只 \n红色 \n的 \n青蛙，see 1 \n2 \n3。"
+    assert make_data.words_apart("青蛙，see 12。", characters=True) == "青 \n蛙，see 1 \n2。"
     rows = [json.loads(line) for line in (folder / "tokenizer.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     assert max(len(run) for row in rows for run in re.findall("[\u4e00-\u9fff]+", row["text"])) <= 4
+
+
+def test_tokens_are_words_digits_and_roles(folder):
+    """What the cuts are for: words of a story and roles of the template are single tokens, numbers are their digits,
+    and no token holds a piece of a Chinese character."""
+    learnt = tokenizer.train([folder / "tokenizer.jsonl"], vocab_size=3072, progress=False)
+    for text, pieces in (("assistant", ["assistant"]), ("user", ["user"]), ("system", ["system"]), ("127", list("127")),
+                         (" kitchen", [" kitchen"]), ("小红的青蛙", ["小红", "的", "青蛙"])):
+        assert [learnt.decode([token]) for token in learnt.encode(text)] == pieces
+    for text in ("接下来是哪个数：8、16？", "答案是：过河的交通工具。"):
+        assert "\ufffd" not in "".join(learnt.decode([token]) for token in learnt.encode(text))

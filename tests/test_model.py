@@ -64,8 +64,8 @@ def transformers():
 
 
 # -- Shapes and configuration ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name, count", [("tiny", 6_361_088), ("small", 25_830_912), ("base", 104_034_048),
-                                         ("moe", 145_031_040)])
+@pytest.mark.parametrize("name, count", [("nano", 1_672_832), ("tiny", 6_361_088), ("small", 25_830_912),
+                                         ("base", 104_034_048), ("moe", 145_031_040)])
 def test_preset_sizes_are_pinned(name, count):
     with torch.device("meta"), SkipInit():
         assert Transformer(ModelConfig.preset(name)).num_parameters() == count

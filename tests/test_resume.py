@@ -209,3 +209,18 @@ def test_kill_nine_in_the_middle_of_saving_loses_no_more_than_one_interval(stage
     assert lines(tmp_path / "out", "whole") == lines(tmp_path / "out", "broken")
     weights = [load_file(tmp_path / "out" / folder / "model.safetensors") for folder in ("whole", "broken")]
     assert same(*weights)
+
+
+def test_killed_run_with_replay_equals_uninterrupted_run(run, tmp_path):
+    """Pretraining text beside the conversations: its place goes on as well, also behind its last window."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{i} is a number that was read before."}) + "\n" for i in range(9)))
+    flags = ["--replay_path", str(text), "--replay_rows", "1", "--save_interval", "2"]
+    whole = run("train_sft", "whole", *flags)
+    stats = json.loads((tmp_path / "out" / "logs" / "whole" / "dataset_stats.json").read_text())
+    assert stats["replay"]["windows"] < 2 * STEPS, "the text is read more than once"
+    run("train_sft", "broken", *flags, kill=3)
+    assert run("train_sft", "broken", *flags, "--from_resume", "1") == whole
+    assert_same_run(tmp_path / "out", "whole", "broken")
+    plain = run("train_sft", "plain", "--save_interval", "2")
+    assert plain["val_loss"] != whole["val_loss"]
