@@ -557,8 +557,8 @@ def dialogue(d):
 KNOWN = {"definition": (DEFINITIONS, tell_definition), "translate": (DICTIONARY, tell_translation),
          "fact": (FACTS, tell_fact)}
 SKILLS = {"story": story, "add": add, "subtract": subtract, "next": following, "compare": compare, "count": count,
-          "sort": sort, "reverse": strings("reverse", (3,), (4, 5)), "letter": strings("letter", (3, 4), (5, 6)),
-          "repeat": strings("repeat", (2, 3), (4,)), "join": strings("join", (3, 4), (5, 6)),
+          "sort": sort, "reverse": strings("reverse", (3, 4), (5, 6)), "letter": strings("letter", (3, 4), (5, 6)),
+          "repeat": strings("repeat", (2, 3), (4, 5)), "join": strings("join", (3, 4), (5, 6)),
           **{skill: known(skill, *entry) for skill, entry in KNOWN.items()},
           "identity": wordings(IDENTITY), "chat": wordings(CHAT), "dialogue": dialogue}
 
@@ -568,13 +568,14 @@ SKILLS = {"story": story, "add": add, "subtract": subtract, "next": following, "
 SFT_MIX = {"story": 14, "dialogue": 12, "definition": 5, "translate": 9, "fact": 8, "add": 4, "add_hard": 2,
            "subtract": 3, "subtract_hard": 1, "next": 2, "compare": 3, "compare_hard": 1, "count": 3, "count_hard": 1,
            "sort": 2, "sort_hard": 1, "reverse": 4, "reverse_hard": 1, "letter": 4, "letter_hard": 1, "repeat": 2,
-           "join": 2, "identity": 5, "chat": 5}
+           "repeat_hard": 1, "join": 2, "join_hard": 1, "identity": 5, "chat": 5}
 # skills a small model masters: a reward model can see a wrong answer only where it could find the right one
 PREFERENCE_MIX = {"story": 5, "compare": 2, "letter": 3, "reverse": 2, "join": 1, "repeat": 1, "count": 1, "next": 1,
                   "definition": 1, "translate": 2}
-# skills a model solves sometimes, so that some of its samples are right and some are wrong
-RL_MIX = {"add": 2, "add_hard": 2, "subtract": 2, "subtract_hard": 2, "next": 1, "compare_hard": 2, "count": 1,
-          "count_hard": 2, "sort": 1, "sort_hard": 1, "reverse": 1, "reverse_hard": 2, "letter_hard": 1, "story": 2}
+# skills whose answers stand in the question and which a model solves sometimes: some of its samples are right, some
+# wrong, and what it learns from them holds for other questions (one sum teaches little about another)
+RL_MIX = {"reverse_hard": 5, "repeat_hard": 4, "join_hard": 4, "sort_hard": 3, "story": 2, "letter_hard": 1, "next": 1,
+          "count_hard": 1}
 PRETRAIN_MIX = {"story": 18, "definition": 8, "translate": 12, "fact": 9, "numbers": 13, "strings": 10, "question": 30}
 QUESTION_MIX = {**SFT_MIX, "story": 0, "dialogue": 8, "chat": 0}
 STATEMENT_MIX = {"numbers": dict.fromkeys(("add", "add_hard", "subtract", "subtract_hard", "next", "compare", "count",

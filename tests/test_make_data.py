@@ -346,7 +346,7 @@ def test_a_bad_persona_is_explained(tmp_path, bad):
 
 
 def test_tokenizer_text_is_the_same_text_cut_into_words(folder):
-    assert make_data.words_apart("小红有一只红色的青蛙，see 123。") == "小红 \n有 \n一只 \n红色 \n的 \n青蛙，see 1 \n2 \n3。"
+    assert make_data.words_apart("小红有红色的青蛙，see 123。") == "小红 \n有 \n红色 \n的 \n青蛙，see 1 \n2 \n3。"
     assert make_data.words_apart("青蛙，see 12。", characters=True) == "青 \n蛙，see 1 \n2。"
     rows = [json.loads(line) for line in (folder / "tokenizer.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     assert max(len(run) for row in rows for run in re.findall("[\u4e00-\u9fff]+", row["text"])) <= 4
