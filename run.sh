@@ -168,11 +168,11 @@ else
     PRESET="${PRESET:-nano}"
     DATA_SIZE="--pretrain_mb 20 --sft_samples 90000"
     PRETRAIN_TIME="4 minutes on 2 cores" SFT_TIME="9 minutes" REWARD_TIME="15 s"
-    DPO_TIME="20 s" PPO_TIME="30 s" GRPO_TIME="40 s" EVAL_TIME="30 s"
+    DPO_TIME="20 s" PPO_TIME="30 s" GRPO_TIME="2 minutes" EVAL_TIME="30 s"
     PRETRAIN="--max_steps 1500" SFT="--max_steps 3500" REWARD="--epochs 0.5" EVAL=""
     # a small model takes larger steps than the scripts' defaults, which suit the small preset
     DPO="--epochs 0.5 --learning_rate 1e-4" PPO="--learning_rate 5e-5 --eval_prompts 400"
-    GRPO="--learning_rate 3e-4 --max_steps 60 --eval_prompts 256"
+    GRPO="--optimizer muon --muon_learning_rate 2e-3 --learning_rate 1e-3 --max_steps 120 --eval_prompts 256"
 fi
 
 if [ "$WANT" != all ]; then
