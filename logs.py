@@ -121,9 +121,9 @@ def progress(total, desc, initial=0, is_main=True, unit="step", unit_scale=False
     unit_scale: show 12.5M for 12500000. Numbers beside the bar: bar.set_postfix_str(text, refresh=False).
     """
     live = sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, desc=desc, unit=unit, unit_scale=unit_scale, disable=not is_main, dynamic_ncols=live,
-                ncols=None if live else 110, mininterval=0.5 if live else 15, maxinterval=1 if live else 20,
-                smoothing=0.1)
+    return tqdm(total=total, initial=initial, desc=desc, unit=unit, unit_scale=unit_scale, disable=not is_main,
+                dynamic_ncols=live, ncols=None if live else 110, mininterval=0.5 if live else 15,
+                maxinterval=1 if live else 20, smoothing=0.1)
 
 
 def say(text):
