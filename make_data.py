@@ -496,9 +496,8 @@ def story_slots(d):
     elsewhere = rng.choice([place for place in PLACES if place is not here])
     other = rng.choice([thing for thing in THINGS if thing is not it])
     slots = {"p": p, "q": q, "c1": c1, "c2": c2, "a1": a1, "a2": a2, "place": here[column]}
-    for pet, *values in (("pet1", p, c1, a1), ("pet2", q, c2, a2)):
-        name, colour, animal = values
-        slots[pet] = d.say(PETS[d.lang], {"p": name, "c": colour, "animal": animal, "a": with_article(animal)})
+    for slot, name, colour, animal in (("pet1", p, c1, a1), ("pet2", q, c2, a2)):
+        slots[slot] = d.say(PETS[d.lang], {"p": name, "c": colour, "animal": animal, "a": with_article(animal)})
     if d.lang == "zh":
         return {**slots, "thing": f"一{it[2]}{it[1]}", "the_a1": a1, "the_a2": a2, "the_place": here[1],
                 "no_place": elsewhere[1], "the_thing": it[1], "no_thing": other[1]}
@@ -575,7 +574,7 @@ PREFERENCE_MIX = {"story": 5, "compare": 2, "letter": 3, "reverse": 2, "join": 1
                   "definition": 1, "translate": 2}
 # skills whose answers stand in the question and which a model solves sometimes: some of its samples are right, some
 # wrong, and what it learns from them holds for other questions (one sum teaches little about another)
-RL_MIX = {"sort_hard": 12, "story": 3, "next": 2, "compare_hard": 2, "reverse_hard": 1}
+RL_MIX = {"sort_hard": 12, "story": 3, "next": 2, "compare_hard": 2, "count": 2, "reverse_hard": 1}
 PRETRAIN_MIX = {"story": 18, "definition": 8, "translate": 12, "fact": 9, "numbers": 13, "strings": 10, "question": 30}
 QUESTION_MIX = {**SFT_MIX, "story": 0, "dialogue": 8, "chat": 0}
 STATEMENT_MIX = {"numbers": dict.fromkeys(("add", "add_hard", "subtract", "subtract_hard", "next", "compare", "count",

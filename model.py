@@ -61,7 +61,7 @@ EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", 
 # loss teaches the router how to mix them; one expert's normalised weight would be the constant 1, without a gradient.
 MOE_BLOCK = {"num_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
 PRESETS = {
-    # nano is what 25 minutes on two CPU cores can feed: about 1.2M parameters and several million tokens
+    # nano is what two CPU cores can feed in a quarter of an hour; larger ones learn less there (docs/results.md)
     "nano": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=2, intermediate_size=384),
     "tiny": dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768),
     "small": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408),

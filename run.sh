@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MiniLLM, the whole story: from a bare machine to a small model that chats in Chinese and English.
 #
-#   bash run.sh                      set up, then every stage (about 25 minutes on 2 CPU cores)
+#   bash run.sh                      set up, then every stage (about 17 minutes on 2 CPU cores)
 #   bash run.sh --smoke-test         the same stages, trimmed to minutes, with checks; writes to out/smoke only
 #   bash run.sh pretrain             one stage: setup data tokenizer pretrain sft reward dpo ppo grpo eval chat test
 #   bash run.sh --from sft           do this stage and everything after it again
