@@ -114,9 +114,10 @@ run_stage() {
             "$PY" train_dpo.py "${common[@]}" --data_path "$d/preference.train.jsonl" \
             --val_path "$d/preference.heldout.jsonl" $DPO ${DPO_ARGS:-} ;;
     ppo)
+        # the prompts of the pairs: of other questions the reward model has never seen an answer
         stage ppo "reinforcement learning against the reward model ($PPO_TIME)" \
-            "$PY" train_ppo.py "${common[@]}" --data_path "$d/rl.train.jsonl" \
-            --val_path "$d/rl.heldout.jsonl" $PPO ${PPO_ARGS:-} ;;
+            "$PY" train_ppo.py "${common[@]}" --data_path "$d/preference.train.jsonl" \
+            --val_path "$d/preference.heldout.jsonl" $PPO ${PPO_ARGS:-} ;;
     grpo)
         stage grpo "reinforcement learning on answers a rule can check ($GRPO_TIME)" \
             "$PY" train_grpo.py "${common[@]}" --data_path "$d/rl.train.jsonl" \

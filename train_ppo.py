@@ -50,7 +50,7 @@ EVAL_ROWS = 2**31  # held-out answers draw from their own random streams, the sa
 def parse_args(argv=None):
     """Flags of this stage. Where a shared flag counts optimizer steps, a step is one iteration here."""
     parser = common.Parser(__doc__)
-    common.data_flags(parser, "out/data/rl.train.jsonl", max_seq_len=256, val_ratio=0.05)
+    common.data_flags(parser, "out/data/preference.train.jsonl", max_seq_len=256, val_ratio=0.05)
     whole, above_0, from_0 = common.positive(int), common.positive(float), common.positive(float, zero=True)
     g = parser.add_argument_group("models")
     g.add_argument("--from_weight", default="sft",
