@@ -156,7 +156,8 @@ if [ "$SMOKE" = 1 ]; then
     GRPO_TIME="15 s" EVAL_TIME="15 s"
     PRETRAIN="--device cpu --max_steps 240" SFT="--device cpu --max_steps 240"
     REWARD="--device cpu --max_steps 30" DPO="--device cpu --max_steps 20 --eval_prompts 100"
-    PPO="--device cpu --max_steps 2 --eval_prompts 64" GRPO="--device cpu --max_steps 2 --eval_prompts 32"
+    PPO="--device cpu --max_steps 2 --eval_prompts 64"
+    GRPO="--device cpu --max_steps 4 --optimizer muon --muon_learning_rate 2e-3 --learning_rate 1e-3 --eval_prompts 128"
     EVAL="--device cpu --limit 60"
 elif [ "$DEVICE" = cuda ]; then
     PRESET="${PRESET:-small}"
