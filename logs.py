@@ -115,15 +115,23 @@ def read_metrics(folder):
     return rows
 
 
+class Bar(tqdm):
+    """A bar whose numbers appear with its next redraw. tqdm's own default redraws for them, which fills log files."""
+
+    def set_postfix_str(self, s="", refresh=False):
+        """Set the text beside the bar."""
+        super().set_postfix_str(s, refresh)
+
+
 def progress(total, desc, initial=0, is_main=True, unit="step", unit_scale=False):
     """A tqdm bar with an ETA; in a log file it writes a line every 15 seconds instead of redrawing.
 
-    unit_scale: show 12.5M for 12500000. Numbers beside the bar: bar.set_postfix_str(text, refresh=False).
+    unit_scale: show 12.5M for 12500000.
     """
     live = sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, desc=desc, unit=unit, unit_scale=unit_scale, disable=not is_main,
-                dynamic_ncols=live, ncols=None if live else 110, mininterval=0.5 if live else 15,
-                maxinterval=1 if live else 20, smoothing=0.1)
+    return Bar(total=total, initial=initial, desc=desc, unit=unit, unit_scale=unit_scale, disable=not is_main,
+               dynamic_ncols=live, ncols=None if live else 110, mininterval=0.5 if live else 15,
+               maxinterval=1 if live else 20, smoothing=0.1)
 
 
 def say(text):

@@ -359,7 +359,7 @@ def main(args):
             rate = log.rate()
             margin = means["chosen_reward"] - means["rejected_reward"]
             log.log(step, **means, margin=margin, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
-            bar.set_postfix_str(f"loss {means['loss']:.3f}, margin {margin:.2f}, {rate} tok/s", refresh=False)
+            bar.set_postfix_str(f"loss {means['loss']:.3f}, margin {margin:.2f}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(model, held_out, tables["held_out"], args, runtime)
             by_kind = {f"val_accuracy_{kind}": value for kind, value in result["accuracy_by_kind"].items()}

@@ -424,7 +424,7 @@ def main(args):
         done = step >= progress["max_steps"]
         if step % args.log_interval == 0 or done or step == 1:
             log.log(step, **stats, tokens_per_s=log.rate())
-            bar.set_postfix_str(f"reward {stats['reward']:.3f}, signal {stats['signal']:.2f}", refresh=False)
+            bar.set_postfix_str(f"reward {stats['reward']:.3f}, signal {stats['signal']:.2f}")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(model, tokenizer, items, args, runtime)
             log.log(step, **result)

@@ -577,8 +577,7 @@ def main(args):
             runtime.print(f"first ratio: off 1 by {stats['first_ratio']:.1e}")
         if step % args.log_interval == 0 or done or step == 1:
             log.log(step, **stats, tokens_per_s=log.rate())
-            bar.set_postfix_str(f"reward {stats['reward']:.2f}, KL {stats['kl']:.2f}, length {stats['length']:.0f}",
-                                refresh=False)
+            bar.set_postfix_str(f"reward {stats['reward']:.2f}, KL {stats['kl']:.2f}, length {stats['length']:.0f}")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(team, items, styles, args, runtime)
             log.log(step, **result)

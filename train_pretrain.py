@@ -250,7 +250,7 @@ def main(args):
             extra = {"balance": balance_value} if model.config.num_experts else {}
             rate = log.rate()
             log.log(step, loss=loss_value, lr=lr, grad_norm=grad_norm, tokens_per_s=rate, **extra)
-            bar.set_postfix_str(f"loss {loss_value:.3f}, {rate} tok/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss_value:.3f}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             val_loss, bits = evaluate(model, held_out, args, runtime)
             log.log(step, val_loss=val_loss, bits_per_byte=bits)

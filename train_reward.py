@@ -244,7 +244,7 @@ def main(args):
             rate = log.rate()
             log.log(step, loss=loss_value, accuracy=accuracy, margin=margin, lr=lr, grad_norm=grad_norm,
                     tokens_per_s=rate)
-            bar.set_postfix_str(f"loss {loss_value:.3f}, accuracy {accuracy:.2f}, {rate} tok/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss_value:.3f}, accuracy {accuracy:.2f}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(model, held_out, args, runtime)
             model.score_mean, model.score_std = result["score_mean"], result["score_std"]

@@ -238,7 +238,7 @@ def main(args):
             extra = {"balance": balance_value / max(tokens, 1)} if model.config.num_experts else {}
             rate = log.rate()
             log.log(step, loss=loss_value, lr=lr, grad_norm=grad_norm, tokens_per_s=rate, **extra)
-            bar.set_postfix_str(f"loss {loss_value:.3f}, {rate} tok/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss_value:.3f}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             val_loss = evaluate_loss(model, held_out, args, runtime)
             count = args.eval_prompts if done else args.eval_prompts // 5
