@@ -1,22 +1,35 @@
 //! The border to Python: convert, release the GIL, look for Ctrl-C, turn errors into exceptions. No algorithm here.
 
 use crate::encode::{self, TokenId};
+use crate::parallel::Interrupted;
 use crate::split::Splitter;
 use crate::train::{Counter, Pair, TrainError};
 use pyo3::exceptions::{PyOverflowError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
-use pyo3::types::PyByteArray;
+use pyo3::types::{PyByteArray, PyString};
 use std::panic::{catch_unwind, AssertUnwindSafe};
-
-/// Texts are counted in groups of about this many bytes, with a look for Ctrl-C in between (about 30 ms of work).
-const GROUP_BYTES: usize = 4 << 20;
 
 /// Run work without the GIL. A panic would surface as PanicException, which `except Exception` does not catch: it
 /// becomes a RuntimeError instead.
 fn without_gil<R: Send>(py: Python<'_>, work: impl FnOnce() -> R + Send) -> PyResult<R> {
     let result = py.detach(|| catch_unwind(AssertUnwindSafe(work)));
     result.map_err(|_| PyRuntimeError::new_err("minillm_bpe failed internally; this is a bug of the crate"))
+}
+
+/// Run work that asks now and then whether to stop, without the GIL. Ctrl-C becomes the exception that Python raises.
+fn interruptible<R: Send>(
+    py: Python<'_>,
+    work: impl FnOnce(&mut (dyn FnMut() -> bool + Send)) -> Result<R, Interrupted> + Send,
+) -> PyResult<R> {
+    let mut signal = None;
+    let result = without_gil(py, || {
+        work(&mut || {
+            signal = Python::attach(|py| py.check_signals()).err();
+            signal.is_some()
+        })
+    })?;
+    result.map_err(|Interrupted| signal.unwrap_or_else(|| PyRuntimeError::new_err("interrupted")))
 }
 
 /// Counts words batch by batch, then learns merges. Memory grows with the number of distinct words.
@@ -39,36 +52,31 @@ impl Trainer {
         without_gil(py, || counter.num_words())
     }
 
-    fn feed(&mut self, py: Python<'_>, texts: Vec<PyBackedStr>) -> PyResult<()> {
-        let texts: Vec<&str> = texts.iter().map(|text| &**text).collect();
-        let mut rest = texts.as_slice();
-        while !rest.is_empty() {
-            let mut bytes = 0;
-            let group = rest.iter().take_while(|text| {
-                let fits = bytes < GROUP_BYTES;
-                bytes += text.len();
-                fits
-            });
-            let (group, others) = rest.split_at(group.count());
-            let counter = &mut self.counter;
-            without_gil(py, || counter.feed(group))?;
-            py.check_signals()?;
-            rest = others;
-        }
-        Ok(())
+    fn feed(&mut self, py: Python<'_>, texts: Vec<Bound<'_, PyString>>) -> PyResult<()> {
+        // Bytes of our own, let go at the end: asking a str for its UTF-8 would leave the bytes with the str
+        let texts = texts.iter().map(|text| text.encode_utf8().map(PyBackedBytes::from));
+        let texts: Vec<PyBackedBytes> = texts.collect::<PyResult<_>>()?;
+        let texts: Vec<&str> = texts.iter().map(|text| std::str::from_utf8(text).expect("Python encoded it")).collect();
+        let counter = &mut self.counter;
+        interruptible(py, |interrupted| counter.feed(&texts, interrupted))
     }
 
-    fn train(&mut self, py: Python<'_>, num_merges: usize) -> PyResult<Vec<Pair>> {
+    #[pyo3(signature = (num_merges, report=None))]
+    fn train(&mut self, py: Python<'_>, num_merges: usize, report: Option<Py<PyAny>>) -> PyResult<Vec<Pair>> {
         let counter = &mut self.counter;
-        let mut signal = None;
+        let mut error = None;
         let result = without_gil(py, || {
-            counter.train(num_merges, || {
-                signal = Python::attach(|py| py.check_signals()).err();
-                signal.is_some()
+            counter.train(num_merges, |done| {
+                error = Python::attach(|py| match &report {
+                    Some(report) => py.check_signals().and_then(|()| report.call1(py, (done,)).map(|_| ())),
+                    None => py.check_signals(),
+                })
+                .err();
+                error.is_some()
             })
         })?;
-        result.map_err(|error| match error {
-            TrainError::Interrupted => signal.unwrap_or_else(|| PyRuntimeError::new_err("interrupted")),
+        result.map_err(|reason| match reason {
+            TrainError::Interrupted => error.unwrap_or_else(|| PyRuntimeError::new_err("interrupted")),
             TrainError::TooManyWords => PyOverflowError::new_err(
                 "the distinct words exceed 4 GiB; the trainer counts positions in 32 bits; train on a sample",
             ),
@@ -119,13 +127,17 @@ fn encode_batch<'py, T: TokenId, const SIZE: usize>(
     to_bytes: impl Fn(T) -> [u8; SIZE],
 ) -> PyResult<Arrays<'py>> {
     let texts: Vec<&str> = texts.iter().map(|text| &**text).collect();
-    let (parts, counts) = without_gil(py, || encoder.encode_batch(&texts, num_threads))?;
-    py.check_signals()?;
+    let (parts, counts) = interruptible(py, |interrupted| encoder.encode_batch(&texts, num_threads, interrupted))?;
     // A bytearray, because numpy makes a writable array of it; the copy runs at memory speed
     let total: usize = parts.iter().map(Vec::len).sum();
     let ids = PyByteArray::new_with(py, total * SIZE, |buffer| {
-        for (cell, id) in buffer.chunks_exact_mut(SIZE).zip(parts.iter().flatten()) {
-            cell.copy_from_slice(&to_bytes(*id));
+        let mut rest = buffer;
+        for part in &parts {
+            let cells;
+            (cells, rest) = rest.split_at_mut(part.len() * SIZE);
+            for (cell, id) in cells.chunks_exact_mut(SIZE).zip(part) {
+                cell.copy_from_slice(&to_bytes(*id));
+            }
         }
         Ok(())
     })?;

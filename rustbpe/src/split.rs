@@ -30,6 +30,9 @@ pub enum Class {
     Newline,
 }
 
+/// So far behind every text that no position is in it.
+const NO_WINDOW: usize = usize::MAX / 2;
+
 /// Character classes in two steps: block of 256 code points, then place in the block. Equal blocks are stored once, so
 /// that all of Chinese reads the same 256 bytes.
 struct Classes {
@@ -94,23 +97,78 @@ pub struct Splitter<'a> {
     bytes: &'a [u8],
     position: usize,
     classes: &'static Classes,
+    /// Where the 64 bytes begin that `kinds` describes
+    window: usize,
+    /// Which bytes of the window are of which kind, see `kinds_of`
+    kinds: [u64; 5],
+    /// Ends of the pieces that `look_ahead` found, as bits
+    ends: u64,
+    /// What the bits in `ends` are counted from
+    base: usize,
 }
 
 impl<'a> Splitter<'a> {
     /// Pieces of one document.
     pub fn new(text: &'a str) -> Self {
-        Splitter { text, bytes: text.as_bytes(), position: 0, classes: classes() }
+        Splitter {
+            text,
+            bytes: text.as_bytes(),
+            position: 0,
+            classes: classes(),
+            window: NO_WINDOW,
+            kinds: [0; 5],
+            ends: 0,
+            base: 0,
+        }
     }
 
     /// Where the next piece lies in the text, for callers that also look at the bytes around it.
     #[inline]
     pub fn next_range(&mut self) -> Option<std::ops::Range<usize>> {
-        if self.position == self.bytes.len() {
-            return None;
-        }
         let start = self.position;
-        self.position = self.piece_end(start);
+        if self.ends == 0 {
+            match self.bytes.get(start) {
+                None => return None,
+                Some(0..0x80) => self.look_ahead(),
+                Some(_) => {}
+            }
+        }
+        if self.ends != 0 {
+            self.position = self.base + self.ends.trailing_zeros() as usize;
+            self.ends &= self.ends - 1;
+        } else {
+            self.position = self.piece_end(start);
+        }
         Some(start..self.position)
+    }
+
+    /// Find the pieces among the next bytes, all at once: bit `n` of a number says something about byte `n`, and
+    /// `x << 1` about the byte before. Pieces that are certain go to `ends`; a piece with a character that is not plain
+    /// ASCII text, or that may reach beyond the window, is left to `piece_end`.
+    #[inline(never)]
+    fn look_ahead(&mut self) {
+        if self.position.wrapping_sub(self.window) > 48 {
+            let Some(window) = self.bytes[self.position..].first_chunk() else { return };
+            self.window = self.position;
+            self.kinds = kinds_of(window);
+        }
+        let passed = self.position - self.window;
+        let [letter, digit, blank, newline, hard] = self.kinds.map(|bits| bits >> passed);
+        let hard = hard | !(u64::MAX >> passed); // behind the window
+        let space = blank | newline;
+        let mark = !(letter | digit | space | hard);
+        let fourth_digit = digit & digit << 1 & digit << 2 & digit << 3;
+        let hard = hard | space & space << 1 | fourth_digit;
+        // a mark begins a piece unless another or a blank goes before; alone, it goes with the letters that follow
+        let first_mark = mark & !(mark << 1 | blank << 1);
+        let first_letter = letter & !(letter << 1 | blank << 1 | first_mark << 1);
+        let first_digit = digit & !(digit << 1);
+        let first_newline = newline & !(mark << 1);
+        let starts = first_letter | first_digit | blank | first_newline | first_mark;
+        // a piece ends where the next one starts; one that starts at the first byte is the one to be ended
+        let certain = hard.wrapping_sub(1) & !hard; // the bits below the lowest hard one
+        self.ends = starts & certain & !1;
+        self.base = self.position;
     }
 
     /// Class and length in bytes of the character at `at`; (Other, 0) at the end of the text.
@@ -144,6 +202,33 @@ impl<'a> Splitter<'a> {
             at += length;
         }
         at
+    }
+
+    /// End of the run of letters that starts at `at`: eight bytes at a time where they are ASCII.
+    #[inline]
+    fn letters(&self, mut at: usize) -> usize {
+        let b = self.bytes;
+        while let Some(eight) = b[at..].first_chunk() {
+            let letters = (non_letters(u64::from_le_bytes(*eight)).trailing_zeros() / 8) as usize;
+            at += letters;
+            if letters == 8 {
+                continue;
+            }
+            let others = at;
+            while let Some(&first @ 0x80..) = b.get(at) {
+                at += match first {
+                    0xE5..=0xE9 => 3, // U+5000 to U+9FFF: nothing but Chinese characters
+                    _ => match self.at(at) {
+                        (Class::Letter, length) => length,
+                        _ => return at,
+                    },
+                };
+            }
+            if at == others {
+                return at; // an ASCII character that is no letter
+            }
+        }
+        self.run(at, Class::Letter, usize::MAX)
     }
 
     /// Length of the contraction behind the apostrophe at `at`, 0 if there is none. Case does not matter, and by
@@ -186,11 +271,11 @@ impl<'a> Splitter<'a> {
         let (class, length) = self.at(start);
         let next = start + length;
         match class {
-            Class::Letter => self.run(next, Class::Letter, usize::MAX),
+            Class::Letter => self.letters(next),
             Class::Number => self.run(next, Class::Number, 2),
             Class::Newline => self.white_space(start),
             Class::Space => match self.at(next) {
-                (Class::Letter, size) => self.run(next + size, Class::Letter, usize::MAX),
+                (Class::Letter, size) => self.letters(next + size),
                 (Class::Other, 1..) if self.bytes[start] == b' ' => self.punctuation(next),
                 _ => self.white_space(start),
             },
@@ -202,7 +287,7 @@ impl<'a> Splitter<'a> {
                     }
                 }
                 match self.at(next) {
-                    (Class::Letter, size) => self.run(next + size, Class::Letter, usize::MAX),
+                    (Class::Letter, size) => self.letters(next + size),
                     _ => self.punctuation(start),
                 }
             }
@@ -214,6 +299,69 @@ impl<'a> Splitter<'a> {
         let end = self.run(start, Class::Other, usize::MAX);
         self.run(end, Class::Newline, usize::MAX)
     }
+}
+
+/// Which of 64 bytes are letters, digits, blanks, newlines, and which are hard: not ASCII, an apostrophe (it may begin a
+/// contraction) or rare white space. Bit `n` of a number is byte `n`. What is none of these is a mark.
+///
+/// The first loop is one that compilers turn into vector instructions: no branch, no table.
+#[inline]
+fn kinds_of(window: &[u8; 64]) -> [u64; 5] {
+    let mut kinds = [0u8; 64];
+    for (kind, &byte) in kinds.iter_mut().zip(window) {
+        let letter = (byte | 0x20).wrapping_sub(b'a') < 26;
+        let digit = byte.wrapping_sub(b'0') < 10;
+        let hard = (byte >= 0x80) | (byte == b'\'') | ((byte.wrapping_sub(b'\t') < 5) & (byte != b'\n'));
+        let (blank, newline) = (byte == b' ', byte == b'\n');
+        *kind = letter as u8 | (digit as u8) << 1 | (blank as u8) << 2 | (newline as u8) << 3 | (hard as u8) << 4;
+    }
+    // Eight bytes of eight bits are a square; turned over its diagonal, byte `k` holds bit `k` of all eight bytes
+    let mut masks = [[0u8; 8]; 5];
+    for (index, eight) in kinds.chunks_exact(8).enumerate() {
+        let mut x = u64::from_le_bytes(eight.try_into().expect("chunks of 8"));
+        for (shift, bits) in [(7, 0x00AA_00AA_00AA_00AA), (14, 0x0000_CCCC_0000_CCCC), (28, 0x0000_0000_F0F0_F0F0)] {
+            let swapped = (x ^ x >> shift) & bits;
+            x ^= swapped ^ swapped << shift;
+        }
+        for (mask, byte) in masks.iter_mut().zip(x.to_le_bytes()) {
+            mask[index] = byte;
+        }
+    }
+    masks.map(u64::from_le_bytes)
+}
+
+/// The high bit of each byte that is no ASCII letter, the other bits 0.
+#[inline]
+fn non_letters(eight: u64) -> u64 {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    const HIGH: u64 = 0x80 * ONES;
+    // A byte below 128 plus (128 - x) sets its high bit if it is at least x, and never carries into the next byte
+    let lower = (eight & !HIGH) | (0x20 * ONES);
+    let from_a = lower + (0x80 - b'a' as u64) * ONES;
+    let above_z = lower + (0x80 - b'z' as u64 - 1) * ONES;
+    (!from_a | above_z | eight) & HIGH
+}
+
+/// Cut a long text into parts of about `size` bytes, only where a piece ends in any case, so that the pieces of the
+/// parts are those of the text: behind a letter that no letter follows, since a piece has letters at its end only. A
+/// text without such a place stays whole.
+pub fn cut(text: &str, size: usize) -> impl Iterator<Item = &str> {
+    let mut rest = Some(text);
+    std::iter::from_fn(move || {
+        let text = rest?;
+        let mut after_letter = false;
+        let mut from = size.min(text.len());
+        while !text.is_char_boundary(from) {
+            from += 1;
+        }
+        let place = text[from..].char_indices().find(|&(_, character)| {
+            let before = std::mem::replace(&mut after_letter, class_of(character) == Class::Letter);
+            before && !after_letter
+        });
+        let (part, others) = text.split_at(place.map_or(text.len(), |(at, _)| from + at));
+        rest = Some(others).filter(|others| !others.is_empty());
+        Some(part)
+    })
 }
 
 impl<'a> Iterator for Splitter<'a> {
@@ -232,6 +380,9 @@ mod tests {
     fn pieces(text: &str) -> Vec<&str> {
         Splitter::new(text).collect()
     }
+
+    const TRAPS: [&str; 3] =
+        ["It's a 'test' of\r\n it\u{17f}  \u{a0}x ", "你好，世界。 2024年！\u{3000}字 ", "a1 b!!\n\n c's 'll\tx"];
 
     #[test]
     fn words_numbers_and_punctuation() {
@@ -265,6 +416,72 @@ mod tests {
         assert_eq!(count(Class::Letter), 141_028);
         assert_eq!(count(Class::Number), 1_911);
         assert_eq!(count(Class::Space) + count(Class::Newline), 25);
+    }
+
+    #[test]
+    fn letters_are_found_in_eight_bytes_as_one_by_one() {
+        for byte in 0..=255u8 {
+            for at in 0..8 {
+                let mut eight = *b"azAZmMqQ";
+                eight[at] = byte;
+                let expected = eight.map(|byte| if byte.is_ascii_alphabetic() { 0 } else { 0x80 });
+                assert_eq!(non_letters(u64::from_le_bytes(eight)).to_le_bytes(), expected, "{eight:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn looking_ahead_finds_the_pieces_of_going_step_by_step() {
+        let mut seed = 9u64;
+        let alphabet = [
+            "a",
+            "Zq",
+            "the",
+            "'",
+            "s",
+            " ",
+            " ",
+            "\n",
+            "\r",
+            "\t",
+            "7",
+            "12",
+            "!",
+            "(",
+            "字",
+            "\u{a0}",
+            "wordwordword",
+        ];
+        for length in 0..2000 {
+            let mut text = String::new();
+            for _ in 0..length % 200 {
+                seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                // few kinds make long runs without anything hard, many make all transitions
+                text.push_str(alphabet[(seed >> 33) as usize % (3 + length % (alphabet.len() - 2))]);
+            }
+            let splitter = Splitter::new(&text);
+            let mut steps = vec![0];
+            while steps[steps.len() - 1] < text.len() {
+                steps.push(splitter.piece_end(steps[steps.len() - 1]));
+            }
+            let expected: Vec<&str> = steps.windows(2).map(|ends| &text[ends[0]..ends[1]]).collect();
+            assert_eq!(pieces(&text), expected);
+        }
+    }
+
+    #[test]
+    fn parts_have_the_pieces_of_the_whole() {
+        for text in TRAPS {
+            let text = text.repeat(50);
+            for size in [0, 1, 7, 100, 10_000] {
+                let parts: Vec<&str> = cut(&text, size).collect();
+                let cut_first: Vec<&str> = parts.iter().flat_map(|part| Splitter::new(part)).collect();
+                assert_eq!(cut_first, pieces(&text));
+                assert!(parts.len() > 1 || size > 100);
+            }
+        }
+        assert_eq!(cut("", 10).collect::<Vec<_>>(), [""], "an empty document is a document");
+        assert_eq!(cut(&"字".repeat(99), 10).count(), 1, "no place to cut");
     }
 
     #[test]

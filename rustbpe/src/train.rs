@@ -13,10 +13,11 @@
 //!   pairs is then touched once for each distinct neighbour, not four times for each occurrence.
 //! * The queue is lazy: counts only sink, so an entry is checked when it comes up and queued again if it is too high.
 
-use crate::{even_ranges, hash_bytes, split::Splitter, thread_count};
+use crate::hash_bytes;
+use crate::parallel::{parallel, Clock, Interrupted};
+use crate::split::Splitter;
 use std::collections::{BinaryHeap, HashMap};
-use std::hash::{BuildHasherDefault, Hasher};
-use std::time::Instant;
+use std::sync::Mutex;
 
 /// A pair of token ids, and in a list of merges the recipe of token 256 + index.
 pub type Pair = (u32, u32);
@@ -24,7 +25,7 @@ pub type Pair = (u32, u32);
 /// Why a training came to no result.
 #[derive(Debug, PartialEq, Eq)]
 pub enum TrainError {
-    /// The caller's check asked to stop (Ctrl-C).
+    /// The caller's check asked to stop.
     Interrupted,
     /// The distinct words are longer than 4 GiB altogether; positions are kept in 32 bits.
     TooManyWords,
@@ -95,61 +96,65 @@ impl WordTable {
     }
 }
 
-/// Counts the words of documents, as many batches as there are. Memory: about 40 bytes for each distinct word, plus
-/// its text; nothing is kept of the documents.
+/// Counts the words of documents, as many batches as there are. Memory: about 40 bytes for each distinct word and
+/// thread, plus its text; nothing is kept of the documents.
 pub struct Counter {
-    tables: Vec<WordTable>, // one for each thread, merged when asked for
+    tables: Mutex<Vec<WordTable>>, // one for each thread so far, merged when asked for
     num_threads: usize,
 }
 
 impl Counter {
     /// `num_threads`: 0 = one per core.
     pub fn new(num_threads: usize) -> Self {
-        Counter { tables: vec![WordTable::default()], num_threads }
+        Counter { tables: Mutex::default(), num_threads }
     }
 
-    /// Count the words of some documents. Each is split by itself: no word spans two.
-    pub fn feed(&mut self, texts: &[&str]) {
-        let sizes: Vec<usize> = texts.iter().map(|text| text.len()).collect();
-        // a thread costs some 20 us to start: below 64 KiB it does not pay
-        let threads = thread_count(self.num_threads, sizes.iter().sum::<usize>() >> 16);
-        let ranges = even_ranges(&sizes, threads);
-        self.tables.resize_with(self.tables.len().max(ranges.len()), WordTable::default);
-        let count = |table: &mut WordTable, texts: &[&str]| {
-            for word in texts.iter().flat_map(|text| Splitter::new(text)) {
-                table.add(word.as_bytes(), 1);
+    /// Count the words of some documents. Each is split by itself: no word spans two. Time: linear in the text.
+    ///
+    /// `interrupted` is asked about every 20 ms. Error: it said yes; the documents are counted in part.
+    pub fn feed(&mut self, texts: &[&str], interrupted: impl FnMut() -> bool) -> Result<(), Interrupted> {
+        parallel(texts, self.num_threads, interrupted, |chunk| {
+            let table = self.tables.lock().ok().and_then(|mut tables| tables.pop());
+            let mut table = table.unwrap_or_default();
+            for (_, text) in chunk {
+                for word in Splitter::new(text) {
+                    table.add(word.as_bytes(), 1);
+                }
             }
-        };
-        if ranges.len() == 1 {
-            return count(&mut self.tables[0], texts);
-        }
-        std::thread::scope(|scope| {
-            for (table, range) in self.tables.iter_mut().zip(ranges) {
-                scope.spawn(move || count(table, &texts[range]));
-            }
-        });
+            self.tables.lock().expect("no thread panics while it holds the lock").push(table);
+        })?;
+        Ok(())
     }
 
-    /// Number of distinct words so far.
+    /// Number of distinct words so far. Time: linear in it after new documents, none else.
     pub fn num_words(&mut self) -> usize {
         self.merged().words.len()
     }
 
     fn merged(&mut self) -> &WordTable {
-        let (first, others) = self.tables.split_at_mut(1);
+        let tables = self.tables.get_mut().expect("no thread panics while it holds the lock");
+        // the smaller ones into the largest
+        tables.sort_by_key(|table| std::cmp::Reverse(table.words.len()));
+        let others = tables.split_off(tables.len().min(1));
+        if tables.is_empty() {
+            tables.push(WordTable::default());
+        }
         for table in others {
-            let table = std::mem::take(table);
             for word in &table.words {
-                first[0].add(table.bytes(word), word.count);
+                tables[0].add(table.bytes(word), word.count);
             }
         }
-        &self.tables[0]
+        &tables[0]
     }
 
-    /// Learn at most `num_merges` merges from what was counted; fewer when no pair is left.
+    /// Learn at most `num_merges` merges from what was counted; fewer when no pair is left. The counts stay.
     ///
-    /// `interrupted` is asked between merges, about every 20 ms.
-    pub fn train(&mut self, num_merges: usize, interrupted: impl FnMut() -> bool) -> Result<Vec<Pair>, TrainError> {
+    /// `interrupted` is asked about every 20 ms and told how many merges there are. Errors: it said yes; too many words.
+    pub fn train(
+        &mut self,
+        num_merges: usize,
+        interrupted: impl FnMut(usize) -> bool,
+    ) -> Result<Vec<Pair>, TrainError> {
         let table = self.merged();
         Trainer::new(table)?.run(num_merges, interrupted)
     }
@@ -160,6 +165,8 @@ impl Counter {
 
 /// Stands between words.
 const BORDER: u32 = u32::MAX;
+/// Positions handled together when a pair is merged.
+const CHUNK: usize = 128;
 /// Stands in cells inside a token: no pair begins here.
 const INSIDE: u32 = u32::MAX - 1;
 
@@ -168,17 +175,21 @@ const INSIDE: u32 = u32::MAX - 1;
 struct Cell {
     /// Id of the token that begins or ends at this byte, or INSIDE, or BORDER
     id: u32,
-    /// Index of the word's count
-    word: u32,
+    /// Index in `Trainer::weights` of the word's count
+    weight: u32,
 }
 
 /// What is known about a pair: how often it occurs, and where it did when it arose.
-struct Place {
+#[derive(Clone, Copy)]
+struct Entry {
     pair: Pair,
     count: u64,
     start: usize, // first of its positions in Trainer::positions
-    length: usize,
+    length: u32,
 }
+
+/// Stands in slots that hold no pair.
+const FREE: Pair = (BORDER, BORDER);
 
 /// Neighbours of one side met while a pair is merged.
 #[derive(Default)]
@@ -208,33 +219,50 @@ impl Tally {
     }
 }
 
-/// Multiplicative hashing of pair keys: they are small integers, spread is all that is needed.
+/// All pairs that ever arose, found by their ids: open addressing, the entry itself in the slot, so that lowering a
+/// count is one look at memory.
 #[derive(Default)]
-struct PairHasher(u64);
+struct PairTable {
+    slots: Vec<Entry>, // the length is a power of two; at most three quarters are taken
+    used: usize,
+}
 
-impl Hasher for PairHasher {
-    fn finish(&self) -> u64 {
-        self.0
+impl PairTable {
+    /// Index of the pair's slot, or of the free one where it would go. The table is not empty.
+    #[inline]
+    fn slot(&self, pair: Pair) -> usize {
+        let key = (pair.0 as u64) << 32 | pair.1 as u64;
+        let mask = self.slots.len() - 1;
+        let mut slot = (key.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as usize & mask;
+        while self.slots[slot].pair != pair && self.slots[slot].pair != FREE {
+            slot = (slot + 1) & mask;
+        }
+        slot
     }
-    fn write(&mut self, _: &[u8]) {
-        unreachable!("keys are u64")
-    }
-    fn write_u64(&mut self, key: u64) {
-        let mixed = key.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        self.0 = mixed ^ (mixed >> 32);
+
+    /// Add a pair that is not there yet.
+    fn insert(&mut self, entry: Entry) {
+        if self.used * 4 >= self.slots.len() * 3 {
+            let free = Entry { pair: FREE, count: 0, start: 0, length: 0 };
+            let larger = vec![free; (self.slots.len() * 2).max(1 << 16)];
+            for entry in std::mem::replace(&mut self.slots, larger) {
+                if entry.pair != FREE {
+                    let slot = self.slot(entry.pair);
+                    self.slots[slot] = entry;
+                }
+            }
+        }
+        let slot = self.slot(entry.pair);
+        self.slots[slot] = entry;
+        self.used += 1;
     }
 }
 
-fn key(pair: Pair) -> u64 {
-    (pair.0 as u64) << 32 | pair.1 as u64
-}
-
-/// Order of merging: highest count, then smallest pair; `place` only says where to look.
+/// Order of merging: highest count, then smallest pair.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Queued {
     count: u64,
     pair: std::cmp::Reverse<Pair>,
-    place: u32,
 }
 
 /// The state of a training.
@@ -245,11 +273,10 @@ struct Queued {
 /// The cell behind a token is the first byte of the next one.
 struct Trainer {
     cells: Vec<Cell>,
-    weights: Vec<u64>, // [words]
+    weights: Vec<u64>, // the counts that occur, each once: they are few, so this stays near the core
     lengths: Vec<u32>, // [ids] bytes of each token
     positions: Vec<u32>,
-    places: Vec<Place>,
-    place_of: HashMap<u64, u32, BuildHasherDefault<PairHasher>>,
+    pairs: PairTable,
     left: Tally,
     right: Tally,
     queue: BinaryHeap<Queued>,
@@ -262,21 +289,23 @@ impl Trainer {
             return Err(TrainError::TooManyWords);
         }
         let mut cells = Vec::with_capacity(total);
-        let mut weights = Vec::with_capacity(table.words.len());
-        cells.push(Cell { id: BORDER, word: 0 });
+        let mut weights = Vec::new();
+        let mut weight_of = HashMap::new();
+        cells.push(Cell { id: BORDER, weight: 0 });
         for word in &table.words {
-            let index = weights.len() as u32;
-            cells.extend(table.bytes(word).iter().map(|&byte| Cell { id: byte as u32, word: index }));
-            cells.push(Cell { id: BORDER, word: index });
-            weights.push(word.count);
+            let weight = *weight_of.entry(word.count).or_insert_with(|| {
+                weights.push(word.count);
+                weights.len() as u32 - 1
+            });
+            cells.extend(table.bytes(word).iter().map(|&byte| Cell { id: byte as u32, weight }));
+            cells.push(Cell { id: BORDER, weight });
         }
         let mut trainer = Trainer {
             cells,
             weights,
             lengths: vec![1; 256],
             positions: Vec::new(),
-            places: Vec::new(),
-            place_of: HashMap::default(),
+            pairs: PairTable::default(),
             left: Tally::default(),
             right: Tally::default(),
             queue: BinaryHeap::new(),
@@ -295,7 +324,7 @@ impl Trainer {
         };
         for cells in self.cells.windows(2) {
             if let Some(slot) = slot(cells) {
-                weight[slot] += self.weights[cells[0].word as usize];
+                weight[slot] += self.weights[cells[0].weight as usize];
                 number[slot] += 1;
             }
         }
@@ -304,7 +333,7 @@ impl Trainer {
             let length = number[slot];
             number[slot] = start; // from here on: where the next position of this pair goes
             if length > 0 {
-                self.add_place((slot as u32 >> 8, slot as u32 & 0xFF), weight[slot], start, length);
+                self.add_pair((slot as u32 >> 8, slot as u32 & 0xFF), weight[slot], start, length);
             }
             start += length;
         }
@@ -317,28 +346,23 @@ impl Trainer {
         }
     }
 
-    fn add_place(&mut self, pair: Pair, count: u64, start: usize, length: usize) {
-        let place = self.places.len() as u32;
-        self.places.push(Place { pair, count, start, length });
-        self.place_of.insert(key(pair), place);
-        self.queue.push(Queued { count, pair: std::cmp::Reverse(pair), place });
+    fn add_pair(&mut self, pair: Pair, count: u64, start: usize, length: usize) {
+        self.pairs.insert(Entry { pair, count, start, length: length as u32 });
+        self.queue.push(Queued { count, pair: std::cmp::Reverse(pair) });
     }
 
-    fn run(mut self, num_merges: usize, mut interrupted: impl FnMut() -> bool) -> Result<Vec<Pair>, TrainError> {
+    fn run(mut self, num_merges: usize, mut interrupted: impl FnMut(usize) -> bool) -> Result<Vec<Pair>, TrainError> {
         let mut merges = Vec::new();
-        let mut checked: Option<Instant> = None; // so that it is asked before the first merge, too
+        let mut clock = Clock::default();
         while merges.len() < num_merges {
-            if checked.is_none_or(|at| at.elapsed().as_millis() >= 20) {
-                if interrupted() {
-                    return Err(TrainError::Interrupted);
-                }
-                checked = Some(Instant::now());
+            if clock.due() && interrupted(merges.len()) {
+                return Err(TrainError::Interrupted);
             }
             let Some(top) = self.queue.pop() else { break };
-            let count = self.places[top.place as usize].count;
+            let count = self.pairs.slots[self.pairs.slot(top.pair.0)].count;
             if count == top.count {
                 merges.push(top.pair.0);
-                self.merge(top.place as usize);
+                self.merge(top.pair.0);
             } else if count > 0 {
                 self.queue.push(Queued { count, ..top });
             }
@@ -348,8 +372,7 @@ impl Trainer {
 
     /// Replace a pair by a new token everywhere and bring all counts up to date. Time: proportional to the places
     /// where the pair once was, plus the number of distinct neighbours.
-    fn merge(&mut self, place: usize) {
-        let (a, b) = self.places[place].pair;
+    fn merge(&mut self, (a, b): Pair) {
         let new = self.lengths.len() as u32;
         let (a_length, b_length) = (self.lengths[a as usize], self.lengths[b as usize]);
         self.lengths.push(a_length + b_length);
@@ -361,42 +384,49 @@ impl Trainer {
         // Pairs (new, new): from "abab". Tallied apart, since they come from two replacements.
         let mut doubled: Vec<u32> = Vec::new();
         let mut doubled_weight = 0;
-        let range = self.places[place].start..self.places[place].start + self.places[place].length;
-        for &position in &self.positions[range] {
-            let first = position as usize;
-            let second = first + a_length as usize;
-            if self.cells[first].id != a || self.cells[second].id != b {
-                continue;
-            }
-            let behind = second + b_length as usize;
-            let weight = self.weights[self.cells[first].word as usize];
-            // the seam first: for tokens of one byte it is also the token's first or last byte
-            self.cells[second - 1].id = INSIDE;
-            self.cells[second].id = INSIDE;
-            self.cells[first].id = new;
-            self.cells[behind - 1].id = new;
+        let slot = self.pairs.slot((a, b));
+        self.pairs.slots[slot].count = 0;
+        let Entry { start, length, .. } = self.pairs.slots[slot];
+        let range = start..start + length as usize;
+        for chunk in self.positions[range].chunks(CHUNK) {
+            // The cells lie all over memory. To ask for many before any is used lets them come at the same time
+            let touch = |sum, &position: &u32| sum ^ self.cells[position as usize].id;
+            std::hint::black_box(chunk.iter().fold(0, touch));
+            for &position in chunk {
+                let first = position as usize;
+                let second = first + a_length as usize;
+                if self.cells[first].id != a || self.cells[second].id != b {
+                    continue;
+                }
+                let behind = second + b_length as usize;
+                let weight = self.weights[self.cells[first].weight as usize];
+                // the seam first: for tokens of one byte it is also the token's first or last byte
+                self.cells[second - 1].id = INSIDE;
+                self.cells[second].id = INSIDE;
+                self.cells[first].id = new;
+                self.cells[behind - 1].id = new;
 
-            let before = self.cells[first - 1].id;
-            if before == new {
-                // The left neighbour was replaced a moment ago and saw `a` to its right: that pair is gone
-                self.right.pop(weight);
-                doubled.push(position - (a_length + b_length));
-                doubled_weight += weight;
-            } else if before != BORDER {
-                self.left.push(before, position - self.lengths[before as usize], weight);
-            }
-            let after = self.cells[behind].id;
-            if after != BORDER {
-                self.right.push(after, position, weight);
+                let before = self.cells[first - 1].id;
+                if before == new {
+                    // The left neighbour was replaced a moment ago and saw `a` to its right: that pair is gone
+                    self.right.pop(weight);
+                    doubled.push(position - (a_length + b_length));
+                    doubled_weight += weight;
+                } else if before != BORDER {
+                    self.left.push(before, position - self.lengths[before as usize], weight);
+                }
+                let after = self.cells[behind].id;
+                if after != BORDER {
+                    self.right.push(after, position, weight);
+                }
             }
         }
 
-        self.places[place].count = 0;
         self.lower((b, a), doubled_weight, (a, b));
         if !doubled.is_empty() {
             let start = self.positions.len();
             self.positions.extend_from_slice(&doubled);
-            self.add_place((new, new), doubled_weight, start, doubled.len());
+            self.add_pair((new, new), doubled_weight, start, doubled.len());
         }
         let mut left = std::mem::take(&mut self.left);
         self.settle(&mut left, (a, b), |x| (x, a), |x| (x, new));
@@ -419,7 +449,7 @@ impl Trainer {
             let length = tally.number[index];
             tally.number[index] = start; // where this neighbour's next position goes
             self.lower(old(neighbour), weight, merged);
-            self.add_place(new(neighbour), weight, start, length);
+            self.add_pair(new(neighbour), weight, start, length);
             start += length;
         }
         self.positions.resize(start, 0);
@@ -436,8 +466,8 @@ impl Trainer {
     /// A pair has lost `weight` occurrences. The pair being merged is already at zero.
     fn lower(&mut self, pair: Pair, weight: u64, merged: Pair) {
         if weight > 0 && pair != merged {
-            let place = self.place_of[&key(pair)];
-            self.places[place as usize].count -= weight;
+            let slot = self.pairs.slot(pair);
+            self.pairs.slots[slot].count -= weight;
         }
     }
 }
@@ -448,8 +478,8 @@ mod tests {
 
     fn learn(texts: &[&str], num_merges: usize) -> Vec<Pair> {
         let mut counter = Counter::new(1);
-        counter.feed(texts);
-        counter.train(num_merges, || false).expect("not interrupted")
+        counter.feed(texts, || false).expect("not interrupted");
+        counter.train(num_merges, |_| false).expect("not interrupted")
     }
 
     /// The rule of the module's first paragraph, word for word, with no thought of speed.
@@ -531,17 +561,18 @@ mod tests {
         let expected = learn(&texts, 300);
         let mut counter = Counter::new(3);
         for batch in texts.chunks(1500) {
-            counter.feed(batch);
+            counter.feed(batch, || false).expect("not interrupted");
         }
-        assert_eq!(counter.train(300, || false), Ok(expected.clone()));
-        assert_eq!(counter.train(300, || false), Ok(expected), "training leaves the counts alone");
+        assert_eq!(counter.train(300, |_| false), Ok(expected.clone()));
+        assert_eq!(counter.train(300, |_| false), Ok(expected), "training leaves the counts alone");
     }
 
     #[test]
     fn an_interrupt_ends_training() {
         let mut counter = Counter::new(1);
-        counter.feed(&["some words to learn from"]);
-        assert_eq!(counter.train(10, || true), Err(TrainError::Interrupted));
-        assert_eq!(counter.train(3, || false).map(|merges| merges.len()), Ok(3), "and the counts survive it");
+        counter.feed(&["some words to learn from"], || false).expect("not interrupted");
+        assert_eq!(counter.feed(&["more"], || true), Err(Interrupted));
+        assert_eq!(counter.train(10, |_| true), Err(TrainError::Interrupted));
+        assert_eq!(counter.train(3, |_| false).map(|merges| merges.len()), Ok(3), "and the counts survive it");
     }
 }
