@@ -183,6 +183,7 @@ def main(job):
         source = read_documents(job["paths"]) if as_list else job["paths"]
         if job["contender"] == "ours" and not as_list:
             source = [Path(path) for path in source]
+        __import__({"ours": "tokenizer"}.get(job["contender"], job["contender"]))  # not part of the work
         run = lambda source: train(source, job)  # noqa: E731
     start_mb = peak_mb()
     start = time.perf_counter()

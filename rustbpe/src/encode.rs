@@ -15,6 +15,7 @@
 
 use crate::parallel::{parallel, Interrupted};
 use crate::split::Splitter;
+use crate::{key_of, slot_of, KEY_BYTES};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
@@ -375,8 +376,6 @@ impl<T: TokenId> Encoder<T> {
 
 /// Places in a thread's table of words: 512 KiB with u16 ids, a quarter of a usual second-level cache.
 const WORDS: usize = 1 << 16;
-/// Longer pieces are not kept: 15 bytes and their number make one 16-byte key.
-const WORD_BYTES: usize = 15;
 /// Pieces of more ids are not kept; an entry is 32 bytes with u16 ids.
 const WORD_IDS: usize = 6;
 /// Ids of a piece: `key` is its bytes, padded, with its length in the top byte; 0 = empty place.
@@ -444,12 +443,12 @@ impl<T: TokenId> Encoder<T> {
         let mut splitter = Splitter::new(text);
         while let Some(range) = splitter.next_range() {
             let length = range.len();
-            if length > WORD_BYTES {
+            if length > KEY_BYTES {
                 self.encode_piece(&bytes[range], scratch, out);
                 continue;
             }
             let key = key_of(bytes, range.start, length);
-            let slot = slot_of(key);
+            let slot = slot_of(key, WORDS);
             let pair = &mut scratch.words[slot].0;
             if pair[0].key != key {
                 pair.swap(0, 1);
@@ -522,27 +521,6 @@ impl<T: TokenId> Encoder<T> {
             length = self.lengths[token as usize] as usize;
         }
     }
-}
-
-/// Bytes of a short piece as one number, its length in the top byte, so that trailing zero bytes count.
-#[inline]
-fn key_of(bytes: &[u8], start: usize, length: usize) -> u128 {
-    let word = match bytes[start..].first_chunk() {
-        // the usual case: read 16 bytes at once and cut off what belongs to the next pieces
-        Some(window) => u128::from_le_bytes(*window) & ((1 << (8 * length)) - 1),
-        None => {
-            let mut padded = [0; 16];
-            padded[..length].copy_from_slice(&bytes[start..start + length]);
-            u128::from_le_bytes(padded)
-        }
-    };
-    word | (length as u128) << 120
-}
-
-#[inline]
-fn slot_of(key: u128) -> usize {
-    let mixed = (key as u64 ^ ((key >> 64) as u64).rotate_left(29)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    (mixed >> (64 - WORDS.trailing_zeros())) as usize
 }
 
 #[cfg(test)]

@@ -34,3 +34,28 @@ pub(crate) fn hash_bytes(bytes: &[u8]) -> u64 {
     hash = (hash ^ u64::from_le_bytes(tail)).wrapping_mul(K);
     hash ^ (hash >> 32)
 }
+
+/// Longest piece that has a key: 15 bytes and their number make 16.
+pub(crate) const KEY_BYTES: usize = 15;
+
+/// A piece of at most KEY_BYTES as one number, its length in the top byte, so that trailing zero bytes count. Never 0.
+#[inline]
+pub(crate) fn key_of(bytes: &[u8], start: usize, length: usize) -> u128 {
+    let word = match bytes[start..].first_chunk() {
+        // the usual case: read 16 bytes at once and cut off what belongs to the next pieces
+        Some(window) => u128::from_le_bytes(*window) & ((1 << (8 * length)) - 1),
+        None => {
+            let mut padded = [0; 16];
+            padded[..length].copy_from_slice(&bytes[start..start + length]);
+            u128::from_le_bytes(padded)
+        }
+    };
+    word | (length as u128) << 120
+}
+
+/// The place of a key in a table of `size`, a power of two.
+#[inline]
+pub(crate) fn slot_of(key: u128, size: usize) -> usize {
+    let mixed = (key as u64 ^ ((key >> 64) as u64).rotate_left(29)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    (mixed >> (64 - size.trailing_zeros())) as usize
+}
