@@ -70,7 +70,7 @@ stage() {   # $1: name; $2: why, with the time to expect; rest: command
     printf '== %s took %d s\n' "$name" $((SECONDS - start))
 }
 
-# data and tokenizer keep a mark of what they were made from; the training scripts have their own (--if_needed)
+# The data keep a mark of what they were made from; tokenizer.py and the training scripts have their own
 marked() {  # $1: folder; $2: text that decides its content; true when it was made from just that
     [ -e "$1/.made_from" ] && [ "$(cat "$1/.made_from")" = "$(cksum <<< "$2")" ]
 }
@@ -88,14 +88,9 @@ run_stage() {
             "$PY" make_data.py --output "$d" --seed "$SEED" $DATA_SIZE ${DATA_ARGS:-}
         mark "$d" "$key" ;;
     tokenizer)
-        key="$(cat tokenizer.py "$d/.made_from")"
-        if [ "${REDO:-0}" = 0 ] && marked "$OUT/tokenizer" "$key"; then
-            echo "== tokenizer: $OUT/tokenizer is up to date"; return
-        fi
         stage tokenizer "learn 3072 tokens from 2 MB of that text, all it can fill (seconds; a minute without Rust)" \
             "$PY" tokenizer.py train --data_path "$d/tokenizer.jsonl" --vocab_size 3072 --sample_mb 2 \
-            --output "$OUT/tokenizer"
-        mark "$OUT/tokenizer" "$key" ;;
+            --output "$OUT/tokenizer" --retrain_tokenizer "${REDO:-0}" ;;
     pretrain)
         stage pretrain "learn to predict the next token of plain text ($PRETRAIN_TIME)" \
             "$PY" train_pretrain.py "${common[@]}" --preset "$PRESET" --tokenizer "$OUT/tokenizer" \

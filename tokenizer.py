@@ -16,7 +16,7 @@ Papers: Gage 1994, A new algorithm for data compression; Sennrich et al. 2016 (a
 (GPT-2, byte-level BPE). Pattern: GPT-4's, in the spelling of Llama 3, which every engine reads alike.
 
     python tokenizer.py train --data_path out/data/pretrain.train.jsonl --vocab_size 6400 --output out/tokenizer
-    python tokenizer.py inspect --tokenizer out/tokenizer --text "Hello, 世界"
+    python tokenizer.py inspect --tokenizer out/tokenizer --compare DATA/tokenizers/minimind --data_path texts.jsonl
     echo "Hello" | python tokenizer.py encode --tokenizer out/tokenizer
 """
 
@@ -89,6 +89,12 @@ CHAT_TEMPLATE = """\
     {{- "<|im_start|>assistant\\n" -}}
 {%- endif -%}
 """
+
+# What inspect cuts when it is given no text
+SENTENCES = [
+    "The weather is fine today, so we're going to the park at 10:30.",
+    "今天天气很好，我们上午十点半去公园玩。",
+]
 
 # Files that make up a tokenizer folder; the last three occur only in folders of other projects and are passed through
 FILES = [
@@ -899,6 +905,8 @@ def parse_args(argv=None):
     sub.add_argument("--output", default="out/tokenizer", help="folder to write")
     sub.add_argument("--sample_mb", type=float, default=2.0, help="megabytes of text to learn from, 0 = all")
     sub.add_argument("--backend", default="auto", choices=["auto", "rust", "python"], help="auto = rust where built")
+    sub.add_argument("--retrain_tokenizer", type=int, choices=[0, 1], nargs="?", const=1, default=0,
+                     help="train although --output was made from the same text with the same settings")
     for name, text in [
         ("encode", "print the ids of a text"),
         ("decode", "print the text of ids"),
@@ -911,6 +919,11 @@ def parse_args(argv=None):
             continue
         sub.add_argument("--text", help="the text itself" + ("; standard input when left out" * (name == "encode")))
         sub.add_argument("--file", help="a UTF-8 file with the text")
+        if name == "inspect":
+            sub.add_argument("--compare", nargs="+", default=[], help="folders of other tokenizers, to stand beside it")
+            sub.add_argument("--data_path", nargs="+", help="files or globs whose text is encoded for the comparison")
+            sub.add_argument("--sample_mb", type=float, default=10.0, help="megabytes of that text, 0 = all")
+            sub.add_argument("--merges", type=int, default=20, help="how many merges to list")
     argv = sys.argv[1:] if argv is None else argv
     # hyphens are accepted in flag names: --vocab-size means --vocab_size
     argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
@@ -935,20 +948,77 @@ def _require_text(documents, where):
         raise ValueError(f"--data_path {' '.join(where)}: no text there; training needs text; check the file")
 
 
+def training_key(args, paths):
+    """16 hex digits that change with anything a training depends on: the text, the settings, this file."""
+    digest = hashlib.sha256(f"{args.vocab_size} {args.sample_mb}".encode() + Path(__file__).read_bytes())
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        digest.update(b"next file")
+    return digest.hexdigest()[:16]
+
+
 def command_train(args):
-    """Train on a sample of files and save. Raises ValueError when there is no text at all."""
+    """Train on a sample of files and save, unless the folder already holds just that. Raises ValueError when there is
+    no text at all."""
     paths = expand(args.data_path)
     if args.sample_mb < 0:
         raise ValueError(f"--sample_mb is {args.sample_mb}; it must be 0 (all) or more megabytes; 2 is usual")
+    key = training_key(args, paths)
+    mark = Path(args.output) / "trained_from.txt"
+    if not args.retrain_tokenizer and mark.is_file() and mark.read_text() == key:
+        tokenizer = Tokenizer.from_pretrained(args.output)
+        print(f"tokenizer: {args.output} was made from this text with these settings; --retrain_tokenizer 1 redoes it")
+        return {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
     texts = _require_text(sample_texts(paths, args.sample_mb), args.data_path)
     tokenizer = train(texts, args.vocab_size, args.backend)
+    mark.unlink(missing_ok=True)  # first, and written last: an interrupted save must not look whole
     tokenizer.save_pretrained(args.output)
+    mark.write_text(key)
     print(f"tokenizer: vocab_size {tokenizer.vocab_size}, fingerprint {tokenizer.fingerprint}, saved to {args.output}")
+    print(f"next: python tokenizer.py inspect --tokenizer {args.output}")
     return {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
 
 
+def bytes_per_token(tokenizer, texts):
+    """UTF-8 bytes per token of a list of texts: how far a vocabulary compresses them. nan without text."""
+    size = sum(len(repair(text)[0].encode()) for text in texts)
+    ids, _ = tokenizer.encode_batch(texts)
+    return size / len(ids) if len(ids) else float("nan")
+
+
+def by_language(texts):
+    """{"English": texts, "Chinese": texts}: Chinese is a text of which a fifth or more are Chinese characters."""
+    groups = {"English": [], "Chinese": []}
+    for text in texts:
+        chinese = sum("\u4e00" <= character <= "\u9fff" for character in text)
+        groups["Chinese" if chinese * 5 >= len(text) else "English"].append(text)
+    return groups
+
+
+def _spelled(token):
+    """Bytes as text: what is no whole character as <E4 B8>, line breaks and tabs as \\n, \\r, \\t."""
+    try:
+        return token.decode().replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+    except UnicodeDecodeError:
+        return f"<{token.hex(' ').upper()}>"
+
+
+def _merge_table(tokenizer, number):
+    """Lines "id: left + right = token" of the first merges; [] shows where a part begins and ends."""
+    letters = {letter: byte for byte, letter in enumerate(byte_alphabet())}
+    spec = json.loads(tokenizer.files["tokenizer.json"])["model"]
+    for merge in spec["merges"][:number]:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        left, right = (bytes(letters[letter] for letter in part) for part in parts)
+        index = spec["vocab"]["".join(parts)]
+        yield f"{index:>8}: [{_spelled(left)}] + [{_spelled(right)}] = [{_spelled(left + right)}]"
+
+
 def command_inspect(args):
-    """Print what a reader wants to know of a tokenizer, and how it cuts the given text."""
+    """Print what a reader wants to know of a tokenizer: its facts, its first merges, how it cuts sentences, and how far
+    it compresses text, beside other tokenizers. Returns the facts."""
     tokenizer = Tokenizer.from_pretrained(args.tokenizer)
     ordinary = [token for index, token in enumerate(tokenizer.token_bytes) if index not in tokenizer.special_ids]
     facts = {
@@ -966,11 +1036,27 @@ def command_inspect(args):
         ids = tokenizer.encode(text)
         size = len(repair(text)[0].encode())
         facts["text"] = f"{size} bytes, {len(ids)} tokens, {size / max(len(ids), 1):.2f} bytes/token"
-        facts["tokens"] = " ".join(
-            f"{tokenizer.token_bytes[index].decode('utf-8', 'backslashreplace')!r}:{index}" for index in ids[:100]
-        )
+        facts["ids"] = " ".join(map(str, ids[:100])) + (" ..." if len(ids) > 100 else "")
     for name, value in facts.items():
         print(f"{name:>16}  {value}")
+    print(f"\nthe first {args.merges} merges")
+    print("\n".join(_merge_table(tokenizer, args.merges)))
+
+    others = [(name, Tokenizer.from_pretrained(name)) for name in [args.tokenizer, *args.compare]]
+    width = max(len(name) for name, _ in others)
+    print("\nhow sentences fall into tokens")
+    for sentence in [text] if text is not None else SENTENCES:
+        for name, other in others:
+            tokens = [_spelled(other.token_bytes[index]) for index in other.encode(sentence[:400])]
+            print(f"{name:>{width}}  {'|'.join(tokens)}")
+    groups = by_language(SENTENCES if not args.data_path else sample_texts(expand(args.data_path), args.sample_mb))
+    print("\nUTF-8 bytes per token (more is better); text: " + (" ".join(args.data_path or ["these sentences"])))
+    print(f"{'':>{width}}  {'vocabulary':>10}" + "".join(f"{language:>9}" for language in groups))
+    facts["bytes per token"] = {}
+    for name, other in others:
+        row = {language: bytes_per_token(other, texts) for language, texts in groups.items()}
+        facts["bytes per token"][name] = row
+        print(f"{name:>{width}}  {other.vocab_size:>10,}" + "".join(f"{value:9.2f}" for value in row.values()))
     return facts
 
 

