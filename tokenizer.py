@@ -115,7 +115,7 @@ _SPACE = " \t\n\x0b\x0c\r\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u30
 _LONG_SPACE = re.compile(f"[{_SPACE}]{{{LONG_RUN},}}")
 
 # Texts are handed to the Rust trainer in batches of about this many characters: memory stays flat, Ctrl-C stays quick
-_BATCH_CHARS = 4_000_000
+_BATCH_CHARS = 1_000_000
 
 
 def repair(text):
@@ -552,14 +552,16 @@ def _read_ranks(spec, added):
     model = spec.get("model") or {}
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise _refuse(f"model is {model.get('type')!r}", "it must be BPE with merges")
-    byte_of = {letter: byte for byte, letter in enumerate(byte_alphabet())}
+    letters = byte_alphabet()
+    byte_of = str.maketrans({letter: chr(byte) for byte, letter in enumerate(letters)})
+    known = set(letters)
     ranks = {}
     for text, index in model["vocab"].items():
         if text in added:
             continue  # some projects list control tokens in the vocabulary too
-        if not text or not all(letter in byte_of for letter in text):
+        if not text or not known.issuperset(text):
             raise _refuse(f"token {index} is {text!r}", "tokens are spelled in the 256 letters of GPT-2's byte table")
-        ranks[bytes(byte_of[letter] for letter in text)] = index
+        ranks[text.translate(byte_of).encode("latin-1")] = index
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise _refuse(f"{len(missing)} bytes have no token, first 0x{missing[0]:02x}", "all 256 must")

@@ -1,6 +1,9 @@
-"""Byte-level BPE in Rust: the fast half of tokenizer.py. Text must be valid Unicode (tokenizer.repair sees to it)."""
+"""Byte-level BPE in Rust: the fast half of tokenizer.py. Text must be valid Unicode (tokenizer.repair sees to it).
 
-from collections.abc import Sequence
+All that takes long releases the GIL and listens to Ctrl-C.
+"""
+
+from collections.abc import Callable, Sequence
 
 class Trainer:
     """Counts words batch by batch, then learns merges. Memory grows with the number of distinct words."""
@@ -13,11 +16,13 @@ class Trainer:
         """Distinct words counted so far."""
 
     def feed(self, texts: Sequence[str]) -> None:
-        """Count the words of documents. Raises UnicodeEncodeError on a lone surrogate, before counting anything."""
+        """Count the words of documents. Raises UnicodeEncodeError on a lone surrogate, before counting anything, and
+        KeyboardInterrupt on Ctrl-C, with the documents counted in part."""
 
-    def train(self, num_merges: int) -> list[tuple[int, int]]:
+    def train(self, num_merges: int, report: Callable[[int], object] | None = None) -> list[tuple[int, int]]:
         """At most num_merges pairs (left id, right id); merge i creates id 256 + i. The largest count wins, ties go to
-        the smallest pair. May be called again, with the same answer. Ctrl-C raises KeyboardInterrupt."""
+        the smallest pair. May be called again, with the same answer. report is told the number of merges about every
+        20 ms. Raises KeyboardInterrupt on Ctrl-C, OverflowError when the distinct words exceed 4 GiB."""
 
 class Encoder:
     """Text to ids for tokens in merge order. Equal to tiktoken with the same ranks and the GPT-4 pattern."""

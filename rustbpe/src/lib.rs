@@ -1,13 +1,16 @@
 //! Byte-level BPE for MiniLLM: split text into words, learn merges, encode.
 //!
-//! * [`split`] cuts text as GPT-4's regular expression does, by hand, about twenty times faster;
+//! * [`split`] cuts text as GPT-4's regular expression does, by hand, 64 bytes at a time;
 //! * [`train`] counts words and learns merges, with work proportional to the occurrences that change;
 //! * [`encode`] turns text into ids, equal to tiktoken's.
 //!
-//! These three know no Python. `py` is the border: it converts, releases the GIL and looks for Ctrl-C.
+//! [`parallel`] shares the work among threads. None of these knows Python: `py` is the border, where texts are
+//! converted, the GIL is released and Ctrl-C is looked for.
+//!
 //! The slow twin of `train` is in `tokenizer.py`; the tests hold one against the other.
 
 #![warn(missing_docs)]
+#![cfg_attr(not(feature = "python"), forbid(unsafe_code))] // PyO3's macros need it, the algorithms do not
 
 pub mod encode;
 pub mod parallel;

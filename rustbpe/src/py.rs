@@ -49,7 +49,7 @@ impl Trainer {
     #[getter]
     fn num_words(&mut self, py: Python<'_>) -> PyResult<usize> {
         let counter = &mut self.counter;
-        without_gil(py, || counter.num_words())
+        interruptible(py, |interrupted| counter.num_words(interrupted))
     }
 
     fn feed(&mut self, py: Python<'_>, texts: Vec<Bound<'_, PyString>>) -> PyResult<()> {

@@ -11,6 +11,10 @@
 //! ```
 //! Alternatives are tried in this order at each position. Together they match every character, so the pieces joined
 //! are the text.
+//!
+//! Plain ASCII goes 64 bytes at a time, with the rules above as operations on bits (`Splitter::look_ahead`); all else
+//! character by character (`Splitter::piece_end`). Going character by character everywhere has the same result at three
+//! quarters of the speed, most of it lost to branches that no processor foresees.
 
 use std::sync::OnceLock;
 

@@ -32,6 +32,12 @@ pub enum TrainError {
     TooManyWords,
 }
 
+impl From<Interrupted> for TrainError {
+    fn from(_: Interrupted) -> Self {
+        TrainError::Interrupted
+    }
+}
+
 // --------------------------------------------------------------------------------------------------------------------
 // Counting words
 
@@ -110,9 +116,10 @@ impl WordTable {
         self.words.len() as u32 - 1
     }
 
+    /// Make the slots anew, four for each word. Also repairs a table whose slots were taken away.
     #[cold]
     fn grow(&mut self) {
-        let size = (self.slots.len() * 2).max(1 << 12);
+        let size = (self.words.len() * 4).next_power_of_two().max(1 << 12);
         self.slots.clear();
         self.slots.resize(size, 0);
         for (index, word) in self.words.iter().enumerate() {
@@ -154,36 +161,45 @@ impl Counter {
     }
 
     /// Number of distinct words so far. Time: linear in it after new documents, none else.
-    pub fn num_words(&mut self) -> usize {
-        self.merged().words.len()
+    ///
+    /// `interrupted` is asked about every 20 ms. Error: it said yes; nothing is lost.
+    pub fn num_words(&mut self, mut interrupted: impl FnMut() -> bool) -> Result<usize, Interrupted> {
+        Ok(self.merged(&mut interrupted)?.words.len())
     }
 
-    fn merged(&mut self) -> &WordTable {
+    /// The tables of all threads as one. Words move one by one, so an interrupt leaves each in one of the tables.
+    fn merged(&mut self, interrupted: &mut dyn FnMut() -> bool) -> Result<&WordTable, Interrupted> {
         let tables = self.tables.get_mut().expect("no thread panics while it holds the lock");
-        // the smaller ones into the largest
-        tables.sort_by_key(|table| std::cmp::Reverse(table.words.len()));
-        let others = tables.split_off(tables.len().min(1));
         if tables.is_empty() {
             tables.push(WordTable::default());
         }
-        for table in others {
-            for word in &table.words {
-                tables[0].add(table.bytes(word), word.count);
+        tables.sort_by_key(|table| std::cmp::Reverse(table.words.len())); // the smaller ones go into the largest
+        let mut clock = Clock::default();
+        while tables.len() > 1 {
+            let mut other = tables.pop().expect("there are two");
+            (other.slots, other.recent) = (Vec::new(), Vec::new()); // they point at words that leave
+            while let Some(word) = other.words.pop() {
+                tables[0].add(other.bytes(&word), word.count);
+                if other.words.len() % 4096 == 0 && clock.due() && interrupted() {
+                    tables.push(other);
+                    return Err(Interrupted);
+                }
             }
         }
-        &tables[0]
+        Ok(&tables[0])
     }
 
-    /// Learn at most `num_merges` merges from what was counted; fewer when no pair is left. The counts stay.
+    /// Learn at most `num_merges` merges from what was counted; fewer when no pair is left. The counts stay. Time:
+    /// proportional to the places that change; memory: about 20 times the text of the distinct words.
     ///
     /// `interrupted` is asked about every 20 ms and told how many merges there are. Errors: it said yes; too many words.
     pub fn train(
         &mut self,
         num_merges: usize,
-        interrupted: impl FnMut(usize) -> bool,
+        mut interrupted: impl FnMut(usize) -> bool,
     ) -> Result<Vec<Pair>, TrainError> {
-        let table = self.merged();
-        Trainer::new(table)?.run(num_merges, interrupted)
+        let table = self.merged(&mut || interrupted(0))?;
+        Trainer::new(table, &mut || interrupted(0))?.run(num_merges, interrupted)
     }
 }
 
@@ -317,7 +333,7 @@ struct Trainer {
 }
 
 impl Trainer {
-    fn new(table: &WordTable) -> Result<Self, TrainError> {
+    fn new(table: &WordTable, interrupted: &mut dyn FnMut() -> bool) -> Result<Self, TrainError> {
         let total = table.arena.len() + table.words.len() + 1;
         if total >= INSIDE as usize {
             return Err(TrainError::TooManyWords);
@@ -325,8 +341,12 @@ impl Trainer {
         let mut cells = Vec::with_capacity(total);
         let mut weights = Vec::new();
         let mut weight_of = HashMap::new();
+        let mut clock = Clock::default();
         cells.push(Cell { id: BORDER, weight: 0 });
-        for word in &table.words {
+        for (index, word) in table.words.iter().enumerate() {
+            if index % 4096 == 0 && clock.due() && interrupted() {
+                return Err(TrainError::Interrupted);
+            }
             let weight = *weight_of.entry(word.count).or_insert_with(|| {
                 weights.push(word.count);
                 weights.len() as u32 - 1
@@ -344,19 +364,24 @@ impl Trainer {
             right: Tally::default(),
             queue: BinaryHeap::new(),
         };
-        trainer.index_bytes();
+        trainer.index_bytes(interrupted)?;
         Ok(trainer)
     }
 
     /// The pairs of bytes: counts and positions by a counting sort over the 65,536 possible pairs.
-    fn index_bytes(&mut self) {
+    fn index_bytes(&mut self, interrupted: &mut dyn FnMut() -> bool) -> Result<(), Interrupted> {
+        let mut clock = Clock::default();
+        let mut stop = |position: usize| position % (1 << 20) == 0 && clock.due() && interrupted();
         let mut weight = vec![0u64; 1 << 16];
         let mut number = vec![0usize; 1 << 16];
         let slot = |cells: &[Cell]| match (cells[0].id, cells[1].id) {
             (BORDER, _) | (_, BORDER) => None,
             (a, b) => Some((a << 8 | b) as usize),
         };
-        for cells in self.cells.windows(2) {
+        for (position, cells) in self.cells.windows(2).enumerate() {
+            if stop(position) {
+                return Err(Interrupted);
+            }
             if let Some(slot) = slot(cells) {
                 weight[slot] += self.weights[cells[0].weight as usize];
                 number[slot] += 1;
@@ -373,11 +398,15 @@ impl Trainer {
         }
         self.positions.resize(start, 0);
         for (position, cells) in self.cells.windows(2).enumerate() {
+            if stop(position) {
+                return Err(Interrupted);
+            }
             if let Some(slot) = slot(cells) {
                 self.positions[number[slot]] = position as u32;
                 number[slot] += 1;
             }
         }
+        Ok(())
     }
 
     fn add_pair(&mut self, pair: Pair, count: u64, start: usize, length: usize) {
@@ -516,6 +545,10 @@ mod tests {
     fn learn(texts: &[&str], num_merges: usize) -> Vec<Pair> {
         let mut counter = Counter::new(1);
         counter.feed(texts, || false).expect("not interrupted");
+        learn_from(&mut counter, num_merges)
+    }
+
+    fn learn_from(counter: &mut Counter, num_merges: usize) -> Vec<Pair> {
         counter.train(num_merges, |_| false).expect("not interrupted")
     }
 
@@ -602,6 +635,33 @@ mod tests {
         }
         assert_eq!(counter.train(300, |_| false), Ok(expected.clone()));
         assert_eq!(counter.train(300, |_| false), Ok(expected), "training leaves the counts alone");
+    }
+
+    #[test]
+    fn counts_above_32_bits_are_kept() {
+        let mut counter = Counter::new(1);
+        counter.feed(&["ab cd cd"], || false).expect("not interrupted");
+        let tables = counter.tables.get_mut().expect("no thread panicked");
+        tables[0].words[0].count = 1 << 40; // "ab"; in 32 bits that is 0, and " cd" would come first
+        assert_eq!(learn_from(&mut counter, 1), [(97, 98)]);
+    }
+
+    #[test]
+    fn no_count_is_lost_when_the_merge_of_tables_is_interrupted() {
+        let spell = |n: usize| (0..4).map(|place| (b'a' + (n >> (4 * place) & 15) as u8) as char).collect::<String>();
+        let words: Vec<String> = (0..30_000).map(|n| format!(" {}", spell(n))).collect();
+        let tables = [&words[..20_000], &words[10_000..]].map(|words| {
+            let mut table = WordTable::default();
+            words.iter().for_each(|word| table.count(word));
+            table
+        });
+        let mut counter = Counter::new(1);
+        counter.tables.get_mut().expect("no thread panicked").extend(tables);
+        assert_eq!(counter.num_words(|| true), Err(Interrupted));
+        counter.feed(&[" aaaa new"], || false).expect("not interrupted");
+        assert_eq!(counter.num_words(|| false), Ok(30_001));
+        let counts = counter.tables.get_mut().expect("no thread panicked")[0].words.iter().map(|word| word.count);
+        assert_eq!(counts.sum::<u64>(), 40_002);
     }
 
     #[test]
