@@ -709,6 +709,9 @@ class Tokenizer:
 
     def encode(self, text):
         """list[int] of a text. Special tokens written in it stay text; no bos is added."""
+        # tiktoken takes a second for a clause of a million characters, and has a stack to lose (see LONG_RUN)
+        if isinstance(text, str) and len(text) >= LONG_RUN and self._rust_encoder() is not None:
+            return self.encode_batch([text])[0].tolist()
         return self._encode_clean(self._clean(text))
 
     def _encode_clean(self, text):

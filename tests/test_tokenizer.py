@@ -12,10 +12,8 @@ import json
 import os
 import pickle
 import random
-import signal
 import subprocess
 import sys
-import time
 import unicodedata
 from pathlib import Path
 
@@ -349,9 +347,9 @@ def test_large_vocabularies_give_wide_ids():
     ids=["blanks", "blanks+word", "blanks+digit", "newlines", "mixed", "letters", "chinese", "marks"],
 )
 def test_a_million_equal_characters_encode_without_loss(tok, text):
-    ids = tok.encode(text)
+    ids = tok._encode_clean(text)  # tiktoken; encode() hands texts of this length to Rust
     assert tok.decode(ids) == text
-    assert rows_of(tok.encode_batch([text])) == [ids]
+    assert rows_of(tok.encode_batch([text])) == [ids] == [tok.encode(text)]
 
 
 @needs_rust
@@ -699,7 +697,8 @@ def test_inspect_compares_compression_by_language_and_lists_merges(tmp_path, tok
     train([ENGLISH], vocab_size=400, backend="python", progress=False).save_pretrained(tmp_path / "b")
     rows = [{"text": ENGLISH}, {"text": CHINESE}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    argv = ["inspect", "--tokenizer", tmp_path / "a", "--compare", tmp_path / "b", "--data_path", tmp_path / "rows.jsonl"]
+    argv = ["inspect", "--tokenizer", tmp_path / "a", "--compare", tmp_path / "b"]
+    argv += ["--data_path", tmp_path / "rows.jsonl"]
     facts = tokenizer_file.main(tokenizer_file.parse_args([str(word) for word in [*argv, "--merges", 3]]))
     rates = facts["bytes per token"]
     for name in ("a", "b"):
