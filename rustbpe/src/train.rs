@@ -11,7 +11,13 @@
 //! * Each pair knows the places where it occurs. A place may be out of date; two comparisons tell (see `Trainer`).
 //! * The pairs that a merge destroys and creates are first tallied by neighbour in dense arrays; the hash table of
 //!   pairs is then touched once for each distinct neighbour, not four times for each occurrence.
+//! * The cells of these places lie all over memory, so many are asked for before the first is used.
 //! * The queue is lazy: counts only sink, so an entry is checked when it comes up and queued again if it is too high.
+//!
+//! What was tried and lost, on 38 MB of English and 20 of Chinese: a list of words for each pair, as usual (13 times as
+//! many cells are looked at); a hash map from pairs to entries elsewhere (5% slower than entries in the table); asking
+//! ahead for the entries of pairs as for cells (no gain). Nearly all the time goes to Chinese, whose clauses are long
+//! and mostly occur once.
 
 use crate::parallel::{parallel, Clock, Interrupted};
 use crate::split::Splitter;
