@@ -568,6 +568,24 @@ class TokenData:
         """
         return np.array([self.order(position) for position in range(start, start + count)], dtype=np.int64)
 
+    def samples(self, position: int, count: int = 2) -> list[tuple[str, list[int], list[int]]]:
+        """(title, ids, mask) of the samples at a position of the order, as a reader wants to see them: without padding,
+        mask 1 on tokens that are targets."""
+        indices = self.position_batch(position, min(count, len(self)))
+        batch = self.batch(indices)
+        return [(f"{self.kind} sample {index}", *self._real(batch, row)) for row, index in enumerate(indices)]
+
+    @staticmethod
+    def _real(batch: dict, row: int) -> tuple[list[int], list[int]]:
+        """ids and mask of a row of a batch without its padding. Without lengths or documents: up to the last target."""
+        ids, mask = batch["ids"][row], batch["mask"][row]
+        if "documents" in batch:
+            real = batch["documents"][row] == 0  # the first conversation of a packed row
+        else:
+            end = int(batch["lengths"][row]) if "lengths" in batch else int(mask.nonzero().max()) + 1
+            real = torch.arange(len(ids)) < end
+        return ids[real].tolist(), mask[real].int().tolist()
+
     # -- store ---------------------------------------------------------------------------------------------------------
 
     def _facts(self, record: bool) -> dict:
