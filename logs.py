@@ -74,6 +74,7 @@ class MetricLog:
         self.folder = Path(folder)
         self.is_main = is_main
         self.tracker = None
+        first_step = 0 if resume_step is None else resume_step + 1
         self.clock, self.tokens = time.perf_counter(), 0
         if not is_main:
             return
@@ -87,7 +88,7 @@ class MetricLog:
         os.replace(tmp, path)
         self.file = open(path, "a", encoding="utf-8")
         if tracker != "none":
-            self.tracker = self._harmless(lambda: open_tracker(tracker, self.folder, (resume_step or -1) + 1))
+            self.tracker = self._harmless(lambda: open_tracker(tracker, self.folder, first_step))
 
     def _harmless(self, call):
         """call() of the tracker. Whatever goes wrong there ends the tracking and never the run."""
@@ -189,33 +190,32 @@ def table(header, rows):
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
-def show_samples(samples, tokenizer, mark="trained?", limit=64):
-    """What --show_batch prints: each sample as text, then token by token, so that a wrong mask is seen before training.
+def show_samples(samples, tokenizer, mark="trained?", targets=True, limit=64):
+    """What --show_batch prints: samples as text and token by token, so that a wrong mask is seen before any training.
 
     Args:
-        samples: (title, ids, mask) as TokenData.samples() gives them; mask 1 on tokens that are targets.
-        mark: heading of the mask's column. "trained?": token t stands beside its target, token t + 1, and the mark is
-            the target's. Any other: no targets, the mark is the token's own.
-        limit: of longer samples the middle is left out.
+        samples: list of (title, ids, mask), mask 1 on tokens that are targets.
+        mark: heading of the mask's column.
+        targets: show the next token beside each token, with the target's mark; else each token with its own mark.
+        limit: rows a table may have; of a longer one the middle is left out.
     """
     blocks = []
     for title, ids, mask in samples:
         pieces, marks = [_spelling(tokenizer.token_bytes[i]) for i in ids], ["yes" if m else "-" for m in mask]
-        columns, header = (pieces, marks), ("token", mark)
-        if mark == "trained?":
-            columns, header = (pieces[:-1], pieces[1:], marks[1:]), ("token", "target", mark)
-        rows = [list(row) for row in zip(*columns, strict=True)]
+        columns = {"token": pieces[:-1], "target": pieces[1:], mark: marks[1:]} if targets else {
+            "token": pieces, mark: marks}
+        rows = list(zip(*columns.values(), strict=True))
         if len(rows) > limit:
-            gap = [f"({len(rows) - limit} more)", *[""] * (len(header) - 1)]
-            rows = [*rows[:limit // 2], gap, *rows[-(limit // 2):]]
-        count = f"{sum(m == 'yes' for m in marks)} of {len(ids)} tokens {mark.rstrip('?')}"
-        blocks.append(f"-- {title}: {count}\n{tokenizer.decode(ids)}\n{table(header, rows)}")
-    return "\n\n".join(blocks)
+            gap = (f"({len(rows) - limit} more)", *[""] * (len(columns) - 1))
+            rows[limit // 2:limit // 2 - limit] = [gap]
+        count = f"{marks.count('yes')} of {len(ids)} tokens {mark.rstrip('?')}"
+        blocks.append(f"-- {title}: {count}\n{tokenizer.decode(ids)}\n\n{table(columns, rows)}\n")
+    return "\n".join(blocks)
 
 
 def _spelling(token):
-    """A token's bytes in quotes, so that spaces and line breaks show. Chinese stays readable; part of a character, which
-    byte-level tokens can be, is shown as its bytes."""
+    """A token's bytes in quotes, so that spaces and line breaks show. Chinese stays readable; a part of a character,
+    which a byte-level token can be, is shown as bytes."""
     try:
         return repr(token.decode("utf-8"))
     except UnicodeDecodeError:
