@@ -558,6 +558,81 @@ class Budget:
         return min(max_steps, int(total)) if max_steps else int(total)
 
 
+class Eta:
+    """After 20 steps of a start: one line with the time that is left, measured on the last ten of them."""
+
+    def __init__(self, runtime, smaller=None):
+        """smaller: function () -> (preset, its share of this model's operations) or None, asked when it takes long."""
+        self.runtime = runtime
+        self.smaller = smaller
+        self.times = []
+
+    def report(self, step, max_steps):
+        """Call once after every step; prints at the 20th. Above two hours a smaller preset is named with its time."""
+        if len(self.times) == 20:
+            return
+        self.times.append(time.perf_counter())
+        if len(self.times) < 20 or step >= max_steps:
+            return
+        left = (self.times[19] - self.times[9]) / 10 * (max_steps - step)
+        other = self.smaller() if self.smaller and left > 2 * 3600 else None
+        advice = f"; --preset {other[0]} would take about {_duration(left * other[1])}" if other else ""
+        self.runtime.print(f"{max_steps - step} steps are left, about {_duration(left)}{advice}")
+
+
+def _duration(seconds):
+    """Seconds as words: 40 s, 12 min, 3 h 5 min."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def memory_line(runtime, modules, rows, length, forward):
+    """What a step will take of the memory, in one line to be printed before the first, with what is free.
+
+    Activations are measured on one row and on two, without dropout, and extended to `rows`. The optimizer is counted
+    with two values a parameter (Muon keeps one). Temporary results of a step come on top.
+
+    Args:
+        modules: all modules in memory, trained ones and frozen ones.
+        rows, length: shape of the largest micro-batch.
+        forward: function (ids int64 [n, length]) -> what the loss is made of, with the autograd graph behind it.
+    """
+    parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
+    held, trained = (sum(p.numel() * p.element_size() for p in parameters if p.requires_grad or not only)
+                     for only in (False, True))
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()  # no dropout, so that random states stay as they are, and no router counts
+    one, two = (_saved_bytes(runtime, parameters, forward, torch.zeros(n, length, dtype=torch.int64)) for n in (1, 2))
+    for module, mode in zip(modules, modes, strict=True):
+        module.train(mode)
+    activations = one + (rows - 1) * (two - one)
+    parts = {"parameters": held, "gradients": trained, "optimizer": 2 * trained, "activations": activations}
+    cuda = runtime.device.type == "cuda"
+    free = torch.cuda.mem_get_info(runtime.device)[0] if cuda else free_memory()
+    # the parameters are there already
+    short = free is not None and sum(parts.values()) - held > free
+    return (f"memory of a step, about: {' + '.join(f'{name} {size / 1e6:.0f}' for name, size in parts.items())} = "
+            f"{sum(parts.values()) / 1e6:.0f} MB" + (f"; {free / 1e6:.0f} MB are free" if free is not None else "")
+            + ("; too little: halve --batch_size and double --accumulation_steps" if short else ""))
+
+
+def _saved_bytes(runtime, parameters, forward, ids):
+    """Bytes that forward(ids) keeps for its backward pass, each storage once, without the parameters themselves."""
+    known, sizes = {p.untyped_storage().data_ptr() for p in parameters}, {}
+
+    def keep(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), runtime.autocast():
+        graph = forward(ids.to(runtime.device))  # held until here is done: a freed address could be used twice
+    del graph
+    return sum(size for address, size in sizes.items() if address not in known)
+
+
 class NonFinite:
     """Counts steps whose loss or gradient is not finite; such a step is skipped, and three in a row end the run."""
 

@@ -362,6 +362,10 @@ def main(args):
     budget = common.Budget(args.max_minutes, probe_steps=2)
     nonfinite = common.NonFinite(runtime)
     stop = common.StopSignal()
+    eta = common.Eta(runtime)
+    runtime.print(common.memory_line(
+        runtime, [m for m in (model, reference) if m], args.batch_size, args.max_seq_len,
+        lambda ids: token_logprobs(model(ids), ids)))
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of prompts drawn so far: it decides the next prompts and their random streams
@@ -424,6 +428,7 @@ def main(args):
         # -- log, evaluate, save
         step = progress["step"]
         progress["max_steps"] = bar.total = budget.steps(step, progress["max_steps"], runtime)
+        eta.report(step, progress["max_steps"])
         done = step >= progress["max_steps"]
         if step % args.log_interval == 0 or done or step == 1:
             log.log(step, **stats, tokens_per_s=log.rate())

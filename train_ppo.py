@@ -495,6 +495,10 @@ def main(args):
     budget = common.Budget(args.max_minutes, probe_steps=2)
     nonfinite = common.NonFinite(runtime)
     stop = common.StopSignal()
+    eta = common.Eta(runtime)
+    runtime.print(common.memory_line(
+        runtime, [team.both, team.reference, team.reward], args.batch_size, args.max_seq_len,
+        lambda ids: (token_logprobs(policy(ids), ids), value.values(ids))))
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of prompts drawn so far: it decides the next prompts and their random streams
@@ -574,6 +578,7 @@ def main(args):
         # -- log, evaluate, save
         step = progress["step"]
         progress["max_steps"] = bar.total = budget.steps(step, progress["max_steps"], runtime)
+        eta.report(step, progress["max_steps"])
         stopped = unhealthy(stats, progress.setdefault("first_entropy", stats["entropy"]), args)
         done = step >= progress["max_steps"] or bool(stopped)
         if step == 1:

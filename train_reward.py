@@ -155,6 +155,10 @@ def main(args):
     budget = common.Budget(args.max_minutes)
     nonfinite = common.NonFinite(runtime)
     stop = common.StopSignal()
+    eta = common.Eta(runtime)
+    runtime.print(common.memory_line(
+        runtime, [model], 2 * args.batch_size, args.max_seq_len,
+        lambda ids: PackedScores(model)(ids, torch.zeros_like(ids), torch.zeros_like(ids[:, 0]))))
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of pairs drawn so far by all ranks together: the order does not depend on the rank count
@@ -244,6 +248,7 @@ def main(args):
         # -- log, evaluate, save
         step = progress["step"]
         progress["max_steps"] = bar.total = budget.steps(step, progress["max_steps"], runtime)
+        eta.report(step, progress["max_steps"])
         done = step >= progress["max_steps"]
         if step % args.log_interval == 0 or done or step == 1:
             rate = log.rate()

@@ -5,10 +5,12 @@ stage keys, signals, error messages.
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -18,8 +20,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import BF16_SPEEDUP, KINDS
 
 import common
+from model import PRESETS, ModelConfig, Transformer
+from train_pretrain import smaller_preset
 
 with contextlib.suppress(ImportError):  # Windows
     import pty
@@ -225,7 +230,7 @@ def test_resumed_run_keeps_probed_dtype_but_threads_only_for_as_many_processes(t
 @pytest.mark.parametrize("name", common.DTYPES)
 def test_sound_machine_is_far_inside_the_tolerance_and_no_random_state_moves(name):
     dtype = common.DTYPES[name]
-    if dtype == torch.bfloat16 and not common.bf16_speedup():
+    if dtype == torch.bfloat16 and not BF16_SPEEDUP:
         pytest.skip("bf16 products crash on this CPU")
     before = torch.get_rng_state()
     assert common.deviation(torch.device("cpu"), dtype) < common.TOLERANCES[dtype] / 4
@@ -826,6 +831,75 @@ def test_budget_never_adds_steps(monkeypatch):
     runtime = common.Runtime(torch.device("cpu"), torch.float32)
     budget = common.Budget(minutes=60)
     assert [budget.steps(done, 12, runtime) for done in range(1, 13) if not now.__setitem__(0, done)] == [12] * 12
+
+
+def eta_lines(monkeypatch, capsys, seconds, max_steps, smaller=None):
+    """What Eta prints in 30 steps of so many seconds each, the first five of which take ten times as long."""
+    clock = itertools.accumulate(seconds * (10 if step < 5 else 1) for step in itertools.count())
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    eta = common.Eta(common.Runtime(torch.device("cpu"), torch.float32), smaller)
+    for step in range(1, 31):
+        eta.report(step, max_steps)
+    return capsys.readouterr().out
+
+
+def test_time_left_is_said_once_and_without_the_warm_up(monkeypatch, capsys):
+    assert eta_lines(monkeypatch, capsys, 6, 120) == "100 steps are left, about 10 min\n"
+    assert eta_lines(monkeypatch, capsys, 0.5, 120) == "100 steps are left, about 50 s\n"
+    assert not eta_lines(monkeypatch, capsys, 6, 20), "nothing is left to wait for"
+
+
+def test_long_run_names_the_smaller_preset_with_its_time(monkeypatch, capsys):
+    long = eta_lines(monkeypatch, capsys, 109.8, 120, lambda: ("nano", 0.25))
+    assert long == "100 steps are left, about 3 h 3 min; --preset nano would take about 46 min\n"
+    assert "preset" not in eta_lines(monkeypatch, capsys, 109.8, 120, lambda: None)
+    assert "preset" not in eta_lines(monkeypatch, capsys, 71, 120, lambda: ("nano", 0.25)), "below two hours"
+
+
+def test_next_smaller_preset_costs_no_random_numbers():
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        models = {name: Transformer(ModelConfig.preset(name, vocab_size=6400)) for name in PRESETS}
+    found = {name: smaller_preset(model, 256) for name, model in models.items()}
+    assert torch.equal(before, torch.get_rng_state())
+    assert {name: other and other[0] for name, other in found.items()} == {
+        "nano": None, "tiny": "nano", "small": "tiny", "base": "small", "moe": "small"}
+    assert found["small"][1] == models["tiny"].flops_per_token(256) / models["small"].flops_per_token(256)
+
+
+def memory(kind, free, monkeypatch, rows=3):
+    """(numbers of memory_line for a small model in MB, its whole text, bytes that a forward of `rows` rows keeps)."""
+    monkeypatch.setattr(common, "free_memory", lambda: free)
+    config = ModelConfig(vocab_size=4000, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, dropout=0.1,
+                         intermediate_size=256, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
+                         pad_token_id=2, **KINDS[kind])
+    model, frozen = Transformer(config).train(), torch.nn.Linear(500, 1000).requires_grad_(False)
+    runtime = common.Runtime(torch.device("cpu"), torch.float32)
+
+    def forward(ids):
+        return model(ids, target_mask=torch.ones_like(ids))
+
+    before = torch.get_rng_state()
+    text = common.memory_line(runtime, [model, frozen], rows, 200, forward)
+    assert torch.equal(before, torch.get_rng_state()) and model.training
+    assert model.update_router_bias(0.001) is None, "no visit was counted"
+    model.eval()
+    kept = common._saved_bytes(runtime, list(model.parameters()), forward, torch.randint(0, 4000, (rows, 200)))
+    return [int(n) for n in re.findall(r" (\d+)", text)][:5], text, model.num_parameters(), kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_of_a_step_is_what_a_forward_keeps(kind, monkeypatch):
+    (held, gradients, state, activations, total), text, count, kept = memory(kind, 9e9, monkeypatch)
+    assert (held, gradients, state) == (round((4 * count + 4 * 501_000) / 1e6), round(4 * count / 1e6),
+                                        round(8 * count / 1e6))
+    assert activations == pytest.approx(kept / 1e6, rel=0.02, abs=0.5) and activations > 5
+    assert abs(total - held - gradients - state - activations) <= 2 and text.endswith("; 9000 MB are free")
+
+
+def test_too_little_memory_is_said_before_the_first_step(monkeypatch):
+    assert "too little: halve --batch_size" in memory("dense", 9e6, monkeypatch)[1]
+    assert memory("dense", None, monkeypatch)[1].endswith(" MB"), "where the system does not say"
 
 
 def test_budget_measures_once_also_when_the_run_is_resumed(monkeypatch):
