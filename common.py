@@ -16,7 +16,6 @@ import ctypes
 import datetime
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -384,8 +383,8 @@ def deviation(device, dtype):
         pairs = list(zip(tiny_step(device, dtype), tiny_step(torch.device("cpu"), torch.float32), strict=True))
     except torch.OutOfMemoryError:
         raise  # nothing is wrong with the device, somebody else fills it
-    except RuntimeError:
-        return math.inf  # e.g. a card for which this torch has no kernels
+    except (RuntimeError, TypeError):
+        return math.inf  # a card for which this torch has no kernels; float64 on an Apple GPU
     errors = [((found - right).norm() / right.norm()).item() for found, right in pairs]
     return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
@@ -401,8 +400,10 @@ def fall_back(runtime):
         error = max(runtime.gather(deviation(device, dtype)))
         if error <= TOLERANCES[dtype]:
             break
-        runtime.print(f"{device} with {str(dtype)[6:]}: a tiny training step is off the CPU's by {error:.1e} (at most "
-                      f"{TOLERANCES[dtype]:g} is rounding), its numbers cannot be trusted: not used")
+        what = (f"is off the CPU's by {error:.1e} (at most {TOLERANCES[dtype]:g} is rounding)" if error < math.inf else
+                "fails or is not finite")
+        runtime.print(f"{device} with {str(dtype)[6:]}: a tiny training step {what}, its numbers cannot be trusted: "
+                      "not used")
     if runtime.world_size > 1 and device.type != runtime.device.type:
         raise ValueError(f"{runtime.device} computes wrong numbers (see above); {runtime.world_size} processes were "
                          f"started for GPUs and cannot move; give --device cpu, or repair driver and torch")
@@ -605,7 +606,8 @@ def memory_line(runtime, modules, rows, length, forward):
     modes = [module.training for module in modules]
     for module in modules:
         module.eval()  # no dropout, so that random states stay as they are, and no router counts
-    one, two = (_saved_bytes(runtime, parameters, forward, torch.zeros(n, length, dtype=torch.int64)) for n in (1, 2))
+    one, two = (_saved_bytes(runtime, parameters, forward, torch.zeros(n, length, dtype=torch.int64))
+                for n in (1, min(2, rows)))
     for module, mode in zip(modules, modes, strict=True):
         module.train(mode)
     activations = one + (rows - 1) * (two - one)

@@ -48,14 +48,12 @@ def open_tracker(name, folder, first_step):
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(str(folder / name), purge_step=first_step)  # what a resumed run repeats is hidden
         return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()], writer.close
-    interrupt = signal.getsignal(signal.SIGINT)
-    module, login = importlib.import_module(name), Path.home() / {"wandb": ".netrc", "swanlab": ".swanlab/.netrc"}[name]
-    online = os.environ.keys() & {f"{name.upper()}_API_KEY", f"{name.upper()}_MODE"} or (
-        login.is_file() and name in login.read_text(encoding="utf-8"))
+    module = importlib.import_module(name)
+    login = Path.home() / {"wandb": ".netrc", "swanlab": ".swanlab/.netrc"}[name]
+    known = login.is_file() and name in login.read_text(encoding="utf-8")
+    mode = None if known or os.environ.keys() & {f"{name.upper()}_API_KEY", f"{name.upper()}_MODE"} else "offline"
     words = ("name", "dir") if name == "wandb" else ("experiment_name", "logdir")
-    module.init(project="minillm", mode=None if online else "offline", **dict(zip(words, (folder.name, str(folder)),
-                                                                                  strict=True)))
-    signal.signal(signal.SIGINT, interrupt)  # swanlab takes Ctrl-C for itself, but the run wants to save first
+    module.init(project="minillm", mode=mode, **{words[0]: folder.name, words[1]: str(folder)})
     return module.log, module.finish
 
 
@@ -88,7 +86,9 @@ class MetricLog:
         os.replace(tmp, path)
         self.file = open(path, "a", encoding="utf-8")
         if tracker != "none":
+            interrupt = signal.getsignal(signal.SIGINT)
             self.tracker = self._harmless(lambda: open_tracker(tracker, self.folder, first_step))
+            signal.signal(signal.SIGINT, interrupt)  # swanlab takes Ctrl-C for itself, but the run wants to save first
 
     def _harmless(self, call):
         """call() of the tracker. Whatever goes wrong there ends the tracking and never the run."""

@@ -161,10 +161,10 @@ class Fake:
     def make(self, name):
         def call(*args, **options):
             self.calls.append((name, args, options))
-            if name == self.fails:
-                raise SystemExit(1) if name == "finish" else RuntimeError("no route to host\nand more")
             if name == "init":
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as swanlab's does
+            if name == self.fails:
+                raise SystemExit(1) if name == "finish" else RuntimeError("no route to host\nand more")
 
         return call
 
@@ -227,8 +227,9 @@ def test_tracker_is_online_for_those_who_are_logged_in(tracker, login, tmp_path,
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "swanlab"])
 def test_tracker_that_raises_costs_one_line_and_nothing_else(tracker, fails, tmp_path, home, monkeypatch, capsys):
-    fake = Fake(monkeypatch, fails)
+    fake, before = Fake(monkeypatch, fails), signal.getsignal(signal.SIGINT)
     assert track(tmp_path / "run", tracker) == [1, 2]
+    assert signal.getsignal(signal.SIGINT) is before
     assert fake.names().count(fails) == 1, "not asked again"
     text = capsys.readouterr().out
     assert text.count("\n") == 1 and text.count(";") == 2 and text.startswith("tracker off (")
