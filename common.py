@@ -593,7 +593,7 @@ def memory_line(runtime, modules, rows, length, forward):
     """What a step will take of the memory, in one line to be printed before the first, with what is free.
 
     Activations are measured on one row and on two, without dropout, and extended to `rows`. The optimizer is counted
-    with two values a parameter (Muon keeps one). Temporary results of a step come on top.
+    with two values a parameter (Muon keeps one). Temporary results come on top (docs/training.md has a measurement).
 
     Args:
         modules: all modules in memory, trained ones and frozen ones.
@@ -616,7 +616,7 @@ def memory_line(runtime, modules, rows, length, forward):
     free = torch.cuda.mem_get_info(runtime.device)[0] if cuda else free_memory()
     # the parameters are there already
     short = free is not None and sum(parts.values()) - held > free
-    return (f"memory of a step, about: {' + '.join(f'{name} {size / 1e6:.0f}' for name, size in parts.items())} = "
+    return (f"memory of a step, temporary results apart: {' + '.join(f'{name} {size / 1e6:.0f}' for name, size in parts.items())} = "
             f"{sum(parts.values()) / 1e6:.0f} MB" + (f"; {free / 1e6:.0f} MB are free" if free is not None else "")
             + ("; too little: halve --batch_size and double --accumulation_steps" if short else ""))
 
