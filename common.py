@@ -616,8 +616,9 @@ def memory_line(runtime, modules, rows, length, forward):
     free = torch.cuda.mem_get_info(runtime.device)[0] if cuda else free_memory()
     # the parameters are there already
     short = free is not None and sum(parts.values()) - held > free
-    return (f"memory of a step, temporary results apart: {' + '.join(f'{name} {size / 1e6:.0f}' for name, size in parts.items())} = "
-            f"{sum(parts.values()) / 1e6:.0f} MB" + (f"; {free / 1e6:.0f} MB are free" if free is not None else "")
+    shown = " + ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
+    return (f"memory of a step, temporary results apart: {shown} = {sum(parts.values()) / 1e6:.0f} MB"
+            + (f"; {free / 1e6:.0f} MB are free" if free is not None else "")
             + ("; too little: halve --batch_size and double --accumulation_steps" if short else ""))
 
 
