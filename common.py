@@ -1,5 +1,7 @@
 """What every script needs besides its lesson: flags, processes, device and dtype, schedule, safe checkpoints,
-signals, clear errors.
+signals, clear errors. As a program it looks at the machine and says what to fix:
+
+    python common.py --check
 
 Here is only what is identical in every stage and has one right answer. It knows no model: whatever it saves or
 compares comes in as an argument. Each training script keeps its own loop, loss and checkpoint calls.
@@ -13,10 +15,12 @@ import contextlib
 import ctypes
 import datetime
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import shlex
@@ -28,20 +32,26 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from safetensors import SafetensorError
+except ImportError as missing:  # where --check is needed most
+    sys.exit(f"error: {missing}; training needs the packages of requirements.txt; install them: bash run.sh setup")
 
 FORMAT_VERSION = 1  # of our checkpoint folders; part of every stage key, so that a new layout redoes old stages
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# Largest relative error of a tiny step in each dtype: several times that of a sound machine. On CUDA fp32 may be TF32
+TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 # Flags that cannot change what a run computes: they are left out of the stage key, and resume may change them freely.
 FREE_FLAGS = {"accumulation_steps", "batch_size", "cache_dir", "debug", "device", "dtype", "epochs", "eval_batches",
               "eval_interval", "eval_prompts", "from_resume", "if_needed", "keep_resume", "log_interval",
               "max_minutes", "max_steps", "overwrite", "save_dir", "save_interval",
-              "save_weight", "threads", "use_compile"}
+              "save_weight", "show_batch", "threads", "tracker", "use_compile", "use_wandb"}
 # ... but these do change the result of a whole stage, so the key keeps them although resume allows them.
 KEY_FLAGS = {"max_steps", "epochs", "max_minutes", "accumulation_steps", "batch_size"}
 
@@ -105,6 +115,9 @@ def run_flags(parser, save_weight, eval_interval, save_interval=100, log_interva
     g.add_argument("--save_weight", default=save_weight, help="name of this checkpoint below --save_dir")
     g.add_argument("--log_interval", type=positive(int), default=log_interval,
                    help="optimizer steps between two lines of metrics.jsonl")
+    g.add_argument("--tracker", default="none", choices=("none", "tensorboard", "wandb", "swanlab"),
+                   help="where the numbers of metrics.jsonl go as well; offline unless you are logged in there")
+    switch(g, "--use_wandb", 0, "another name for --tracker wandb")
     g.add_argument("--eval_interval", type=count, default=eval_interval,
                    help="optimizer steps between evaluations, 0 = only at the end")
     g.add_argument("--save_interval", type=count, default=save_interval,
@@ -122,6 +135,7 @@ def run_flags(parser, save_weight, eval_interval, save_interval=100, log_interva
     g.add_argument("--threads", type=count, default=0,
                    help="CPU threads of this process, 0 = cores / processes on this machine")
     g.add_argument("--seed", type=int, default=42, help="seed of weights, data order and sampling")
+    switch(g, "--show_batch", 0, "print the tokens of two samples, and which of them are trained, before training")
     switch(g, "--debug", 0, "show the traceback of an error")
 
 
@@ -336,9 +350,69 @@ def pick_dtype(name, device):
     return DTYPES[name], "asked for"
 
 
+def tiny_step(device, dtype):
+    """Forward and backward of one attention block with residual, head and loss, always from the same numbers.
+
+    Pure torch: what is looked at is the machine, not a model. Global random states stay as they are.
+
+    Args:
+        device: torch.device; dtype: autocast dtype, as a run uses it (float64 without autocast).
+    Returns: the gradients of input, projections and head, and the loss: float32 tensors on the CPU.
+    """
+    draw = torch.Generator().manual_seed(0)
+
+    def leaf(*shape):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return (torch.randn(shape, generator=draw) * shape[-2] ** -0.5).to(device, wide).requires_grad_()
+
+    x, w_qkv, w_out, head = leaf(2, 64, 64), leaf(64, 192), leaf(64, 64), leaf(64, 128)     # [B, T, D], [in, out]
+    targets = torch.randint(128, (2 * 64,), generator=draw).to(device)                      # [B * T]
+    with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+        q, k, v = (x @ w_qkv).view(2, 64, 3, 4, 16).permute(2, 0, 3, 1, 4)                  # [B, H, T, D / H] each
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        logits = (x + mixed.transpose(1, 2).flatten(2) @ w_out) @ head                      # [B, T, V]
+    loss = F.cross_entropy(logits.flatten(0, 1).to(x.dtype), targets)
+    loss.backward()
+    return [t.detach().float().cpu() for t in (x.grad, w_qkv.grad, w_out.grad, head.grad, loss)]
+
+
+def deviation(device, dtype):
+    """How far a tiny step is off the same step on the CPU in fp32: the largest relative error (L2 norm) of its tensors,
+    inf where it fails or is not finite."""
+    try:
+        pairs = list(zip(tiny_step(device, dtype), tiny_step(torch.device("cpu"), torch.float32), strict=True))
+    except torch.OutOfMemoryError:
+        raise  # nothing is wrong with the device, somebody else fills it
+    except (RuntimeError, TypeError):
+        return math.inf  # a card for which this torch has no kernels; float64 on an Apple GPU
+    errors = [((found - right).norm() / right.norm()).item() for found, right in pairs]
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf
+
+
+def fall_back(runtime):
+    """Keep device and dtype of the Runtime if a tiny step on them agrees with the CPU in fp32; else change them, with a
+    message: to fp32 on that device, else to the CPU. All ranks decide alike. Raises ValueError where several processes
+    would have to leave their GPUs."""
+    cpu = torch.device("cpu")
+    for device, dtype in ((runtime.device, runtime.dtype), (runtime.device, torch.float32), (cpu, torch.float32)):
+        if (device, dtype) == (cpu, torch.float32):
+            break  # the yardstick itself
+        error = max(runtime.gather(deviation(device, dtype)))
+        if error <= TOLERANCES[dtype]:
+            break
+        what = (f"is off the CPU's by {error:.1e} (at most {TOLERANCES[dtype]:g} is rounding)" if error < math.inf else
+                "fails or is not finite")
+        runtime.print(f"{device} with {str(dtype)[6:]}: a tiny training step {what}, its numbers cannot be trusted: "
+                      "not used")
+    if runtime.world_size > 1 and device.type != runtime.device.type:
+        raise ValueError(f"{runtime.device} computes wrong numbers (see above); {runtime.world_size} processes were "
+                         f"started for GPUs and cannot move; give --device cpu, or repair driver and torch")
+    runtime.device, runtime.dtype = device, dtype
+
+
 def setup(args):
     """Join the process group torchrun announces, choose device, dtype and threads, seed everything, say what was
-    chosen.
+    chosen. Where device and dtype compute wrong numbers, safer ones are taken (fall_back()).
 
     Args:
         args: namespace with device, dtype, threads, seed (and, for a resumed run, save_dir, save_weight, from_resume).
@@ -364,7 +438,7 @@ def setup(args):
     # what a probe decided once holds for the whole run: a resumed run must not change its numbers because the machine
     # is busy today
     earlier = _earlier_choice(args)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     # torchrun leaves the thread count to an environment variable; too many threads cost 5 to 8 times, so it is set here
     threads = args.threads or earlier.get("threads") or max(1, cores // local_world)
     torch.set_num_threads(threads)
@@ -380,13 +454,21 @@ def setup(args):
     seed_everything(args.seed)
     runtime = Runtime(device, dtype, rank, world, local_rank, threads)
     # every rank timed for itself, and timings near the limit differ; all must compute alike
-    runtime.dtype = runtime.gather(dtype)[0]
+    runtime.dtype = dtype = runtime.gather(dtype)[0]
+    fall_back(runtime)
+    why_device = why_device if runtime.device == device else f"instead of {device}"
+    why_dtype = why_dtype if runtime.dtype == dtype else f"instead of {str(dtype)[6:]}"
     # fp16 has a narrow range: without a scaler small gradients become 0. Elsewhere a disabled scaler is a plain
     # pass-through.
-    runtime.scaler = torch.amp.GradScaler(device.type, enabled=runtime.dtype == torch.float16)
-    runtime.print(f"device {device} ({why_device}), dtype {str(runtime.dtype)[6:]} ({why_dtype}), {world} process(es) "
-                  f"x {threads} thread(s)")
+    runtime.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    runtime.print(f"device {runtime.device} ({why_device}), dtype {str(runtime.dtype)[6:]} ({why_dtype}), "
+                  f"{world} process(es) x {threads} thread(s)")
     return runtime
+
+
+def count_cores():
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _keep_freed_memory():
@@ -475,6 +557,83 @@ class Budget:
         left = 0.96 * 60 * self.minutes - (self.times[-1] - self.start)
         total = runtime.sum(done + max(1, int(left / per_step))) / runtime.world_size
         return min(max_steps, int(total)) if max_steps else int(total)
+
+
+class Eta:
+    """After 20 steps of a start: one line with the time that is left, measured on the last ten of them."""
+
+    def __init__(self, runtime, smaller=None):
+        """smaller: function () -> (preset, its share of this model's operations) or None, asked when it takes long."""
+        self.runtime = runtime
+        self.smaller = smaller
+        self.times = []
+
+    def report(self, step, max_steps):
+        """Call once after every step; prints at the 20th. Above two hours a smaller preset is named with its time."""
+        if len(self.times) == 20:
+            return
+        self.times.append(time.perf_counter())
+        if len(self.times) < 20 or step >= max_steps:
+            return
+        left = (self.times[19] - self.times[9]) / 10 * (max_steps - step)
+        other = self.smaller() if self.smaller and left > 2 * 3600 else None
+        advice = f"; --preset {other[0]} would take about {_duration(left * other[1])}" if other else ""
+        self.runtime.print(f"{max_steps - step} steps are left, about {_duration(left)}{advice}")
+
+
+def _duration(seconds):
+    """Seconds as words: 40 s, 12 min, 3 h 5 min."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def memory_line(runtime, modules, rows, length, forward):
+    """What a step will take of the memory, in one line to be printed before the first, with what is free.
+
+    Activations are measured on one row and on two, without dropout, and extended to `rows`. The optimizer is counted
+    with two values a parameter (Muon keeps one). Temporary results come on top (docs/training.md has a measurement).
+
+    Args:
+        modules: all modules in memory, trained ones and frozen ones.
+        rows, length: shape of the largest micro-batch.
+        forward: function (ids int64 [n, length]) -> what the loss is made of, with the autograd graph behind it.
+    """
+    parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
+    held, trained = (sum(p.numel() * p.element_size() for p in parameters if p.requires_grad or not only)
+                     for only in (False, True))
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()  # no dropout, so that random states stay as they are, and no router counts
+    one, two = (_saved_bytes(runtime, parameters, forward, torch.zeros(n, length, dtype=torch.int64))
+                for n in (1, min(2, rows)))
+    for module, mode in zip(modules, modes, strict=True):
+        module.train(mode)
+    activations = one + (rows - 1) * (two - one)
+    parts = {"parameters": held, "gradients": trained, "optimizer": 2 * trained, "activations": activations}
+    cuda = runtime.device.type == "cuda"
+    free = torch.cuda.mem_get_info(runtime.device)[0] if cuda else free_memory()
+    # the parameters are there already
+    short = free is not None and sum(parts.values()) - held > free
+    shown = " + ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
+    return (f"memory of a step, temporary results apart: {shown} = {sum(parts.values()) / 1e6:.0f} MB"
+            + (f"; {free / 1e6:.0f} MB are free" if free is not None else "")
+            + ("; too little: halve --batch_size and double --accumulation_steps" if short else ""))
+
+
+def _saved_bytes(runtime, parameters, forward, ids):
+    """Bytes that forward(ids) keeps for its backward pass, each storage once, without the parameters themselves."""
+    known, sizes = {p.untyped_storage().data_ptr() for p in parameters}, {}
+
+    def keep(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), runtime.autocast():
+        graph = forward(ids.to(runtime.device))  # held until here is done: a freed address could be used twice
+    del graph
+    return sum(size for address, size in sizes.items() if address not in known)
 
 
 class NonFinite:
@@ -895,3 +1054,120 @@ def _fail(args, error, code):
     rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     print(f"{rank}error: {error}", file=sys.stderr, flush=True)
     return code
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python common.py --check
+def _packages():
+    """(installed "name version" list, missing or too old "name>=version" list) of requirements.txt."""
+    text = (Path(__file__).parent / "requirements.txt").read_text(encoding="utf-8")
+    installed, lacking = [], []
+    for name, least in re.findall(r"^([\w-]+)>=([\d.]+)", text, re.M):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = ""
+        as_numbers = [[int(n) for n in re.findall(r"\d+", v.split("+")[0])[:3]] for v in (version, least)]
+        if as_numbers[0] >= as_numbers[1]:
+            installed.append(f"{name} {version}")
+        else:
+            lacking.append(f"{name}>={least}")
+    return installed, lacking
+
+
+def free_memory():
+    """Bytes of main memory this process can still get (the container's limit counts); None where the system does not
+    say."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        limits.append(1024 * int(found[1]))
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        # files that were read count as used, but give way
+        cache = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+        limits.append(limit - used + int(cache[1] if cache else 0))
+    if not limits:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # macOS: all there is, which is not all free
+            limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits, default=None)
+
+
+def _check_device():
+    """Rows of check_machine() for device and dtype, after the same comparison with the CPU as at a run's start."""
+    device, why = pick_device("auto")
+    dtype, why_dtype = pick_dtype("auto", device)
+    runtime = Runtime(device, dtype)
+    fall_back(runtime)
+    unseen = device.type == "cpu" and shutil.which("nvidia-smi")
+    advice = "there is an NVIDIA driver, but torch sees no GPU; install the torch build for it (pytorch.org)"
+    if runtime.device != device:
+        advice = f"update driver and torch; until then runs go to {runtime.device}"
+    slower = f"update driver and torch; until then runs take {str(runtime.dtype)[6:]}"
+    return [("device", f"{device} ({why})", advice if unseen or runtime.device != device else "", False),
+            ("dtype", f"{str(dtype)[6:]} ({why_dtype})", slower if runtime.dtype != dtype else "", False)]
+
+
+def _check_rust():
+    """Row of check_machine() for the compiled tokenizer."""
+    try:
+        importlib.import_module("minillm_bpe")
+    except ImportError as error:
+        how = "bash run.sh setup" if shutil.which("cargo") else "install cargo (rustup.rs), then: bash run.sh setup"
+        return "rust", f"minillm_bpe: {error}", f"the Python twin serves, with equal tokens but slower; {how}", False
+    return "rust", f"minillm_bpe {importlib.metadata.version('minillm_bpe')}", "", False
+
+
+def check_machine(folder="."):
+    """What a run needs of this machine, which would write into `folder`.
+
+    Returns: list of (what, found, fix or "" where all is well, True where no run is possible without the fix).
+    """
+    cores, free, space = count_cores(), free_memory(), shutil.disk_usage(folder).free
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    installed, lacking = _packages()
+    old, shut = sys.version_info < (3, 10), not os.access(folder, os.W_OK)
+
+    def fix(wanted, text):
+        return text if wanted else ""
+
+    return [
+        ("python", platform.python_version(), fix(old, "3.10 to 3.13 is needed: PYTHON=python3.12 bash run.sh"), old),
+        ("packages", ", ".join(installed), fix(
+            lacking, f"missing or too old: {', '.join(lacking)}; run: bash run.sh setup"), bool(lacking)),
+        *_check_device(),
+        ("cores", f"{cores}, as many threads in a run", fix(
+            busy > 0.7 * cores, f"{busy:.1f} of them are busy; stop other programs, or give fewer --threads"), False),
+        ("memory", "not known here" if free is None else f"{free / 1e9:.1f} GB free", fix(
+            free is not None and free < 3e9, "close other programs, or take --preset nano and a small --batch_size"),
+         free is not None and free < 0.5e9),
+        ("disk", f"{space / 1e9:.1f} GB free in {Path(folder).resolve()}", fix(
+            shut, "this folder cannot be written: give --save_dir") or fix(
+            space < 2e9, "make room, or give --save_dir on another disk"), shut or space < 0.2e9),
+        _check_rust()]
+
+
+def parse_args(argv=None):
+    """Flags of `python common.py`."""
+    parser = Parser(__doc__)
+    switch(parser, "--check", 0, "print what this machine offers to a run, each line with OK or the fix")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Print the check. Returns the exit code: 0 when training is possible, 1 when something makes it impossible."""
+    if not args.check:
+        print("error: nothing to do; this file is the ground of the training scripts; look at the machine with: "
+              "python common.py --check", file=sys.stderr)
+        return 2
+    rows = check_machine()
+    for what, found, advice, fatal in rows:
+        print(f"{what:<9} {found}: {'IMPOSSIBLE, ' if fatal else ''}{advice or 'OK'}")
+    fatal = [what for what, *_, impossible in rows if impossible]
+    print(f"training is impossible; to be fixed first: {', '.join(fatal)}" if fatal else "well enough to train")
+    return int(bool(fatal))
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

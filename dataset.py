@@ -568,6 +568,17 @@ class TokenData:
         """
         return np.array([self.order(position) for position in range(start, start + count)], dtype=np.int64)
 
+    def samples(self, position: int) -> list[tuple[str, list[int], list[int]]]:
+        """The two samples at a position of the order as (title, ids, mask), without padding; mask 1 on target tokens.
+        A pair gives two entries, a packed row its first conversation."""
+        indices = self.position_batch(position, min(2, len(self))).tolist()
+        return [(f"{self.kind} sample {index}{name}", list(ids), list(mask))
+                for index in indices for name, ids, mask in self._shown(index)]
+
+    def _shown(self, index: int) -> list[tuple[str, Sequence[int], Sequence[int]]]:
+        """(name, ids, mask) of each sequence of a sample."""
+        raise NotImplementedError
+
     # -- store ---------------------------------------------------------------------------------------------------------
 
     def _facts(self, record: bool) -> dict:
@@ -801,6 +812,10 @@ class PretrainData(TokenData):
         size = (self.byte_lengths[ids] * (mask > 0)).sum(axis=1)  # [B]
         return {"ids": torch.from_numpy(ids), "mask": torch.from_numpy(mask), "bytes": torch.from_numpy(size)}
 
+    def _shown(self, index):
+        piece = self.tokens.items[index * (self.max_seq_len - 1) :][: self.max_seq_len]
+        return [("", piece.tolist(), [0] + [1] * (len(piece) - 1))]
+
     def _too_few(self, wanted):
         length = (len(self.tokens.items) - 1) // wanted + 1  # the longest windows of which there are enough
         shorter = f", or --max_seq_len {length}" if length > 1 else ""
@@ -870,6 +885,10 @@ class SFTData(TokenData):
                 documents[i, at:end] = number
                 at = end
         return {"ids": torch.from_numpy(ids), "mask": torch.from_numpy(mask), "documents": torch.from_numpy(documents)}
+
+    def _shown(self, index):
+        sample = self.rows[index][0]
+        return [(f", first of {len(self.rows[index])} in its row", self.tokens[sample].tolist(), self.trained[sample])]
 
     def _details(self):
         s = self.stats
@@ -959,6 +978,11 @@ class PreferenceData(TokenData):
         kinds = [self.name[pair].tobytes().decode() for pair in pairs]
         return {"ids": ids, "mask": mask, "lengths": lengths, "kind": kinds}
 
+    def _shown(self, index):
+        start = int(self.prompt_length[index][0])
+        return [(name, ids.tolist(), [0] * start + [1] * (len(ids) - start))
+                for name, ids in ((", chosen", self.chosen[index]), (", rejected", self.rejected[index]))]
+
     def _details(self):
         kinds = " ".join(f"{name} {count}" for name, count in self.stats["kinds"].items())
         return f"kinds: {kinds} | up to {self.max_seq_len} tokens"
@@ -997,6 +1021,10 @@ class PromptData(TokenData, Sequence):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]
         return {"ids": self.tokens[index].tolist(), **json.loads(self.facts[index].tobytes()), "index": index}
+
+    def _shown(self, index):
+        ids = self.tokens[index].tolist()
+        return [(", the answer is sampled behind it", ids, [0] * len(ids))]
 
     @property
     def items(self) -> Sequence:

@@ -1,13 +1,15 @@
 """What a run shows and leaves behind: a line of metrics.jsonl per logged step, a progress bar, curves as PNG, tables.
 
 metrics.jsonl is the only record: plots are drawn from it, and a resumed run continues it without gaps or doubles. No
-account, no server.
+account, no server; who has one may let a tracker (tensorboard, wandb, swanlab) follow.
 """
 
+import importlib
 import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 import unicodedata
@@ -37,6 +39,24 @@ PANELS = [
 ]
 
 
+def open_tracker(name, folder, first_step):
+    """Open a tracker, imported only now. Returns (send(numbers, step), finish()); raises whatever the tracker does.
+
+    Offline, with files below `folder`, unless the user is logged in there or has set WANDB_MODE or SWANLAB_MODE.
+    """
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(str(folder / name), purge_step=first_step)  # what a resumed run repeats is hidden
+        return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()], writer.close
+    module = importlib.import_module(name)
+    login = Path.home() / {"wandb": ".netrc", "swanlab": ".swanlab/.netrc"}[name]
+    known = login.is_file() and name in login.read_text(encoding="utf-8")
+    mode = None if known or os.environ.keys() & {f"{name.upper()}_API_KEY", f"{name.upper()}_MODE"} else "offline"
+    words = ("name", "dir") if name == "wandb" else ("experiment_name", "logdir")
+    module.init(project="minillm", mode=mode, **{words[0]: folder.name, words[1]: str(folder)})
+    return module.log, module.finish
+
+
 class MetricLog:
     """Appends one JSON object per step to <folder>/metrics.jsonl (rank 0 only) and draws curves.png at the end.
 
@@ -45,11 +65,14 @@ class MetricLog:
         is_main: only then anything is written.
         resume_step: None for a new run (the old folder is emptied); else lines after that step are dropped, because
             the run repeats them.
+        tracker: "tensorboard", "wandb" or "swanlab": gets every number of metrics.jsonl as well. "none": nobody.
     """
 
-    def __init__(self, folder, is_main=True, resume_step=None):
+    def __init__(self, folder, is_main=True, resume_step=None, tracker="none"):
         self.folder = Path(folder)
         self.is_main = is_main
+        self.tracker = None
+        first_step = 0 if resume_step is None else resume_step + 1
         self.clock, self.tokens = time.perf_counter(), 0
         if not is_main:
             return
@@ -62,6 +85,19 @@ class MetricLog:
         tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
         os.replace(tmp, path)
         self.file = open(path, "a", encoding="utf-8")
+        if tracker != "none":
+            interrupt = signal.getsignal(signal.SIGINT)
+            self.tracker = self._harmless(lambda: open_tracker(tracker, self.folder, first_step))
+            signal.signal(signal.SIGINT, interrupt)  # swanlab takes Ctrl-C for itself, but the run wants to save first
+
+    def _harmless(self, call):
+        """call() of the tracker. Whatever goes wrong there ends the tracking and never the run."""
+        try:
+            return call()
+        except (Exception, SystemExit) as error:
+            self.tracker = None
+            reason = (str(error) or type(error).__name__).split("\n")[0][:200]
+            say(f"tracker off ({reason}); metrics.jsonl has every number; install or repair it, or give --tracker none")
 
     def _write(self, row):
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -81,7 +117,11 @@ class MetricLog:
     def log(self, step, **metrics):
         """Write one line. Values: numbers (floats are kept to 7 digits), strings or short lists."""
         if self.is_main:
-            self._write({"step": step, **{k: _short(v) for k, v in metrics.items()}})
+            row = {k: _short(v) for k, v in metrics.items()}
+            self._write({"step": step, **row})
+            if self.tracker:
+                numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+                self._harmless(lambda: self.tracker[0](numbers, step=step))
 
     def save_json(self, name, content):
         """Write <folder>/<name>, e.g. args.json (the run's configuration) or dataset_stats.json."""
@@ -93,6 +133,8 @@ class MetricLog:
         """Draw the curves and close the file."""
         if self.is_main:
             self.file.close()
+            if self.tracker:
+                self._harmless(self.tracker[1])
             plot_curves(self.folder)
 
 
@@ -146,6 +188,38 @@ def table(header, rows):
     widths = [max(_width(row[i]) for row in cells) for i in range(len(header))]
     lines = ["  ".join(c + " " * (w - _width(c)) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def show_samples(samples, tokenizer, mark="trained?", targets=True, limit=64):
+    """What --show_batch prints: samples as text and token by token, so that a wrong mask is seen before any training.
+
+    Args:
+        samples: list of (title, ids, mask), mask 1 on tokens that are targets.
+        mark: heading of the mask's column.
+        targets: show the next token beside each token, with the target's mark; else each token with its own mark.
+        limit: rows a table may have; of a longer one the middle is left out.
+    """
+    blocks = []
+    for title, ids, mask in samples:
+        pieces, marks = [_spelling(tokenizer.token_bytes[i]) for i in ids], ["yes" if m else "-" for m in mask]
+        columns = {"token": pieces[:-1], "target": pieces[1:], mark: marks[1:]} if targets else {
+            "token": pieces, mark: marks}
+        rows = list(zip(*columns.values(), strict=True))
+        if len(rows) > limit:
+            gap = (f"({len(rows) - limit} more)", *[""] * (len(columns) - 1))
+            rows[limit // 2:limit // 2 - limit] = [gap]
+        count = f"{marks.count('yes')} of {len(ids)} tokens {mark.rstrip('?')}"
+        blocks.append(f"-- {title}: {count}\n{tokenizer.decode(ids)}\n\n{table(columns, rows)}\n")
+    return "\n".join(blocks)
+
+
+def _spelling(token):
+    """A token's bytes in quotes, so that spaces and line breaks show. Chinese stays readable; a part of a character,
+    which a byte-level token can be, is shown as bytes."""
+    try:
+        return repr(token.decode("utf-8"))
+    except UnicodeDecodeError:
+        return repr(token)[1:]
 
 
 def _width(text):

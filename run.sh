@@ -3,6 +3,7 @@
 #
 #   bash run.sh                      set up, then every stage (about 17 minutes on 2 CPU cores)
 #   bash run.sh --smoke-test         the same stages, trimmed to minutes, with checks; writes to out/smoke only
+#   bash run.sh check                what this machine offers to training, and what to fix
 #   bash run.sh pretrain             one stage: setup data tokenizer pretrain sft reward dpo ppo grpo eval chat test
 #   bash run.sh --from sft           do this stage and everything after it again
 #
@@ -18,8 +19,8 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --smoke-test) SMOKE=1 ;;
         --from) FROM="${2:-}"; shift ;;
-        -h|--help) sed -n '2,11p' "$0" | cut -c3-; exit 0 ;;
-        all|setup|data|tokenizer|pretrain|sft|reward|dpo|ppo|grpo|eval|chat|test) WANT="$1" ;;
+        -h|--help) sed -n '2,12p' "$0" | cut -c3-; exit 0 ;;
+        all|setup|check|data|tokenizer|pretrain|sft|reward|dpo|ppo|grpo|eval|chat|test) WANT="$1" ;;
         *) echo "error: '$1' is not a stage or flag; see: bash run.sh --help" >&2; exit 2 ;;
     esac
     shift
@@ -138,6 +139,7 @@ fi
 
 setup requirements.txt
 [ "$WANT" = setup ] && { echo "ready: $PY"; exit 0; }
+if [ "$WANT" = check ]; then exec "$PY" common.py --check; fi
 if [ "$WANT" = chat ]; then exec "$PY" eval.py --stream 1 --save_dir "$OUT"; fi
 
 # -- How much of everything: a CPU gets the nano model, a GPU the small one; the smoke test a corner of each

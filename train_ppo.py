@@ -495,6 +495,10 @@ def main(args):
     budget = common.Budget(args.max_minutes, probe_steps=2)
     nonfinite = common.NonFinite(runtime)
     stop = common.StopSignal()
+    eta = common.Eta(runtime)
+    runtime.print(common.memory_line(
+        runtime, [team.both, team.reference, team.reward], args.batch_size, args.max_seq_len,
+        lambda ids: (token_logprobs(policy(ids), ids), value.values(ids))))
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of prompts drawn so far: it decides the next prompts and their random streams
@@ -510,9 +514,12 @@ def main(args):
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
-    log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None)
+    log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
+                         "wandb" if args.use_wandb else args.tracker)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
+    if args.show_batch:
+        runtime.print(logs.show_samples(data.samples(progress["position"]), tokenizer, targets=False))
     if start != "resume":
         # the policy to beat is the one it starts from: if nothing improves on it, nothing else is kept
         progress["before"] = evaluate(team, items, styles, args, runtime)
@@ -571,6 +578,7 @@ def main(args):
         # -- log, evaluate, save
         step = progress["step"]
         progress["max_steps"] = bar.total = budget.steps(step, progress["max_steps"], runtime)
+        eta.report(step, progress["max_steps"])
         stopped = unhealthy(stats, progress.setdefault("first_entropy", stats["entropy"]), args)
         done = step >= progress["max_steps"] or bool(stopped)
         if step == 1:

@@ -98,6 +98,18 @@ def check_shape(args, config):
                          "model with a larger --max_position_embeddings")
 
 
+def smaller_preset(model, tokens):
+    """(name, its share of this model's operations per token) of the next preset with fewer operations and parameters;
+    None below the smallest. `tokens`: length of a row."""
+    shares = {}
+    for name in PRESETS:
+        with torch.device("meta"):  # shapes only: neither memory nor random numbers
+            other = Transformer(ModelConfig.preset(name, vocab_size=model.config.vocab_size))
+        if other.num_parameters() < model.num_parameters():
+            shares[name] = other.flops_per_token(tokens) / model.flops_per_token(tokens)
+    return max((item for item in shares.items() if item[1] < 0.9), key=lambda item: item[1], default=None)
+
+
 def evaluate(model, data, args, runtime):
     """Held-out loss (nats per token) and bits per byte over the first --eval_batches batches, shared by the ranks."""
     count = min(len(data), args.eval_batches * args.batch_size)
@@ -148,6 +160,10 @@ def main(args):
     budget = common.Budget(args.max_minutes)
     nonfinite = common.NonFinite(runtime)
     stop = common.StopSignal()
+    eta = common.Eta(runtime, lambda: smaller_preset(model, args.max_seq_len))
+    runtime.print(common.memory_line(
+        runtime, [model], args.batch_size, args.max_seq_len,
+        lambda ids: model(ids, target_mask=torch.ones_like(ids))))
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of samples drawn so far by all ranks together: the order is a function of it, not of
@@ -162,9 +178,12 @@ def main(args):
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
-    log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None)
+    log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
+                         "wandb" if args.use_wandb else args.tracker)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
+    if args.show_batch:
+        runtime.print(logs.show_samples(data.samples(progress["position"]), tokenizer))
 
     def save(finished, final=None):
         """Write out/<save_weight>; called by all ranks at the same step."""
@@ -243,6 +262,7 @@ def main(args):
         # -- log, evaluate, save
         step = progress["step"]
         progress["max_steps"] = bar.total = budget.steps(step, progress["max_steps"], runtime)
+        eta.report(step, progress["max_steps"])
         done = step >= progress["max_steps"]
         if step == 1:
             runtime.print(f"loss at step 0: {loss_value:.3f}, ln(vocabulary) = {math.log(model.config.vocab_size):.3f}")

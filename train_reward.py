@@ -155,6 +155,10 @@ def main(args):
     budget = common.Budget(args.max_minutes)
     nonfinite = common.NonFinite(runtime)
     stop = common.StopSignal()
+    eta = common.Eta(runtime)
+    runtime.print(common.memory_line(
+        runtime, [model], 2 * args.batch_size, args.max_seq_len,
+        lambda ids: PackedScores(model)(ids, torch.zeros_like(ids), torch.zeros_like(ids[:, 0]))))
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of pairs drawn so far by all ranks together: the order does not depend on the rank count
@@ -168,9 +172,14 @@ def main(args):
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
-    log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None)
+    log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
+                         "wandb" if args.use_wandb else args.tracker)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
+    if args.show_batch:
+        # of each answer only the last token is scored
+        ends = [(title, ids, [0] * (len(ids) - 1) + [1]) for title, ids, _ in data.samples(progress["position"])]
+        runtime.print(logs.show_samples(ends, tokenizer, "scored?", targets=False))
 
     def save(finished, final=None):
         """Write out/<save_weight>; called by all ranks at the same step."""
@@ -239,6 +248,7 @@ def main(args):
         # -- log, evaluate, save
         step = progress["step"]
         progress["max_steps"] = bar.total = budget.steps(step, progress["max_steps"], runtime)
+        eta.report(step, progress["max_steps"])
         done = step >= progress["max_steps"]
         if step % args.log_interval == 0 or done or step == 1:
             rate = log.rate()

@@ -133,6 +133,10 @@ def main(args):
     budget = common.Budget(args.max_minutes)
     nonfinite = common.NonFinite(runtime)
     stop = common.StopSignal()
+    eta = common.Eta(runtime)
+    runtime.print(common.memory_line(
+        runtime, [model], args.batch_size + bool(replay) * args.replay_rows, args.max_seq_len,
+        lambda ids: model(ids, documents=torch.zeros_like(ids), target_mask=torch.ones_like(ids))))
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of rows drawn so far by all ranks together: the order does not depend on the rank count
@@ -146,10 +150,13 @@ def main(args):
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
-    log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None)
+    log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
+                         "wandb" if args.use_wandb else args.tracker)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats,
                                          **({"replay": replay.stats} if replay else {})})
+    if args.show_batch:
+        runtime.print(logs.show_samples(data.samples(progress["position"]), tokenizer))
 
     def save(finished, final=None):
         """Write out/<save_weight>; called by all ranks at the same step."""
@@ -233,6 +240,7 @@ def main(args):
         # -- log, evaluate, save
         step = progress["step"]
         progress["max_steps"] = bar.total = budget.steps(step, progress["max_steps"], runtime)
+        eta.report(step, progress["max_steps"])
         done = step >= progress["max_steps"]
         if step % args.log_interval == 0 or done or step == 1:
             extra = {"balance": balance_value / max(tokens, 1)} if model.config.num_experts else {}

@@ -7,6 +7,7 @@ import argparse
 import ast
 import importlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ import logs
 
 ROOT = Path(common.__file__).parent
 TRAINERS = sorted(path.stem for path in ROOT.glob("train_*.py"))
-SCRIPTS = [*TRAINERS, *(name for name in ("eval", "make_data", "tokenizer") if (ROOT / f"{name}.py").exists())]
+SCRIPTS = [*TRAINERS, *(name for name in ("eval", "make_data", "tokenizer", "common")
+                        if (ROOT / f"{name}.py").exists())]
 # a default is a stage's own recipe; these mean the same everywhere and must have the same one
 SAME_DEFAULT = ["save_dir", "cache_dir", "device", "dtype", "threads", "seed", "keep_resume", "from_resume",
                 "if_needed", "overwrite", "debug", "skip_bad", "val_path", "max_minutes", "grad_clip",
-                "gradient_checkpointing", "use_compile"]
+                "gradient_checkpointing", "use_compile", "tracker", "use_wandb", "show_batch"]
 
 
 class Built(Exception):
@@ -119,7 +121,8 @@ def test_shared_flags_mean_the_same_in_all_scripts(parser_of):
 def test_every_training_script_has_the_flags_that_users_know(parser_of):
     known = {"batch_size", "accumulation_steps", "epochs", "max_steps", "learning_rate", "warmup_steps", "weight_decay",
              "grad_clip", "max_seq_len", "data_path", "save_dir", "save_weight", "from_weight", "from_resume", "device",
-             "dtype", "log_interval", "eval_interval", "save_interval", "seed", "optimizer", "max_minutes"}
+             "dtype", "log_interval", "eval_interval", "save_interval", "seed", "optimizer", "max_minutes", "tracker",
+             "use_wandb", "show_batch"}
     for name in TRAINERS:
         assert not known - set(flags(parser_of(name))), name
 
@@ -212,3 +215,48 @@ def test_shape_flags_that_contradict_the_weights_are_refused(start):
     code, text = start("train_pretrain", "--hidden_size", "64")
     refused(code, text)
     assert "hidden_size" in text
+
+
+# heading of each stage's table
+SHOWN = {"train_pretrain": "token target trained?", "train_sft": "token target trained?",
+         "train_reward": "token scored?", "train_dpo": "token target trained?", "train_ppo": "token trained?",
+         "train_grpo": "token trained?"}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_two_samples_are_shown_with_what_is_trained_and_the_run_goes_on(name, stage, capsys):
+    module, argv = stage(name, "--max_steps", "1", "--show_batch", "1")
+    final = module.main(module.parse_args(argv))
+    assert final["steps"] == 1
+    text = capsys.readouterr().out
+    shown = text[text.index("\n-- "):]
+    blocks = shown.split("\n-- ")[1:]
+    pairs = name in ("train_reward", "train_dpo")
+    assert len(blocks) == (4 if pairs else 2)
+    for number, block in enumerate(blocks):
+        lines = block.split("\n")
+        at = next(i for i, line in enumerate(lines) if line.split() == SHOWN[name].split())
+        rows = lines[at + 2:lines.index("", at)]
+        marked = [row.split("  ")[0].strip("'") for row in rows if row.endswith("  yes")]
+        assert f"{len(marked)} of " in lines[0], "the table is whole, so it agrees with the count above it"
+        if pairs:
+            assert ("chosen", "rejected")[number % 2] in lines[0]
+        if name == "train_pretrain":
+            assert len(marked) == len(rows)
+        elif name == "train_reward":
+            assert len(marked) == 1 and rows[-1].startswith("'<|im_end|>'")
+        elif name in ("train_ppo", "train_grpo"):
+            assert not marked and "assistant" in block
+        else:
+            trained = [row for row in rows if row.endswith("  yes")]
+            assert 0 < len(trained) < len(rows), "the question is context, the answer is trained"
+            assert "'<|im_end|>'" in trained[-1]
+
+
+@pytest.mark.parametrize("flags", [["--tracker", "wandb"], ["--use_wandb", "1"]], ids="=".join)
+@pytest.mark.parametrize("name", TRAINERS)
+def test_run_survives_a_tracker_that_is_not_installed(name, flags, stage, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
+    module, argv = stage(name, "--max_steps", "1", *flags)
+    assert module.main(module.parse_args(argv))["steps"] == 1
+    assert capsys.readouterr().out.count("tracker off") == 1

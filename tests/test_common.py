@@ -5,20 +5,26 @@ stage keys, signals, error messages.
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import BF16_SPEEDUP, KINDS
 
 import common
+from model import PRESETS, ModelConfig, Transformer
+from train_pretrain import smaller_preset
 
 with contextlib.suppress(ImportError):  # Windows
     import pty
@@ -218,6 +224,174 @@ def test_resumed_run_keeps_probed_dtype_but_threads_only_for_as_many_processes(t
     assert (runtime.dtype, runtime.threads) != (torch.float32, 1000) and runtime.threads < 1000
     assert common.setup(run_args(tmp_path, dtype="auto")).dtype == torch.bfloat16, "a fresh run probes"
     torch.set_num_threads(1)
+
+
+# -- Start-up check --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", common.DTYPES)
+def test_sound_machine_is_far_inside_the_tolerance_and_no_random_state_moves(name):
+    dtype = common.DTYPES[name]
+    if dtype == torch.bfloat16 and not BF16_SPEEDUP:
+        pytest.skip("bf16 products crash on this CPU")
+    before = torch.get_rng_state()
+    assert common.deviation(torch.device("cpu"), dtype) < common.TOLERANCES[dtype] / 4
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def broken(monkeypatch, *where, fault=lambda tensors: [t * 1.5 for t in tensors]):
+    """Make tiny_step compute wrong numbers on the named devices or dtypes; everything else is computed on the CPU."""
+    right = common.tiny_step(torch.device("cpu"), torch.float32)
+
+    def tiny_step(device, dtype):
+        return fault(right) if {device.type, str(dtype)[6:], (device.type, str(dtype)[6:])} & set(where) else right
+
+    monkeypatch.setattr(common, "tiny_step", tiny_step)
+
+
+def settled(device, dtype, **options):
+    """(device, dtype) that fall_back() leaves of these, as words."""
+    runtime = common.Runtime(torch.device(device), common.DTYPES[dtype], **options)
+    common.fall_back(runtime)
+    return runtime.device.type, str(runtime.dtype)[6:]
+
+
+def only_one_wrong(tensors):
+    return [*tensors[:-2], tensors[-2] + 0.1 * tensors[-2].norm(), tensors[-1]]
+
+
+def no_kernel(tensors):
+    raise RuntimeError("no kernel image is available for execution on the device")
+
+
+@pytest.mark.parametrize("fault", [lambda tensors: [t * 1.5 for t in tensors], only_one_wrong, no_kernel,
+                                   lambda tensors: [*tensors[:-1], tensors[-1] * math.nan]],
+                         ids=["all wrong", "one gradient wrong", "no kernel", "nan"])
+@pytest.mark.parametrize("where, left", [(("cuda", "bfloat16"), ("cuda", "float32")), ("cuda", ("cpu", "float32"))])
+def test_wrong_numbers_lead_to_fp32_then_to_the_cpu_with_a_message(where, left, fault, monkeypatch, capsys):
+    broken(monkeypatch, where, fault=fault)
+    assert settled("cuda", "bfloat16") == left
+    text = capsys.readouterr().out
+    assert text.startswith("cuda with bfloat16: a tiny training step ") and "not used" in text
+    assert text.count("\n") == (2 if left[0] == "cpu" else 1)
+
+
+def test_sound_device_is_kept_without_a_word(monkeypatch, capsys):
+    broken(monkeypatch, "mps")
+    assert settled("cuda", "bfloat16") == ("cuda", "bfloat16")
+    assert settled("cpu", "float32") == ("cpu", "float32")
+    assert not capsys.readouterr().out
+
+
+def test_full_memory_is_no_reason_to_fall_back(monkeypatch):
+    def full(tensors):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    broken(monkeypatch, "cuda", fault=full)
+    with pytest.raises(torch.OutOfMemoryError):
+        settled("cuda", "float32")
+
+
+def test_ranks_fall_back_together_and_cannot_leave_their_gpus(monkeypatch):
+    broken(monkeypatch)
+    # another rank found what this one did not
+    monkeypatch.setattr(common.Runtime, "gather", lambda self, value: [value, 9.0 if self.dtype is half else value])
+    half = torch.bfloat16
+    with pytest.raises(ValueError, match="computes wrong numbers.*; 2 processes .*; give --device cpu"):
+        settled("cuda", "bfloat16", world_size=2)
+    assert settled("cpu", "bfloat16", world_size=2) == ("cpu", "float32")
+
+
+def test_setup_uses_what_the_check_leaves(tmp_path, monkeypatch, capsys):
+    broken(monkeypatch, "bfloat16", "float16")
+    monkeypatch.setattr(common, "bf16_speedup", lambda: 9.0)
+    for dtype in ("auto", "fp16"):
+        runtime = common.setup(run_args(tmp_path, dtype=dtype))
+        assert runtime.dtype == torch.float32 and not runtime.scaler.is_enabled()
+    text = capsys.readouterr().out
+    assert "dtype float32 (instead of bfloat16)" in text and "dtype float32 (instead of float16)" in text
+
+
+# -- python common.py --check ----------------------------------------------------------------------------------------
+def program(*words, **environment):
+    """A finished `python common.py ...` in a process of its own."""
+    return subprocess.run([sys.executable, common.__file__, *words], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **environment})
+
+
+def test_check_looks_at_everything_and_succeeds_here():
+    done = program("--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[-9:-1]] == ["python", "packages", "device", "dtype", "cores", "memory",
+                                                         "disk", "rust"]
+    assert lines[-1] == "well enough to train" and f"torch {torch.__version__.split('+')[0]}" in done.stdout
+
+
+def test_common_without_a_command_says_what_it_is():
+    done = program()
+    assert done.returncode == 2 and "python common.py --check" in done.stderr and not done.stdout
+
+
+def test_missing_package_is_one_message_with_the_fix(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
+    done = program("--check", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "No module named torch;" in done.stderr and "bash run.sh setup" in done.stderr
+
+
+def hints():
+    """What has a fix: name -> (fix, whether training is impossible)."""
+    return {what: (fix, fatal) for what, _, fix, fatal in common.check_machine() if fix}
+
+
+@pytest.fixture
+def healthy(monkeypatch):
+    """A machine with nothing to complain about."""
+    monkeypatch.setattr(common, "_check_device", lambda: [])
+    monkeypatch.setattr(common, "_check_rust", lambda: ("rust", "minillm_bpe", "", False))
+    monkeypatch.setattr(common, "free_memory", lambda: 9e9)
+    monkeypatch.setattr(common.os, "getloadavg", lambda: (0.0, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda folder: argparse.Namespace(free=9e9))
+    assert not hints()
+
+
+def test_each_shortage_is_named_with_a_fix(healthy, monkeypatch, capsys):
+    for free, expected in ((1.9e9, False), (1e8, True)):
+        monkeypatch.setattr(common, "free_memory", lambda free=free: free)
+        monkeypatch.setattr(common.shutil, "disk_usage", lambda folder, free=free: argparse.Namespace(free=free))
+        found = hints()
+        assert set(found) == {"memory", "disk"} and {fatal for _, fatal in found.values()} == {expected}
+        assert "--preset nano" in found["memory"][0] and "--save_dir" in found["disk"][0]
+        assert common.main(common.parse_args(["--check"])) == int(expected)
+        text = capsys.readouterr().out
+        assert ("training is impossible; to be fixed first: memory, disk" in text) == expected
+        assert text.count("IMPOSSIBLE") == 2 * expected
+
+
+def test_busy_cores_old_packages_and_a_read_only_folder_are_named(healthy, monkeypatch):
+    monkeypatch.setattr(common.os, "getloadavg", lambda: (99.0, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(common.os, "access", lambda *words: False)
+    monkeypatch.setattr(common.importlib.metadata, "version", lambda name: "2.5.1" if name == "torch" else "2099.1")
+    found = hints()
+    assert set(found) == {"cores", "packages", "disk"}
+    assert "torch>=2.6" in found["packages"][0] and "numpy" not in found["packages"][0] and found["packages"][1]
+    assert "cannot be written" in found["disk"][0] and found["disk"][1] and not found["cores"][1]
+
+
+def test_missing_rust_module_is_no_obstacle(monkeypatch):
+    monkeypatch.setitem(sys.modules, "minillm_bpe", None)
+    _, _, fix, fatal = common._check_rust()
+    assert "bash run.sh setup" in fix and not fatal
+
+
+def test_check_reports_a_device_that_computes_wrong_numbers(monkeypatch):
+    monkeypatch.setattr(common, "pick_device", lambda name: (torch.device("cuda"), "a card found"))
+    monkeypatch.setattr(common, "pick_dtype", lambda name, device: (torch.bfloat16, "capability 9"))
+    broken(monkeypatch, ("cuda", "bfloat16"))
+    device, dtype = common._check_device()
+    assert not device[2] and "runs take float32" in dtype[2]
+    broken(monkeypatch, "cuda")
+    device, dtype = common._check_device()
+    assert "runs go to cpu" in device[2]
 
 
 def test_shares_of_all_ranks_put_together_are_the_list(monkeypatch):
@@ -657,6 +831,75 @@ def test_budget_never_adds_steps(monkeypatch):
     runtime = common.Runtime(torch.device("cpu"), torch.float32)
     budget = common.Budget(minutes=60)
     assert [budget.steps(done, 12, runtime) for done in range(1, 13) if not now.__setitem__(0, done)] == [12] * 12
+
+
+def eta_lines(monkeypatch, capsys, seconds, max_steps, smaller=None):
+    """What Eta prints in 30 steps of so many seconds each, the first five of which take ten times as long."""
+    clock = itertools.accumulate(seconds * (10 if step < 5 else 1) for step in itertools.count())
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    eta = common.Eta(common.Runtime(torch.device("cpu"), torch.float32), smaller)
+    for step in range(1, 31):
+        eta.report(step, max_steps)
+    return capsys.readouterr().out
+
+
+def test_time_left_is_said_once_and_without_the_warm_up(monkeypatch, capsys):
+    assert eta_lines(monkeypatch, capsys, 6, 120) == "100 steps are left, about 10 min\n"
+    assert eta_lines(monkeypatch, capsys, 0.5, 120) == "100 steps are left, about 50 s\n"
+    assert not eta_lines(monkeypatch, capsys, 6, 20), "nothing is left to wait for"
+
+
+def test_long_run_names_the_smaller_preset_with_its_time(monkeypatch, capsys):
+    long = eta_lines(monkeypatch, capsys, 109.8, 120, lambda: ("nano", 0.25))
+    assert long == "100 steps are left, about 3 h 3 min; --preset nano would take about 46 min\n"
+    assert "preset" not in eta_lines(monkeypatch, capsys, 109.8, 120, lambda: None)
+    assert "preset" not in eta_lines(monkeypatch, capsys, 71, 120, lambda: ("nano", 0.25)), "below two hours"
+
+
+def test_next_smaller_preset_costs_no_random_numbers():
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        models = {name: Transformer(ModelConfig.preset(name, vocab_size=6400)) for name in PRESETS}
+    found = {name: smaller_preset(model, 256) for name, model in models.items()}
+    assert torch.equal(before, torch.get_rng_state())
+    assert {name: other and other[0] for name, other in found.items()} == {
+        "nano": None, "tiny": "nano", "small": "tiny", "base": "small", "moe": "small"}
+    assert found["small"][1] == models["tiny"].flops_per_token(256) / models["small"].flops_per_token(256)
+
+
+def memory(kind, free, monkeypatch, rows=3):
+    """(numbers of memory_line for a small model in MB, its whole text, bytes that a forward of `rows` rows keeps)."""
+    monkeypatch.setattr(common, "free_memory", lambda: free)
+    config = ModelConfig(vocab_size=4000, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, dropout=0.1,
+                         intermediate_size=256, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
+                         pad_token_id=2, **KINDS[kind])
+    model, frozen = Transformer(config).train(), torch.nn.Linear(500, 1000).requires_grad_(False)
+    runtime = common.Runtime(torch.device("cpu"), torch.float32)
+
+    def forward(ids):
+        return model(ids, target_mask=torch.ones_like(ids))
+
+    before = torch.get_rng_state()
+    text = common.memory_line(runtime, [model, frozen], rows, 200, forward)
+    assert torch.equal(before, torch.get_rng_state()) and model.training
+    assert model.update_router_bias(0.001) is None, "no visit was counted"
+    model.eval()
+    kept = common._saved_bytes(runtime, list(model.parameters()), forward, torch.randint(0, 4000, (rows, 200)))
+    return [int(n) for n in re.findall(r" (\d+)", text)][:5], text, model.num_parameters(), kept
+
+
+@pytest.mark.parametrize("kind, rows", [*((kind, 3) for kind in KINDS), ("dense", 1)])
+def test_memory_of_a_step_is_what_a_forward_keeps(kind, rows, monkeypatch):
+    (held, gradients, state, activations, total), text, count, kept = memory(kind, 9e9, monkeypatch, rows)
+    assert (held, gradients, state) == (round((4 * count + 4 * 501_000) / 1e6), round(4 * count / 1e6),
+                                        round(8 * count / 1e6))
+    assert activations == pytest.approx(kept / 1e6, rel=0.02, abs=0.5) and activations >= 2 * rows
+    assert abs(total - held - gradients - state - activations) <= 2 and text.endswith("; 9000 MB are free")
+
+
+def test_too_little_memory_is_said_before_the_first_step(monkeypatch):
+    assert "too little: halve --batch_size" in memory("dense", 9e6, monkeypatch)[1]
+    assert memory("dense", None, monkeypatch)[1].endswith(" MB"), "where the system does not say"
 
 
 def test_budget_measures_once_also_when_the_run_is_resumed(monkeypatch):

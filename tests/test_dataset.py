@@ -425,6 +425,35 @@ def test_prompts_carry_what_a_checker_needs(make):
     assert data.stats["reasons"] == {"longer than 40 tokens": 1, "without a question": 1}
 
 
+SHOWN = {"pretrain": (PretrainData, [{"text": f"text number {i}, 猫"} for i in range(9)]),
+         "sft": (SFTData, [{"conversations": chat(f"q{i}", "回答" * (1 + i % 3))} for i in range(9)]),
+         "preference": (PreferenceData, [{"prompt": f"q{i}", "chosen": "yes" * i, "rejected": "no"}
+                                         for i in range(1, 9)])}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_shown_samples_are_those_of_the_next_batch_without_padding(name, make):
+    kind, rows = SHOWN[name]
+    data = make(kind, rows, max_seq_len=120 if name != "pretrain" else 16)
+    for position in (0, 1, len(data) - 1):  # also across the end of an epoch
+        batch = data.batch(data.position_batch(position, 2))
+        order = [0, 2, 1, 3] if name == "preference" else [0, 1]  # a batch has all chosen rows first
+        shown = data.samples(position)
+        assert len(shown) == len(order)
+        documents = batch.get("documents", torch.zeros_like(batch["ids"]))  # only SFT puts several into a row
+        for (title, ids, mask), row in zip(shown, order, strict=True):
+            trained = (batch["mask"][row] * (documents[row] == 0)).tolist()  # of the row's first sample
+            assert batch["ids"][row][:len(ids)].tolist() == ids
+            assert trained == mask + [0] * (len(trained) - len(mask)), "nothing that is trained is missing"
+            assert title.startswith(f"{name} sample ")
+
+
+def test_shown_prompts_have_no_targets_and_one_sample_is_enough(make):
+    data = make(PromptData, [{"conversations": chat("q", "")}], max_seq_len=60)
+    (_, ids, mask), = data.samples(5)
+    assert ids == data[0]["ids"] and mask == [0] * len(ids)
+
+
 def test_pad_rows_rounds_up_to_a_multiple():
     ids, lengths = pad_rows([[1, 2, 3], [4]], pad_id=9, multiple=4)
     assert ids.tolist() == [[1, 2, 3, 9], [4, 9, 9, 9]] and lengths.tolist() == [3, 1] and ids.dtype == torch.int64
