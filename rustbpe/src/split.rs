@@ -305,8 +305,8 @@ impl<'a> Splitter<'a> {
     }
 }
 
-/// Which of 64 bytes are letters, digits, blanks, newlines, and which are hard: not ASCII, an apostrophe (it may begin a
-/// contraction) or rare white space. Bit `n` of a number is byte `n`. What is none of these is a mark.
+/// Which of 64 bytes are letters, digits, blanks, newlines, and which are hard: not ASCII, an apostrophe (it may begin
+/// a contraction) or rare white space. Bit `n` of a number is byte `n`. What is none of these is a mark.
 ///
 /// The first loop is one that compilers turn into vector instructions: no branch, no table.
 #[inline]

@@ -198,7 +198,8 @@ impl Counter {
     /// Learn at most `num_merges` merges from what was counted; fewer when no pair is left. The counts stay. Time:
     /// proportional to the places that change; memory: about 20 times the text of the distinct words.
     ///
-    /// `interrupted` is asked about every 20 ms and told how many merges there are. Errors: it said yes; too many words.
+    /// `interrupted` is asked about every 20 ms and told how many merges there are. Errors: it said yes; too many
+    /// words.
     pub fn train(
         &mut self,
         num_merges: usize,
