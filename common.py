@@ -55,6 +55,14 @@ FREE_FLAGS = {"accumulation_steps", "batch_size", "cache_dir", "debug", "device"
 # ... but these do change the result of a whole stage, so the key keeps them although resume allows them.
 KEY_FLAGS = {"max_steps", "epochs", "max_minutes", "accumulation_steps", "batch_size"}
 
+# --optimizer -> its default rate as a multiple of the stage's AdamW rate (sources: docs/training.md)
+OPTIMIZERS = {"muon": 1.0, "adamw": 1.0, "lion": 0.3, "sophia": 1.0, "schedulefree": 1.0}
+# why a stage cannot serve one of them
+UNSERVED = {
+    "sophia": "it measures curvature with labels drawn from next-token predictions, as only pretraining and SFT can",
+    "schedulefree": "it trains at other weights than it samples from, so the first ratio of a rollout would not be 1",
+}
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
@@ -64,15 +72,24 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc):
         super().__init__(description=doc, allow_abbrev=False, formatter_class=_HelpFormatter)
+        self.by_optimizer = {}  # flag -> function of the optimizer's name that gives its default
+        self.unserved = ()  # optimizers that this script refuses
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse's, with hyphens in flags read as underscores."""
+        """As argparse's, with hyphens in flags read as underscores, and defaults that depend on --optimizer."""
         args = sys.argv[1:] if args is None else list(args)
         named = [a.split("=", 1) for a in args]
         # only the flag itself is rewritten: its value may be a path with hyphens
         args = ["=".join([a[0].replace("-", "_").replace("__", "--", 1), *a[1:]]) if a[0].startswith("--")
                 else "=".join(a) for a in named]
-        return super().parse_args(args, namespace)
+        args = super().parse_args(args, namespace)
+        for name, default in self.by_optimizer.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default(args.optimizer))
+        if self.unserved and args.optimizer in self.unserved:
+            self.error(f"--optimizer {args.optimizer}; {UNSERVED[args.optimizer]}; give one of "
+                       f"{', '.join(name for name in OPTIMIZERS if name not in self.unserved)}")
+        return args
 
     def error(self, message):
         """Leave with exit code 2 and one message (argparse would print the whole usage before it)."""
@@ -140,9 +157,10 @@ def run_flags(parser, save_weight, eval_interval, save_interval=100, log_interva
 
 
 def optim_flags(parser, batch_size, learning_rate, muon_learning_rate, max_steps=0, epochs=1.0, warmup_steps=0.05,
-                schedule="linear", weight_decay=0.0, accumulation_steps=1, grad_clip=1.0, optimizer="muon"):
+                schedule="linear", weight_decay=0.0, accumulation_steps=1, grad_clip=1.0, optimizer="muon",
+                unserved=("sophia",)):
     """Add the optimisation flags; a script passes its own recipe as defaults, so that the numbers stand where the
-    loop is."""
+    loop is. learning_rate is AdamW's. unserved: optimizers that the script refuses."""
     g = parser.add_argument_group("optimisation")
     g.add_argument("--batch_size", type=positive(int), default=batch_size, help="samples per process and micro-step")
     g.add_argument("--accumulation_steps", type=positive(int), default=accumulation_steps,
@@ -153,20 +171,37 @@ def optim_flags(parser, batch_size, learning_rate, muon_learning_rate, max_steps
                    help="passes over the data, when --max_steps is 0; may be a fraction")
     g.add_argument("--max_minutes", type=positive(float, zero=True), default=0.0,
                    help="wall-clock budget: sets the steps from the measured speed")
-    g.add_argument("--optimizer", default=optimizer, choices=("muon", "adamw"),
-                   help="muon: Muon on 2D weights, AdamW on the rest")
-    g.add_argument("--learning_rate", type=positive(float, below=1), default=learning_rate,
-                   help="peak rate of the AdamW part")
+    parser.unserved = unserved
+    refused = f"; not here: {', '.join(unserved)}" if unserved else ""
+    g.add_argument("--optimizer", default=optimizer, choices=tuple(OPTIMIZERS),
+                   help=f"muon: Muon on 2D weights, AdamW on the rest; sophia: Sophia-G{refused}")
+    parser.by_optimizer |= {
+        "learning_rate": lambda name: learning_rate * OPTIMIZERS[name],
+        # Schedule-Free averages instead of falling; a rate that falls as well would end its mean early
+        "schedule": lambda name: "constant" if name == "schedulefree" else schedule,
+    }
+    g.add_argument("--learning_rate", type=positive(float, below=1),
+                   help=f"peak rate, beside Muon of the AdamW part ({rates(learning_rate)})")
     g.add_argument("--muon_learning_rate", type=positive(float, below=1), default=muon_learning_rate,
                    help="peak rate of the Muon part")
     g.add_argument("--warmup_steps", type=positive(float, zero=True), default=warmup_steps,
                    help="steps of linear warm-up; below 1: share of all steps")
-    g.add_argument("--schedule", default=schedule, choices=("linear", "cosine", "wsd", "constant"),
-                   help="shape of the rate after warm-up")
+    g.add_argument("--schedule", choices=("linear", "cosine", "wsd", "constant"),
+                   help=f"shape of the rate after warm-up (default: {schedule}, with schedulefree constant)")
     g.add_argument("--weight_decay", type=positive(float, zero=True), default=weight_decay,
                    help="decoupled weight decay on 2D weights")
     g.add_argument("--grad_clip", type=positive(float, zero=True), default=grad_clip,
                    help="largest gradient norm, 0 = no clipping")
+    if "sophia" not in unserved:
+        g.add_argument("--hessian_interval", type=positive(int), default=10,
+                       help="sophia: optimizer steps between two estimates of the curvature, each a second backward "
+                            "pass")
+
+
+def rates(adamw):
+    """The default rates of all optimizers as one phrase for a help text; `adamw` is the stage's AdamW rate."""
+    others = [f", with {name} {adamw * factor:g}" for name, factor in OPTIMIZERS.items() if factor != 1]
+    return f"default: {adamw:g}{''.join(others)}"
 
 
 def data_flags(parser, data_path, max_seq_len, val_ratio=0.01):

@@ -1,13 +1,21 @@
-"""Optimizers short enough to read: Muon for the 2D weights inside the blocks, AdamW for everything else, as one torch
-Optimizer.
+"""Optimizers short enough to read: Muon for the 2D weights inside the blocks with AdamW for everything else, Lion,
+Sophia-G and Schedule-Free AdamW, each a torch Optimizer.
 
-Muon replaces each momentum matrix by the nearest semi-orthogonal one, so that every direction of a weight learns at
-the same speed. It only makes sense for matrices that map activations to activations: embeddings, heads, norms,
-routers and scalar heads stay with AdamW.
+What an update divides the gradient by is the whole difference between them:
+    AdamW           the root of its mean square, weight by weight
+    Muon            the singular values of the momentum matrix: every direction of a weight learns at the same speed
+    Lion            its own size: only the sign is left
+    Sophia          the curvature of the loss, weight by weight, and no step is longer than Lion's
+    Schedule-Free   as AdamW; an average of the weights takes the place of a falling rate
+Muon only makes sense for matrices that map activations to activations: embeddings, heads, norms, routers and scalar
+heads stay with AdamW.
 
 Sources: K. Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (Newton-Schulz
 coefficients); Liu et al. 2025, "Muon is scalable for LLM training" (arXiv:2502.16982); Loshchilov & Hutter 2019,
-AdamW (arXiv:1711.05101).
+AdamW (arXiv:1711.05101); Chen et al. 2023, Lion (arXiv:2302.06675); Liu et al. 2023, Sophia (arXiv:2305.14342);
+Defazio et al. 2024, "The road less scheduled" (arXiv:2405.15682).
+
+Letters: W weight, g gradient, B rows, T tokens, V vocabulary.
 """
 
 import torch
@@ -94,6 +102,159 @@ class Muon(torch.optim.Optimizer):
             p.addcdiv_(state["m"], denominator, value=-group["lr"] / (1 - beta1**t))
 
 
+class Lion(torch.optim.Optimizer):
+    """Sign of an interpolated momentum (Chen et al. 2023, Algorithm 2): every weight moves by exactly the rate, so the
+    rate is several times smaller than AdamW's, and weight decay, which is multiplied by it, as many times larger.
+
+    Group keys: params, lr, betas, weight_decay. State: momentum, like the weight.
+    """
+
+    def __init__(self, groups, betas=(0.9, 0.99)):
+        super().__init__(groups, dict(lr=1e-4, weight_decay=0.0, betas=betas))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """W <- W - lr * (sign(b1 m + (1-b1) g) + decay * W);  m <- b2 m + (1-b2) g."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                # the step listens more to the present gradient (b1) than the memory does (b2 is larger)
+                p.add_(torch.lerp(p.grad, state["momentum"], beta1).sign_(), alpha=-group["lr"])
+                state["momentum"].lerp_(p.grad, 1 - beta2)
+
+
+class Sophia(torch.optim.Optimizer):
+    """Sophia-G (Liu et al. 2023, Algorithm 3): momentum divided by the curvature, each step clipped to the rate. Where
+    the curvature is small the step is Lion's; where it is large the step is shorter.
+
+    Group keys: params, lr, betas, gamma (share of the curvature that divides), eps, weight_decay. State: momentum and
+    hessian (estimate of the diagonal), each like the weight. The training loop gives the estimate every few steps:
+        loss on labels from sample_labels(), backward(), update_hessian(), zero_grad()
+    """
+
+    def __init__(self, groups, betas=(0.96, 0.99), gamma=0.05, eps=1e-12):
+        super().__init__(groups, dict(lr=1e-3, weight_decay=0.0, betas=betas, gamma=gamma, eps=eps))
+
+    @torch.no_grad()
+    def update_hessian(self, targets, grad_scale=1.0):
+        """h <- b2 h + (1-b2) N g^2: the Gauss-Newton-Bartlett estimate (Algorithm 2).
+
+        Args: targets: N, the labels in the mean loss whose gradient is in .grad; grad_scale: the scaler's factor on it.
+        """
+        params = [(p, group["betas"][1]) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p, _ in params:
+            if not self.state[p]:
+                self.state[p].update(momentum=torch.zeros_like(p), hessian=torch.zeros_like(p))
+        # an overflow in fp16 is an estimate lost, but infinity in an average would stop the weight for good
+        if all(p.grad.isfinite().all() for p, _ in params):
+            for p, beta2 in params:
+                g = p.grad / grad_scale
+                self.state[p]["hessian"].mul_(beta2).addcmul_(g, g, value=(1 - beta2) * targets)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """m <- b1 m + (1-b1) g;  W <- W - lr * (clip(m / max(gamma h, eps), 1) + decay * W).
+
+        Raises RuntimeError before the first estimate: without one every step would be Lion's.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    raise RuntimeError("Sophia.step() before update_hessian(); it divides by an estimate of the "
+                                       "curvature; give one at the first step")
+                momentum, hessian = self.state[p]["momentum"], self.state[p]["hessian"]
+                momentum.lerp_(p.grad, 1 - group["betas"][0])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                update = momentum / (group["gamma"] * hessian).clamp_(min=group["eps"])
+                p.add_(update.clamp_(-1, 1), alpha=-group["lr"])
+
+
+@torch.no_grad()
+def sample_labels(logits, ids, uniform):
+    """Labels drawn from the model's own predictions, for Sophia. Their squared gradients measure the curvature, those
+    of the data's labels do not: what the former are in expectation is the Gauss-Newton matrix (section 2.3).
+
+    Args:
+        logits: [B,T,V], any floating dtype.
+        ids: int64 [B,T].
+        uniform: [B,T-1] random numbers in [0,1).
+    Returns: int64 [B,T]: ids with token t + 1 replaced by a draw from softmax(logits[:, t]); the first token stays.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    cumulative = logits[:, :-1].to(wide).softmax(-1).cumsum(-1)  # [B,T-1,V]
+    points = uniform.to(logits.device, wide)[..., None] * cumulative[..., -1:]  # [B,T-1,1]; the last is 1 but rounded
+    drawn = torch.searchsorted(cumulative, points, right=True).squeeze(-1)  # right: probability 0 is never drawn
+    return torch.cat([ids[:, :1], drawn.clamp_(max=logits.shape[-1] - 1)], dim=1)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-Free AdamW (Defazio et al. 2024, Algorithm 1) of three points: z moves, x is the mean of the z so far,
+    gradients are taken at y = (1-b1) z + b1 x, between the two.
+
+    The weights in the model are x, the point to evaluate and to save, except from to_gradient_point() to the end of the
+    step() or zero_grad() that follows. A step at x and a state_dict() at y raise RuntimeError.
+    Group keys: params, lr, betas, eps, weight_decay. State: z and v, each like the weight; y follows from x and z.
+    """
+
+    def __init__(self, groups, betas=(0.9, 0.95), eps=1e-8):
+        self.at_y = False
+        super().__init__(groups, dict(lr=1e-3, weight_decay=0.0, betas=betas, eps=eps, step=0, lr_squares=0.0))
+
+    def to_gradient_point(self):
+        """x -> y, before the forward passes of a step."""
+        self._move(to_y=True)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """z <- z - lr (g / (sqrt(v / (1-b2^t)) + eps) + decay * y);  x <- (1-c) x + c z,  c = lr^2 / sum of lr^2."""
+        if not self.at_y:
+            raise RuntimeError("ScheduleFree.step() at x; gradients belong to y; call to_gradient_point() before them")
+        for group in self.param_groups:
+            group["step"] += 1
+            group["lr_squares"] += group["lr"] ** 2  # the short steps of the warm-up count less in the mean
+            for p in [p for p in group["params"] if p.grad is not None]:
+                state, beta2 = self.state[p], group["betas"][1]
+                if not state:
+                    state.update(z=p.clone(), v=torch.zeros_like(p))
+                state["v"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                denominator = (state["v"] / (1 - beta2 ** group["step"])).sqrt_().add_(group["eps"])
+                p.grad.div_(denominator).add_(p, alpha=group["weight_decay"])  # .grad now holds the update, taken at y
+        self._move(to_y=False)
+        for group in self.param_groups:
+            for p in [p for p in group["params"] if p.grad is not None]:
+                z = self.state[p]["z"].sub_(p.grad, alpha=group["lr"])
+                p.lerp_(z, group["lr"] ** 2 / group["lr_squares"])
+
+    def zero_grad(self, set_to_none=True):
+        """As torch's; and the end of a step that was skipped: y -> x."""
+        self._move(to_y=False)
+        super().zero_grad(set_to_none)
+
+    def state_dict(self):
+        """As torch's. Raises RuntimeError at y: the weights saved beside it would be the wrong ones."""
+        if self.at_y:
+            raise RuntimeError("ScheduleFree.state_dict() at y; x is the point to save; end the step first, with "
+                               "step() or zero_grad()")
+        return super().state_dict()
+
+    @torch.no_grad()
+    def _move(self, to_y):
+        """All weights from x to y = x + (1-b1) (z - x), or back, unless they are there."""
+        for group in self.param_groups if to_y != self.at_y else ():
+            weight = 1 - group["betas"][0] if to_y else 1 - 1 / group["betas"][0]
+            for p in [p for p in group["params"] if p in self.state]:  # one without a first gradient has x = y = z
+                p.lerp_(self.state[p]["z"], weight)
+        self.at_y = to_y
+
+
 def is_hidden_matrix(name, p):
     """True for weights Muon should move: 2D, inside a block, neither router nor head (a router's rows are scores, not
     a map)."""
@@ -106,8 +267,9 @@ def build(model, name, learning_rate, muon_learning_rate=None, weight_decay=0.0,
 
     Args:
         model: module (unwrapped; names decide the groups).
-        name: "muon" or "adamw".
-        learning_rate: peak of the AdamW groups; muon_learning_rate: peak of the Muon group.
+        name: "muon", "adamw", "lion", "sophia" or "schedulefree".
+        learning_rate: peak of all groups but Muon's; muon_learning_rate: peak of the Muon group.
+        betas, eps: of AdamW and Schedule-Free; Lion and Sophia have their papers' own.
         weight_decay: on 2D weights only; norms and gains are not decayed.
         dtype: the run's autocast dtype; Muon's inner products run in it when it is bfloat16, else in the weights' own.
     Raises: ValueError for an unknown name.
@@ -118,23 +280,34 @@ def build(model, name, learning_rate, muon_learning_rate=None, weight_decay=0.0,
         rest = [(n, p) for n, p in named if not is_hidden_matrix(n, p)]
         groups = [dict(params=hidden, lr=muon_learning_rate or learning_rate, algorithm="muon",
                        weight_decay=weight_decay)]
-    elif name == "adamw":
+    elif name in ("adamw", "lion", "sophia", "schedulefree"):
         rest, groups = named, []
     else:
-        raise ValueError(f"optimizer {name!r} is unknown; it is one of muon, adamw; choose one of them")
+        raise ValueError(f"optimizer {name!r} is unknown; it is one of muon, adamw, lion, sophia, schedulefree; choose "
+                         "one of them")
     groups.append(dict(params=[p for _, p in rest if p.ndim >= 2], lr=learning_rate, algorithm="adamw",
                        weight_decay=weight_decay))
     groups.append(dict(params=[p for _, p in rest if p.ndim < 2], lr=learning_rate, algorithm="adamw",
                        weight_decay=0.0))
     groups = [g | {"initial_lr": g["lr"]} for g in groups if g["params"]]
-    if name == "adamw":
-        plain = [{k: v for k, v in g.items() if k != "algorithm"} for g in groups]
-        return torch.optim.AdamW(plain, betas=betas, eps=eps, fused=named[0][1].device.type in ("cuda", "cpu"))
-    return Muon(groups, betas=betas, eps=eps, ns_dtype=dtype if dtype == torch.bfloat16 else None)
+    if name == "muon":
+        return Muon(groups, betas=betas, eps=eps, ns_dtype=dtype if dtype == torch.bfloat16 else None)
+    groups = [{k: v for k, v in g.items() if k != "algorithm"} for g in groups]
+    if name == "adamw":  # torch's own is one fused pass over the memory; Muon._adamw is the same formula to read
+        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=named[0][1].device.type in ("cuda", "cpu"))
+    if name == "schedulefree":
+        return ScheduleFree(groups, betas=betas, eps=eps)
+    return {"lion": Lion, "sophia": Sophia}[name](groups)
 
 
 def set_lr(optimizer, scale):
-    """Set every group's rate to scale times its peak; returns the AdamW part's rate for the log."""
+    """Set every group's rate to scale times its peak; returns the last group's (AdamW's beside Muon) for the log."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * scale
     return optimizer.param_groups[-1]["lr"]
+
+
+def to_gradient_point(optimizer):
+    """Move the weights to where the gradients of this step belong: Schedule-Free's y; for all others they are there."""
+    if isinstance(optimizer, ScheduleFree):
+        optimizer.to_gradient_point()

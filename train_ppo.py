@@ -66,7 +66,9 @@ def parse_args(argv=None):
     g.add_argument("--ppo_epochs", type=whole, default=2, help="passes over each rollout")
     g.add_argument("--clip_epsilon", type=above_0, default=0.2, help="a ratio brings no gain beyond 1 -+ this")
     g.add_argument("--value_clip", type=above_0, default=0.2, help="how far a value may move per rollout")
-    g.add_argument("--value_learning_rate", type=above_0, default=3e-4, help="peak rate of the value model")
+    g.add_argument("--value_learning_rate", type=above_0,
+                   help=f"peak rate of the value model ({common.rates(3e-4)})")
+    parser.by_optimizer["value_learning_rate"] = lambda name: 3e-4 * common.OPTIMIZERS[name]
     g.add_argument("--gamma", type=from_0, default=1.0, help="discount per token")
     g.add_argument("--lam", type=from_0, default=0.95, help="GAE: 0 = one-step estimate, 1 = whole return")
     g.add_argument("--kl_coef", type=from_0, default=0.05, help="price of a nat of KL to the reference, in the reward")
@@ -79,7 +81,8 @@ def parse_args(argv=None):
     g.add_argument("--entropy_floor", type=from_0, default=0.1,
                    help="end the run when entropy falls below this share of the first rollout's")
     common.optim_flags(parser, batch_size=32, learning_rate=1e-4, muon_learning_rate=4e-4, max_steps=10, warmup_steps=0,
-                       schedule="constant", accumulation_steps=2, optimizer="adamw")
+                       schedule="constant", accumulation_steps=2, optimizer="adamw",
+                       unserved=("sophia", "schedulefree"))
     common.run_flags(parser, save_weight="ppo", eval_interval=5, save_interval=5, log_interval=1)
     parser.add_argument("--eval_prompts", type=whole, default=128, help="held-out prompts per evaluation")
     return parser.parse_args(argv)

@@ -28,7 +28,7 @@ import logs
 import metrics
 import optim
 from dataset import PretrainData, expand_paths
-from model import MOE_BLOCK, PRESETS, ModelConfig, Transformer, token_logprobs
+from model import MOE_BLOCK, PRESETS, ModelConfig, Transformer, row_uniforms, token_logprobs
 from tokenizer import Tokenizer
 
 
@@ -63,7 +63,8 @@ def parse_args(argv=None):
                    help="step of the routing bias (router with shared experts)")
     common.switch(g, "--gradient_checkpointing", 0,
                   "recompute activations in the backward pass: less memory, about 30%% slower")
-    common.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.02, warmup_steps=0.1)
+    common.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.02, warmup_steps=0.1,
+                       unserved=())
     common.run_flags(parser, save_weight="pretrain", eval_interval=250, save_interval=500)
     parser.add_argument("--eval_batches", type=common.positive(int), default=32, help="held-out batches per evaluation")
     common.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
@@ -118,6 +119,22 @@ def evaluate(model, data, args, runtime):
     part = metrics.heldout_loss(model, batches, token_logprobs, runtime.device, runtime.autocast)
     nll, tokens, size = runtime.sum(part["nll"], part["tokens"], part["bytes"])
     return nll / max(tokens, 1), nll / math.log(2) / max(size, 1)
+
+
+def sampled_gradient(wrapped, batches, position, targets, args, runtime):
+    """Sophia's second backward pass: .grad becomes the gradient of the mean loss on labels that the model itself draws
+    (Liu et al. 2023, Algorithm 2). Arguments as in main's step; `position` is its first sample."""
+    for micro, batch in enumerate(batches):
+        ids, mask = batch["ids"].to(runtime.device), batch["mask"].to(runtime.device)  # [B, T], [B, T]
+        first = position + (micro * runtime.world_size + runtime.rank) * args.batch_size
+        rows = range(first, first + len(ids))  # each row has its own draws, on any rank
+        last = micro == len(batches) - 1
+        with contextlib.nullcontext() if last or runtime.world_size == 1 else wrapped.no_sync():
+            with runtime.autocast():
+                logits = wrapped(ids)  # [B, T, V]: all of them, there is no target before the draw
+            labels = optim.sample_labels(logits, ids, row_uniforms(args.seed, rows, ids.shape[1] - 1))
+            nll = -(token_logprobs(logits, labels) * mask[:, 1:]).sum()
+            runtime.scaler.scale(nll * (runtime.world_size / max(targets, 1))).backward()
 
 
 def main(args):
@@ -215,6 +232,7 @@ def main(args):
         step = progress["step"]
         scale = common.lr_scale(step, progress["max_steps"], args.warmup_steps, args.schedule)
         lr = optim.set_lr(optimizer, scale)
+        optim.to_gradient_point(optimizer)  # Schedule-Free only; the step, taken or skipped, leads back
 
         # all micro-batches first: the loss is divided by the number of targets of the whole step, which must be known
         # before backward
@@ -223,6 +241,12 @@ def main(args):
             first = progress["position"] + micro * per_micro_step + runtime.rank * args.batch_size
             batches.append(data.batch(data.position_batch(first, args.batch_size)))
         targets = runtime.sum(sum(b["mask"][:, 1:].sum() for b in batches))
+
+        if args.optimizer == "sophia" and step % args.hessian_interval == 0:
+            model.eval()  # without dropout, and the router's counts belong to the step itself
+            sampled_gradient(wrapped, batches, progress["position"], targets, args, runtime)
+            optimizer.update_hessian(targets, runtime.scaler.get_scale())
+            optimizer.zero_grad(set_to_none=True)
 
         model.train()
         nll_sum = balance_sum = 0.0

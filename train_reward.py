@@ -211,6 +211,7 @@ def main(args):
         step = progress["step"]
         scale = common.lr_scale(step, progress["max_steps"], args.warmup_steps, args.schedule)
         lr = optim.set_lr(optimizer, scale)
+        optim.to_gradient_point(optimizer)  # Schedule-Free only; the step, taken or skipped, leads back
 
         batches = []
         for micro in range(args.accumulation_steps):

@@ -30,7 +30,7 @@ import logs
 import metrics
 import optim
 from dataset import PretrainData, PromptData, SFTData, expand_paths, join_windows
-from model import Transformer, token_logprobs
+from model import Transformer, row_uniforms, token_logprobs
 from tokenizer import Tokenizer
 
 
@@ -52,7 +52,8 @@ def parse_args(argv=None):
                    help="step of the routing bias (router with shared experts)")
     common.switch(g, "--gradient_checkpointing", 0,
                   "recompute activations in the backward pass: less memory, about 30%% slower")
-    common.optim_flags(parser, batch_size=8, learning_rate=2e-3, muon_learning_rate=0.01, warmup_steps=0.05)
+    common.optim_flags(parser, batch_size=8, learning_rate=2e-3, muon_learning_rate=0.01, warmup_steps=0.05,
+                       unserved=())
     common.run_flags(parser, save_weight="sft", eval_interval=250, save_interval=500)
     parser.add_argument("--eval_batches", type=common.positive(int), default=16, help="held-out batches per evaluation")
     parser.add_argument("--eval_prompts", type=common.positive(int, zero=True), default=600,
@@ -89,6 +90,23 @@ def answer_questions(model, tokenizer, prompts, count, args, runtime):
     shown = range(0, len(items), len(items) // 3 + 1)
     result["samples"] = [(items[i]["messages"][-1]["content"], answers[i].text) for i in shown]
     return result
+
+
+def sampled_gradient(wrapped, batches, position, targets, args, runtime):
+    """Sophia's second backward pass: .grad becomes the gradient of the mean loss on labels that the model itself draws
+    (Liu et al. 2023, Algorithm 2). Arguments as in main's step; `position` is its first sample."""
+    for micro, batch in enumerate(batches):
+        ids, mask = batch["ids"].to(runtime.device), batch["mask"].to(runtime.device)  # [B, T], [B, T]
+        documents = batch["documents"].to(runtime.device)  # [B, T], -1 on padding
+        place = position // args.batch_size + micro * runtime.world_size + runtime.rank
+        rows = range(place * len(ids), (place + 1) * len(ids))  # each row has its own draws, on any rank
+        last = micro == len(batches) - 1
+        with contextlib.nullcontext() if last or runtime.world_size == 1 else wrapped.no_sync():
+            with runtime.autocast():
+                logits = wrapped(ids, documents=documents)  # [B, T, V]: all of them, there is no target before the draw
+            labels = optim.sample_labels(logits, ids, row_uniforms(args.seed, rows, ids.shape[1] - 1))
+            nll = -(token_logprobs(logits, labels) * mask[:, 1:]).sum()
+            runtime.scaler.scale(nll * (runtime.world_size / max(targets, 1))).backward()
 
 
 def main(args):
@@ -189,6 +207,7 @@ def main(args):
         step = progress["step"]
         scale = common.lr_scale(step, progress["max_steps"], args.warmup_steps, args.schedule)
         lr = optim.set_lr(optimizer, scale)
+        optim.to_gradient_point(optimizer)  # Schedule-Free only; the step, taken or skipped, leads back
 
         # all micro-batches first: the loss is divided by the trained tokens of the whole step, known only then
         batches = []
@@ -200,6 +219,12 @@ def main(args):
                 batches[-1] = join_windows(batches[-1], replay.batch(rows))
         targets, tokens = runtime.sum(sum(b["mask"][:, 1:].sum() for b in batches),
                                       sum((b["documents"] >= 0).sum() for b in batches))
+
+        if args.optimizer == "sophia" and step % args.hessian_interval == 0:
+            model.eval()  # without dropout, and the router's counts belong to the step itself
+            sampled_gradient(wrapped, batches, progress["position"], targets, args, runtime)
+            optimizer.update_hessian(targets, runtime.scaler.get_scale())
+            optimizer.zero_grad(set_to_none=True)
 
         model.train()
         nll_sum = balance_sum = 0.0

@@ -260,3 +260,31 @@ def test_run_survives_a_tracker_that_is_not_installed(name, flags, stage, capsys
     module, argv = stage(name, "--max_steps", "1", *flags)
     assert module.main(module.parse_args(argv))["steps"] == 1
     assert capsys.readouterr().out.count("tracker off") == 1
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_default_rates_and_schedule_fit_the_optimizer(name, parser_of):
+    parse = importlib.import_module(name).parse_args
+    adamw = parse(["--optimizer", "adamw"])
+    lion = parse(["--optimizer", "lion"])
+    assert parse(["--optimizer", "muon"]).learning_rate == adamw.learning_rate
+    assert lion.learning_rate == pytest.approx(adamw.learning_rate * common.OPTIMIZERS["lion"]) != adamw.learning_rate
+    assert parse(["--optimizer", "lion", "--learning_rate", "0.5"]).learning_rate == 0.5
+    assert lion.schedule == adamw.schedule == parse([]).schedule
+    assert f"{lion.learning_rate:g}" in flags(parser_of(name))["learning_rate"].help
+    if "schedulefree" not in parser_of(name).unserved:
+        assert parse(["--optimizer", "schedulefree"]).schedule == "constant"
+        assert parse(["--optimizer", "schedulefree", "--schedule", "wsd"]).schedule == "wsd"
+
+
+@pytest.mark.parametrize("name, optimizer", [
+    ("train_reward", "sophia"), ("train_dpo", "sophia"), ("train_ppo", "sophia"), ("train_grpo", "sophia"),
+    ("train_ppo", "schedulefree"), ("train_grpo", "schedulefree")])
+def test_optimizer_that_a_stage_cannot_serve_is_refused(name, optimizer, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(name).parse_args(["--optimizer", optimizer])
+    assert stop.value.code == 2
+    field, rule, fix = capsys.readouterr().err.split("\n")[0].split("; ")
+    assert field == f"error: --optimizer {optimizer}"
+    assert rule == common.UNSERVED[optimizer]
+    assert fix.startswith("give one of muon, adamw, lion") and optimizer not in fix

@@ -34,6 +34,10 @@ CASES = {
     "sft dense": ("train_sft", "dense", []),
     "sft moe": ("train_sft", "moe", ["--gradient_checkpointing", "1"]),
     "sft shared": ("train_sft", "shared", ["--optimizer", "adamw"]),
+    "pretrain lion": ("train_pretrain", "dense", ["--optimizer", "lion"]),
+    "pretrain schedulefree": ("train_pretrain", "moe", ["--optimizer", "schedulefree"]),
+    "pretrain sophia": ("train_pretrain", "dense", ["--optimizer", "sophia", "--hessian_interval", "3"]),
+    "sft sophia": ("train_sft", "shared", ["--optimizer", "sophia", "--hessian_interval", "2"]),
 }
 BALANCE = ["--router_aux_loss_coef", "0.1", "--router_bias_rate", "0.01"]  # large enough to show a wrong weighting
 

@@ -1,17 +1,24 @@
-"""Proves the optimizers: AdamW and Muon against torch's own, the Newton-Schulz iteration against the SVD, which weights
-go to which algorithm, and that a saved state goes on as if nothing had happened.
+"""Proves the optimizers: AdamW and Muon against torch's own, Lion and Schedule-Free against the packages of that name,
+Sophia against numpy and its estimate against the Hessian, the Newton-Schulz iteration against the SVD, which weights go
+to which algorithm, which point is evaluated and saved, and that a saved state goes on as if nothing had happened.
 
     python -m pytest tests/test_optim.py
 """
+import ast
+import contextlib
 import copy
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import common
 import optim
-from model import ModelConfig, ScalarHead, Transformer
+import train_pretrain
+from model import ModelConfig, ScalarHead, Transformer, token_logprobs
 
 SHAPES = [(6, 10), (10, 6), (6, 10), (8, 8)]  # wide, tall, a twin (batched with the first), square
 
@@ -95,6 +102,243 @@ def test_muon_equals_torch_muon(monkeypatch):
     assert largest_difference(ours, theirs) < 1e-8
 
 
+def give_slopes(parameters, step):
+    """Gradients that depend on where the weights are: a bowl around 1 with noise that is a function of the step."""
+    give_gradients(parameters, step, size=0.3)
+    for p in parameters:
+        p.grad += p.detach() - 1
+
+
+def rate(step):
+    """A learning rate with a warm-up of five steps."""
+    return 0.02 * min(1.0, (step + 1) / 5)
+
+
+def test_lion_equals_lion_pytorch():
+    package = pytest.importorskip("lion_pytorch")
+    ours, theirs = matrices(), matrices()
+    mine = optim.Lion([dict(params=ours, weight_decay=0.1)])
+    reference = package.Lion(theirs, weight_decay=0.1, betas=(0.9, 0.99))
+    for step in range(20):
+        mine.param_groups[0]["lr"] = reference.param_groups[0]["lr"] = rate(step)
+        give_slopes(ours, step)
+        give_slopes(theirs, step)
+        mine.step()
+        reference.step()
+    assert largest_difference(ours, theirs) < 1e-12
+    assert largest_difference(ours, matrices()) > 0.2
+
+
+def test_schedule_free_equals_the_package_of_its_authors():
+    package = pytest.importorskip("schedulefree")
+    ours, theirs = matrices(), matrices()
+    mine = optim.ScheduleFree([dict(params=ours, weight_decay=0.1)], betas=(0.9, 0.95))
+    reference = package.AdamWScheduleFree(theirs, weight_decay=0.1, betas=(0.9, 0.95), foreach=False)
+    for step in range(20):
+        mine.param_groups[0]["lr"] = reference.param_groups[0]["lr"] = rate(step)
+        optim.to_gradient_point(mine)
+        reference.train()
+        assert largest_difference(ours, theirs) < 1e-12, "y"
+        give_slopes(ours, step)
+        give_slopes(theirs, step)
+        mine.step()
+        reference.step()
+        reference.eval()
+        assert largest_difference(ours, theirs) < 1e-12, "x"
+    assert largest_difference(ours, matrices()) > 0.05
+
+
+def test_schedule_free_weights_are_the_mean_of_the_points_that_moved():
+    ours = matrices()
+    mine = optim.ScheduleFree([dict(params=ours, lr=0.02)])
+    points = []
+    for step in range(12):
+        mine.to_gradient_point()
+        give_slopes(ours, step)
+        mine.step()
+        points.append([mine.state[p]["z"].clone() for p in ours])
+    means = [torch.stack(z).mean(0) for z in zip(*points, strict=True)]
+    assert largest_difference(ours, means) < 1e-12
+    assert largest_difference(points[-1], means) > 0.01, "and not the last of them"
+
+
+def test_schedule_free_cannot_step_or_save_at_the_wrong_point():
+    ours = matrices()
+    mine = optim.ScheduleFree([dict(params=ours, lr=0.02, weight_decay=0.1)])
+    for step in range(4):
+        last = ours[-1].detach().clone()
+        mine.to_gradient_point()
+        give_slopes(ours, step)
+        if step == 2:  # a weight without a gradient moves to y all the same, and must come back
+            assert (ours[-1] - last).abs().max() > 1e-4
+            ours[-1].grad = None
+        mine.step()
+        assert step != 2 or (ours[-1] - last).abs().max() < 1e-14
+    with pytest.raises(RuntimeError, match="step.. at x; gradients belong to y; call to_gradient_point"):
+        mine.step()
+    before = [p.detach().clone() for p in ours]
+    mine.state_dict()
+    mine.to_gradient_point()
+    assert largest_difference(ours, before) > 1e-4
+    with pytest.raises(RuntimeError, match="state_dict.. at y; x is the point to save; end the step"):
+        mine.state_dict()
+    mine.to_gradient_point()  # asked twice, moved once
+    mine.zero_grad()  # a step that was skipped
+    assert largest_difference(ours, before) < 1e-14
+    mine.zero_grad()
+    assert largest_difference(ours, before) < 1e-14
+    mine.state_dict()
+
+
+def test_schedule_free_run_evaluates_and_saves_the_mean(stage, monkeypatch, tmp_path):
+    """Through the training script. Two steps at one rate: x is half of the first z and half of the second."""
+    flags = ["--optimizer", "schedulefree", "--warmup_steps", "0"]
+    out, found = tmp_path / "out", {}
+
+    def start(name, steps):
+        module, argv = stage("train_pretrain", *flags, "--save_weight", name, "--max_steps", str(steps))
+        args = module.parse_args(argv)
+        final = module.main(args)
+        state = torch.load(out / name / "resume" / "state.pt", weights_only=True)
+        names = [n for n, _ in Transformer.from_pretrained(out / name).named_parameters()]
+        order = [n for n in names if state["model"][n].ndim >= 2] + [n for n in names if state["model"][n].ndim < 2]
+        found[name] = {n: state["optimizer"]["state"][i]["z"] for i, n in enumerate(order)}
+        saved = load_file(out / name / "model.safetensors")
+        assert all(torch.equal(saved[n], state["model"][n]) for n in names if n in saved)
+        return final, state["model"], args
+
+    _, first, _ = start("one", 1)
+    final, second, args = start("two", 2)
+    for name, z in found["two"].items():
+        assert torch.allclose(second[name], (found["one"][name] + z) / 2, rtol=0, atol=1e-12), name
+    assert max((second[name] - z).abs().max() for name, z in found["two"].items()) > 1e-4, "x and z differ"
+    # what was evaluated is what was saved
+    data = train_pretrain.PretrainData(args.val_path, train_pretrain.Tokenizer.from_pretrained(args.from_weight),
+                                       args.max_seq_len, args.cache_dir, args.seed, part="all")
+    runtime = types.SimpleNamespace(shard=list, sum=lambda *x: list(x), device="cpu",
+                                    autocast=contextlib.nullcontext)
+    model = Transformer.from_pretrained(out / "two", "cpu", torch.float64)
+    assert train_pretrain.evaluate(model, data, args, runtime)[0] == pytest.approx(final["val_loss"], rel=1e-12)
+    # a skipped second step leaves the first step's x
+    skip = common.NonFinite.skip
+    monkeypatch.setattr(common.NonFinite, "skip", lambda self, step, *rest: step == 1 or skip(self, step, *rest))
+    _, skipped, _ = start("skipped", 2)
+    assert all(torch.allclose(skipped[name], first[name], rtol=0, atol=1e-14) for name in first)
+
+
+@pytest.mark.parametrize("name", ["train_reward", "train_dpo"])
+@pytest.mark.parametrize("optimizer", ["lion", "schedulefree"])
+def test_stages_of_pairs_train_with_it(stage, tmp_path, name, optimizer):
+    module, argv = stage(name, "--optimizer", optimizer, "--learning_rate", "1e-3")
+    args = module.parse_args(argv)
+    module.main(args)
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (args.from_weight, tmp_path / "out/run"))
+    moved = [(after[key] - before[key]).abs().max().item() for key in before if key in after]
+    assert min(moved) > 1e-4
+
+
+def slow_sophia(weights, state, gradients, samples, lr, decay, targets):
+    """Algorithm 3 of the paper in numpy, one matrix at a time. samples: gradients on drawn labels, or None."""
+    for i, g in enumerate(gradients):
+        m, h = state[i]
+        if samples is not None:
+            h = 0.99 * h + 0.01 * targets * samples[i] ** 2
+        m = 0.96 * m + 0.04 * g
+        state[i] = m, h
+        step = np.clip(m / np.maximum(0.05 * h, 1e-12), -1, 1)
+        weights[i] = weights[i] - lr * decay * weights[i] - lr * step
+
+
+def test_sophia_equals_a_slow_reference():
+    ours = matrices()
+    weights = [p.detach().numpy().copy() for p in ours]
+    state = [(np.zeros_like(w), np.zeros_like(w)) for w in weights]
+    mine = optim.Sophia([dict(params=ours, lr=0.02, weight_decay=0.1)])
+    clipped = []
+    for step in range(20):
+        samples = None
+        if step % 3 == 0:
+            give_gradients(ours, 50 + step)
+            samples = [p.grad.numpy().copy() for p in ours]
+            for p in ours:
+                p.grad *= 8  # as a gradient scaler would
+            mine.update_hessian(targets=400, grad_scale=8.0)
+        give_slopes(ours, step)
+        slow_sophia(weights, state, [p.grad.numpy() for p in ours], samples, lr=0.02, decay=0.1, targets=400)
+        before = [p.detach().clone() for p in ours]
+        mine.step()
+        moved = torch.cat([((p - b + 0.002 * b).abs()).flatten() for p, b in zip(ours, before, strict=True)])
+        clipped.append((moved > 0.02 - 1e-9).double().mean().item())
+    assert largest_difference(ours, [torch.from_numpy(w) for w in weights]) < 1e-12
+    assert 0.05 < clipped[-1] < 0.95, "both sides of the clip were tested"
+
+
+def test_sophia_needs_an_estimate_and_survives_an_overflow():
+    ours = matrices()
+    mine = optim.Sophia([dict(params=ours, lr=0.02)])
+    give_gradients(ours, 0)
+    with pytest.raises(RuntimeError, match="before update_hessian.*; it divides by .*; give one"):
+        mine.step()
+    mine.update_hessian(targets=10)
+    before = [mine.state[p]["hessian"].clone() for p in ours]
+    ours[1].grad[0, 0] = torch.inf
+    mine.update_hessian(targets=10)
+    assert largest_difference([mine.state[p]["hessian"] for p in ours], before) == 0
+    assert all(h.any() for h in before)
+
+
+def test_drawn_labels_follow_the_models_prediction():
+    torch.manual_seed(0)
+    ids = torch.randint(5, (4000, 3))
+    logits = torch.randn(3, 5, dtype=torch.float64)
+    logits[0, 0] = -torch.inf
+    drawn = optim.sample_labels(logits.expand(4000, 3, 5), ids, torch.rand(4000, 2))
+    assert torch.equal(drawn[:, 0], ids[:, 0]) and drawn.dtype == torch.int64
+    for t in range(2):
+        shares = torch.bincount(drawn[:, t + 1], minlength=5) / 4000
+        assert (shares - logits[t].softmax(-1)).abs().max() < 0.03  # 4 standard deviations of a share of a half
+    assert not (drawn[:, 1] == 0).any()
+    edges = torch.tensor([[0.0, 1.0]])  # the smallest number, and what rounding can make of the largest
+    drawn = optim.sample_labels(logits[None].float(), ids[:1], edges)
+    assert drawn[0, 1] == 1, "not token 0, whose probability is 0"
+    assert drawn[0, 2] == 4
+
+
+def test_estimate_is_the_diagonal_of_the_hessian():
+    """For logits that are linear in the weights the Gauss-Newton matrix is the Hessian, which autograd knows."""
+    torch.manual_seed(0)
+    features = torch.randn(7, 3, dtype=torch.float64)  # six targets, and a last position that scores nothing
+    weight = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+    ids = torch.randint(4, (1, 7))
+
+    def loss(w, labels):
+        return -token_logprobs((features @ w.T)[None], labels).mean()
+
+    exact = torch.autograd.functional.hessian(lambda w: loss(w, ids), weight).reshape(12, 12).diagonal().view(4, 3)
+    # beta2 = 1 - 1/n in the n-th estimate makes the running average a plain mean
+    mine = optim.Sophia([dict(params=[weight])])
+    for n in range(1, 3001):
+        mine.param_groups[0]["betas"] = (0.96, 1 - 1 / n)
+        labels = optim.sample_labels((features @ weight.T)[None].detach(), ids, torch.rand(1, 6))
+        weight.grad = torch.autograd.grad(loss(weight, labels), weight)[0]
+        mine.update_hessian(targets=6)
+    assert torch.allclose(mine.state[weight]["hessian"], exact, rtol=0.15, atol=0.003)
+    # labels of the data would not do: without a draw the estimate is another
+    data = 6 * torch.autograd.grad(loss(weight, ids), weight)[0] ** 2
+    assert not torch.allclose(data, exact, rtol=0.5, atol=0.003)
+
+
+def test_each_optimizer_fits_on_a_screen():
+    """At most 40 statements and heads of blocks, docstrings not counted."""
+    for node in ast.parse(Path(optim.__file__).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            for part in [node, *node.body]:
+                if isinstance(part, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(part):
+                    del part.body[0]
+            lines = [line for line in ast.unparse(node).split("\n") if line]
+            assert 10 < len(lines) <= 40, f"{node.name}: {len(lines)}"
+
+
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
 def test_orthogonalize_keeps_singular_vectors_and_evens_singular_values(shape):
     torch.manual_seed(0)
@@ -154,7 +398,7 @@ def test_only_weights_inside_blocks_go_to_muon(build):
     assert all(not group["weight_decay"] for key, group in found.items() if "norm" in names[key])
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("name", ["muon", "adamw", "lion", "sophia", "schedulefree"])
 def test_saved_state_continues_bit_exactly(name, tmp_path):
     torch.manual_seed(0)
     model = Transformer(tiny(**MOE))
@@ -162,7 +406,10 @@ def test_saved_state_continues_bit_exactly(name, tmp_path):
     def train(module, optimizer, steps):
         for step in steps:
             optim.set_lr(optimizer, 1 - step / 10)
-            give_gradients(module.parameters(), step)
+            optim.to_gradient_point(optimizer)
+            give_slopes(list(module.parameters()), step)
+            if name == "sophia" and step % 2 == 0:
+                optimizer.update_hessian(targets=10)
             optimizer.step()
 
     optimizer = optim.build(model, name, 1e-2, 2e-2, weight_decay=0.1)

@@ -103,10 +103,11 @@ def assert_same_run(out, first, second):
     assert [row["step"] for row in lines(out, second) if "loss" in row] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "lion", "sophia", "schedulefree"])
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_run_equals_uninterrupted_run(run, dropped_folder, tmp_path, name, optimizer):
-    flags = ["--save_interval", "2", "--eval_interval", "2", "--optimizer", optimizer]
+    # a curvature estimate in steps 1 and 4: the resumed run begins between them
+    flags = ["--save_interval", "2", "--eval_interval", "2", "--optimizer", optimizer, "--hessian_interval", "3"]
     whole = run(name, "whole", *flags, parent=dropped_folder)
     # dies at the start of step 4 of 6, when step 3 is done and logged but only step 2 is saved
     assert run(name, "broken", *flags, kill=3, parent=dropped_folder) is None
@@ -114,6 +115,18 @@ def test_killed_run_equals_uninterrupted_run(run, dropped_folder, tmp_path, name
     again = run(name, "broken", *flags, "--from_resume", "1", parent=dropped_folder)
     assert_same_run(tmp_path / "out", "whole", "broken")
     assert again == whole
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_curvature_estimate_leaves_the_step_itself_alone(run, dropped_folder, tmp_path, name):
+    """It runs without dropout, so it takes no random number from the step, and its gradient does not stay."""
+    for optimizer in ("lion", "sophia"):
+        # a rate too small for fp32: all steps see the same weights
+        run(name, optimizer, "--optimizer", optimizer, "--learning_rate", "1e-30", "--hessian_interval", "1",
+            parent=dropped_folder)
+    found = [[(row["loss"], row["grad_norm"]) for row in lines(tmp_path / "out", o) if "loss" in row]
+             for o in ("lion", "sophia")]
+    assert found[0] == found[1] and len(found[0]) == STEPS
 
 
 @pytest.mark.parametrize("kind", ["moe", "shared"])

@@ -21,7 +21,7 @@
 
 use crate::parallel::{parallel, Clock, Interrupted};
 use crate::split::Splitter;
-use crate::{hash_bytes, key_of, slot_of, KEY_BYTES};
+use crate::{hash_bytes, key_of, prefetch, slot_of, KEY_BYTES};
 use std::collections::{BinaryHeap, HashMap};
 use std::sync::Mutex;
 
@@ -463,8 +463,7 @@ impl Trainer {
         let range = start as usize..start as usize + length as usize;
         for chunk in self.positions[range].chunks(CHUNK) {
             // The cells lie all over memory. To ask for many before any is used lets them come at the same time
-            let touch = |sum, &position: &u32| sum ^ self.cells[position as usize].id;
-            std::hint::black_box(chunk.iter().fold(0, touch));
+            chunk.iter().for_each(|&position| prefetch(&self.cells[position as usize]));
             for &position in chunk {
                 let first = position as usize;
                 let second = first + a_length as usize;
