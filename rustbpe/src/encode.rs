@@ -187,7 +187,7 @@ impl<T: TokenId> PairTable<T> {
 
     fn insert(&mut self, left: u32, right: u32, rank: u32) {
         let hash = mix(left, right);
-        let word = hash / 64 & (self.maybe.len() - 1);
+        let word = (hash / 64) & (self.maybe.len() - 1);
         self.maybe[word] |= 1 << (hash % 64);
         let mut slot = hash & (self.slots.len() - 1);
         while self.slots[slot] != [T::new(T::LARGEST); 3] {
@@ -200,7 +200,7 @@ impl<T: TokenId> PairTable<T> {
     #[inline]
     fn get(&self, left: u32, right: u32) -> u32 {
         let hash = mix(left, right);
-        if self.maybe[hash / 64 & (self.maybe.len() - 1)] >> (hash % 64) & 1 == 0 {
+        if self.maybe[(hash / 64) & (self.maybe.len() - 1)] >> (hash % 64) & 1 == 0 {
             return NONE;
         }
         let mut slot = hash & (self.slots.len() - 1);
