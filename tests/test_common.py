@@ -948,6 +948,7 @@ class Child:
         self.output = master if terminal else reader
         if self.pid == 0:
             try:
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may themselves run under nohup
                 for descriptor in (1, 2) if writer else ():
                     os.dup2(writer, descriptor)
                 sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
