@@ -86,6 +86,8 @@ class Parser(argparse.ArgumentParser):
         for name, default in self.by_optimizer.items():
             if getattr(args, name) is None:
                 setattr(args, name, default(args.optimizer))
+        if getattr(args, "use_wandb", 0):
+            args.tracker = "wandb"
         if self.unserved and args.optimizer in self.unserved:
             self.error(f"--optimizer {args.optimizer}; {UNSERVED[args.optimizer]}; give one of "
                        f"{', '.join(name for name in OPTIMIZERS if name not in self.unserved)}")

@@ -273,7 +273,7 @@ def train(texts_or_paths, vocab_size=6400, backend="auto", progress=True):
             f"vocab_size is {vocab_size}; 256 bytes and {len(SPECIALS)} special tokens need at least {smallest}; "
             f"give --vocab_size {smallest} or more (6400 suits small models)"
         )
-    merges, facts = learn(texts_or_paths, vocab_size - smallest, backend)
+    merges, facts = learn(texts_or_paths, vocab_size - smallest, backend, progress=progress)
     if progress:
         print(
             "tokenizer: {documents:,} documents, {characters:,} characters, {words:,} distinct words in "
@@ -305,7 +305,9 @@ def learn(texts_or_paths, num_merges, backend="auto", num_threads=0, progress=Fa
     start = time.perf_counter()
     trainer = None if rust is None else rust.Trainer(num_threads)
     words = Counter()
-    with tqdm(desc="count words", unit="char", unit_scale=True, disable=not progress) as bar:
+    # a log file gets a line every 15 seconds instead of redraws
+    quiet = {"disable": not progress, "mininterval": 0.1 if sys.stderr.isatty() else 15}
+    with tqdm(desc="count words", unit="char", unit_scale=True, **quiet) as bar:
         for batch in _batches(iter_texts(texts_or_paths)):
             facts["documents"] += len(batch)
             size = sum(map(len, batch))
@@ -327,7 +329,7 @@ def learn(texts_or_paths, num_merges, backend="auto", num_threads=0, progress=Fa
     facts["words"] = len(words) if trainer is None else trainer.num_words
     facts["count_seconds"] = time.perf_counter() - start
     start = time.perf_counter()
-    with tqdm(desc="learn merges", unit="merge", total=num_merges, disable=not progress) as bar:
+    with tqdm(desc="learn merges", unit="merge", total=num_merges, **quiet) as bar:
         report = lambda done: bar.update(done - bar.n)  # noqa: E731
         merges = learn_merges(words, num_merges, report) if trainer is None else trainer.train(num_merges, report)
         report(len(merges))
@@ -1012,11 +1014,10 @@ def _spelled(token):
 
 def _merge_table(tokenizer, number):
     """Lines "id: left + right = token" of the first merges; [] shows where a part begins and ends."""
-    letters = {letter: byte for byte, letter in enumerate(byte_alphabet())}
     spec = json.loads(tokenizer.files["tokenizer.json"])["model"]
     for merge in spec["merges"][:number]:
         parts = merge.split(" ") if isinstance(merge, str) else merge
-        left, right = (bytes(letters[letter] for letter in part) for part in parts)
+        left, right = (tokenizer.token_bytes[spec["vocab"][part]] for part in parts)
         index = spec["vocab"]["".join(parts)]
         yield f"{index:>8}: [{_spelled(left)}] + [{_spelled(right)}] = [{_spelled(left + right)}]"
 

@@ -381,7 +381,7 @@ def main(args):
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         "wandb" if args.use_wandb else args.tracker)
+                         args.tracker)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:

@@ -64,21 +64,27 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def read_rows(path):
+    """Rows of a JSONL file, packed or not."""
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", newline="\n") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write_texts(path, texts):
+    """One {"text"} row a line. Returns the path as str."""
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
 def prepare(args, folder):
     """Plain JSONL files: every third document is for encoding, the others for training. Returns {name: path}."""
     paths = {}
     for name, source in [("en", args.english), ("zh", args.chinese)]:
-        opener = gzip.open if source.endswith(".gz") else open
         paths[name] = folder / f"{name}_train.jsonl"
         paths[name + "_heldout"] = folder / f"{name}_heldout.jsonl"
-        with (
-            opener(source, "rt", encoding="utf-8", newline="\n") as lines,
-            open(paths[name], "w", encoding="utf-8", newline="\n") as train,
-            open(paths[name + "_heldout"], "w", encoding="utf-8", newline="\n") as heldout,
-        ):
-            for number, line in enumerate(lines):
-                row = json.dumps({"text": json.loads(line)["text"]}, ensure_ascii=False) + "\n"
-                (train if number % 3 else heldout).write(row)
+        texts = [row["text"] for row in read_rows(source)]
+        write_texts(paths[name], [text for number, text in enumerate(texts) if number % 3])
+        write_texts(paths[name + "_heldout"], texts[::3])
     return paths
 
 
@@ -144,12 +150,14 @@ def bench_training(args, paths, log):
             result = medians(args, jobs, log)
             peer = result.get("rustbpe")
             for name, facts in result.items():
-                same = "-" if not facts["digest"] or not peer else str(facts["digest"] == peer["digest"])
+                same = "-"
+                if facts["digest"] and peer:
+                    same = "equal" if facts["digest"] == peer["digest"] else "DIFFER"
                 memory = f"{facts['peak_mb'] / peer['peak_mb']:.2f}" if peer else "-"
                 ratio = facts["seconds"] / result["ours"]["seconds"]
                 table.append(
                     f"| {text}, {vocab_size} | {name} | {facts['seconds']:.2f} | {ratio:.2f} | {facts['peak_mb']:.0f} "
-                    f"| {memory} | {same.replace('True', 'equal').replace('False', 'DIFFER')} |"
+                    f"| {memory} | {same} |"
                 )
     return table
 
@@ -205,33 +213,10 @@ def bench_encoding(args, paths, folder, log):
     return table
 
 
-def read_rows(path):
-    """Rows of a JSONL file, packed or not."""
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", newline="\n") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def texts_of(row):
-    """Every text of a row of whatever format."""
-    values = [row.get(field) for field in ("text", "passage", "conversations", "prompt", "chosen", "rejected")]
-    turns = [turn for value in values if value for turn in (value if isinstance(value, list) else [value])]
-    return [turn["content"] if isinstance(turn, dict) else turn for turn in turns]
-
-
-def write_texts(path, texts):
-    """One {"text"} row a line. Returns the path as str."""
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return str(path)
-
-
 def bench_compression(args, folder):
     """Bytes per token over the share of Chinese in the training text. Returns the lines of a table; draws a plot."""
     pools = {"English": [], "Chinese": []}
-    for path in args.prose:
-        for text in (text for row in read_rows(path) for text in texts_of(row)):
-            chinese = sum("\u4e00" <= character <= "\u9fff" for character in text)
-            pools["Chinese" if chinese * 5 >= len(text) else "English"].append(text)
-    tests = {"English": [text for row in read_rows(args.test_english) for text in texts_of(row)], "Chinese": []}
+    tests = {"English": [row.get("text") or row["passage"] for row in read_rows(args.test_english)], "Chinese": []}
     for language, path in (("English", args.english), ("Chinese", args.chinese)):
         rows = read_rows(path)
         random.Random(0).shuffle(rows)
@@ -242,6 +227,7 @@ def bench_compression(args, folder):
         "task": "compress",
         "contender": "ours",
         "threads": 2,
+        "prose": [str(Path(path).resolve()) for path in args.prose],
         "pools": {name: write_texts(folder / f"{name}.jsonl", texts) for name, texts in pools.items()},
         "tests": {name: write_texts(folder / f"{name}_test.jsonl", texts) for name, texts in tests.items()},
         "megabytes": 6,
@@ -296,7 +282,7 @@ def main(args):
     log = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        paths = prepare(args, folder)
+        paths = prepare(args, folder) if set(args.parts) - {"compression"} else {}
         tables = []
         if "train" in args.parts:
             tables.append(bench_training(args, paths, log))

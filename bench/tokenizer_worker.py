@@ -170,12 +170,16 @@ def encode_quicktok(job):
 def compress(job):
     """Bytes per token on test text, for vocabularies of several sizes and shares of Chinese in the training text.
 
-    job: pools {language: texts file}, tests {language: texts file}, megabytes, shares, vocab_sizes, others {name:
-    folder}. Returns {"curves": [[share, vocabulary, English, Chinese], ...], "others": {name: [English, Chinese]}}.
+    job: prose (files to train on first, in whatever format and language), pools {language: texts file}, tests
+    {language: texts file}, megabytes, shares, vocab_sizes, others {name: folder}.
+    Returns {"curves": [[share, vocabulary, English, Chinese], ...], "others": {name: [English, Chinese]}}.
     """
     import tokenizer
 
     tests = {language: read_documents([path]) for language, path in job["tests"].items()}
+    pools = tokenizer.by_language(tokenizer.iter_texts([Path(path) for path in job["prose"]]))
+    for language, path in job["pools"].items():
+        pools[language] += read_documents([path])
 
     def rates(trained):
         return [tokenizer.bytes_per_token(trained, tests[language]) for language in ("English", "Chinese")]
@@ -185,7 +189,7 @@ def compress(job):
         documents = []
         for language, part in (("English", 1 - share), ("Chinese", share)):
             size = 0
-            for text in read_documents([job["pools"][language]]):
+            for text in pools[language]:
                 if size >= part * job["megabytes"] * 1e6:
                     break
                 documents.append(text)

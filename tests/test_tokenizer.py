@@ -221,6 +221,15 @@ def test_ids_that_no_merge_fills_are_padding_and_the_size_stays_as_asked(tmp_pat
     assert Tokenizer.from_pretrained(tmp_path).vocab_size == 1000
 
 
+@pytest.mark.parametrize("backend", ["python", pytest.param("rust", marks=needs_rust)])
+def test_training_shows_how_far_it_is(backend, capsys):
+    train([ENGLISH], vocab_size=300, backend=backend)
+    bars = capsys.readouterr().err
+    assert "count words" in bars and "learn merges: 100%" in bars
+    train([ENGLISH], vocab_size=300, backend=backend, progress=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_python_trainer_says_that_it_is_used(monkeypatch, capsys):
     monkeypatch.setattr(tokenizer_file, "rust_module", lambda: None)
     train(["hello"], vocab_size=300, progress=False)

@@ -17,7 +17,7 @@
 
 use crate::parallel::{parallel, Interrupted};
 use crate::split::Splitter;
-use crate::{key_of, prefetch, slot_of, KEY_BYTES};
+use crate::{hash_pair, key_of, prefetch, slot_of, KEY_BYTES};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
@@ -186,7 +186,7 @@ impl<T: TokenId> PairTable<T> {
     }
 
     fn insert(&mut self, left: u32, right: u32, rank: u32) {
-        let hash = mix(left, right);
+        let hash = hash_pair(left, right);
         let word = (hash / 64) & (self.maybe.len() - 1);
         self.maybe[word] |= 1 << (hash % 64);
         let mut slot = hash & (self.slots.len() - 1);
@@ -199,7 +199,7 @@ impl<T: TokenId> PairTable<T> {
     /// Rank of the joined token, or NONE.
     #[inline]
     fn get(&self, left: u32, right: u32) -> u32 {
-        let hash = mix(left, right);
+        let hash = hash_pair(left, right);
         if self.maybe[(hash / 64) & (self.maybe.len() - 1)] >> (hash % 64) & 1 == 0 {
             return NONE;
         }
@@ -215,13 +215,6 @@ impl<T: TokenId> PairTable<T> {
             slot = (slot + 1) & (self.slots.len() - 1);
         }
     }
-}
-
-/// Spread a pair of ranks over 32 bits.
-#[inline]
-fn mix(left: u32, right: u32) -> usize {
-    let key = (left as u64) << 32 | right as u64;
-    (key.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as usize
 }
 
 /// A vocabulary, ready to encode.

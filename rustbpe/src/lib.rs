@@ -19,22 +19,31 @@ mod py;
 pub mod split;
 pub mod train;
 
+/// 2^64 / golden ratio: multiplied by it, numbers that differ little come to lie far apart in the upper bits.
+const SPREAD: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// A pair of token ids spread over 32 bits.
+#[inline]
+pub(crate) fn hash_pair(left: u32, right: u32) -> usize {
+    let key = (left as u64) << 32 | right as u64;
+    (key.wrapping_mul(SPREAD) >> 32) as usize
+}
+
 /// A fast hash for short byte strings. Not for hostile input tables that must not degrade: a word table of a tokenizer
 /// trainer slows down on crafted collisions, it does not fail.
 #[inline]
 pub(crate) fn hash_bytes(bytes: &[u8]) -> u64 {
-    const K: u64 = 0x9E37_79B9_7F4A_7C15; // 2^64 / golden ratio: odd, bits well spread
-    let mut hash = (bytes.len() as u64).wrapping_mul(K);
+    let mut hash = (bytes.len() as u64).wrapping_mul(SPREAD);
     let mut chunks = bytes.chunks_exact(8);
     for chunk in &mut chunks {
         let word = u64::from_le_bytes(chunk.try_into().expect("chunks of 8"));
-        hash = (hash ^ word).wrapping_mul(K);
+        hash = (hash ^ word).wrapping_mul(SPREAD);
         hash ^= hash >> 29;
     }
     let mut tail = [0u8; 8];
     let rest = chunks.remainder();
     tail[..rest.len()].copy_from_slice(rest);
-    hash = (hash ^ u64::from_le_bytes(tail)).wrapping_mul(K);
+    hash = (hash ^ u64::from_le_bytes(tail)).wrapping_mul(SPREAD);
     hash ^ (hash >> 32)
 }
 
@@ -74,6 +83,6 @@ pub(crate) fn key_of(bytes: &[u8], start: usize, length: usize) -> u128 {
 /// The place of a key in a table of `size`, a power of two.
 #[inline]
 pub(crate) fn slot_of(key: u128, size: usize) -> usize {
-    let mixed = (key as u64 ^ ((key >> 64) as u64).rotate_left(29)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let mixed = (key as u64 ^ ((key >> 64) as u64).rotate_left(29)).wrapping_mul(SPREAD);
     (mixed >> (64 - size.trailing_zeros())) as usize
 }

@@ -21,7 +21,7 @@
 
 use crate::parallel::{parallel, Clock, Interrupted};
 use crate::split::Splitter;
-use crate::{hash_bytes, key_of, prefetch, slot_of, KEY_BYTES};
+use crate::{hash_bytes, hash_pair, key_of, prefetch, slot_of, KEY_BYTES};
 use std::collections::{BinaryHeap, HashMap};
 use std::sync::Mutex;
 
@@ -215,10 +215,10 @@ impl Counter {
 
 /// Stands between words.
 const BORDER: u32 = u32::MAX;
-/// Positions handled together when a pair is merged.
-const CHUNK: usize = 128;
 /// Stands in cells inside a token: no pair begins here.
 const INSIDE: u32 = u32::MAX - 1;
+/// Positions handled together when a pair is merged.
+const CHUNK: usize = 128;
 
 /// One byte of a word.
 #[derive(Clone, Copy)]
@@ -281,9 +281,8 @@ impl PairTable {
     /// Index of the pair's slot, or of a free one, whose count is 0. The table is not empty.
     #[inline]
     fn slot(&self, pair: Pair) -> usize {
-        let key = (pair.0 as u64) << 32 | pair.1 as u64;
         let mask = self.slots.len() - 1;
-        let mut slot = (key.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as usize & mask;
+        let mut slot = hash_pair(pair.0, pair.1) & mask;
         while self.slots[slot].pair != pair && self.slots[slot].pair != FREE {
             slot = (slot + 1) & mask;
         }
