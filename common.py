@@ -1,25 +1,21 @@
-"""What every script needs besides its lesson: flags, processes, device and dtype, schedule, safe checkpoints,
-signals, clear errors. As a program it looks at the machine and says what to fix:
+"""What every training script needs of its surroundings: processes, device and dtype, steps and rates, signals, clear
+errors. As a program it looks at the machine and says what to fix:
 
     python common.py --check
 
-Here is only what is identical in every stage and has one right answer. It knows no model: whatever it saves or
-compares comes in as an argument. Each training script keeps its own loop, loss and checkpoint calls.
+Here is only what is identical in every stage and has one right answer. It knows no model: whatever it measures or
+compares comes in as an argument. What this file does not do: flags (cli.py), folders on the disk (checkpoint.py).
 
-Sources: launch variables as torchrun sets them; WSD schedule from Hu et al. 2024 (arXiv:2404.06395); tmp + fsync +
-rename is the usual way to replace a file atomically (POSIX rename).
+Sources: launch variables as torchrun sets them; WSD schedule from Hu et al. 2024 (arXiv:2404.06395).
 """
 
 import argparse
 import contextlib
 import ctypes
 import datetime
-import hashlib
 import importlib.metadata
-import json
 import math
 import os
-import pickle
 import platform
 import random
 import re
@@ -37,187 +33,13 @@ try:
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
-    from safetensors import SafetensorError
 except ImportError as missing:  # where --check is needed most
     sys.exit(f"error: {missing}; training needs the packages of requirements.txt; install them: bash run.sh setup")
 
-FORMAT_VERSION = 1  # of our checkpoint folders; part of every stage key, so that a new layout redoes old stages
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 # Largest relative error of a tiny step in each dtype: several times that of a sound machine. On CUDA fp32 may be TF32
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
-
-# Flags that cannot change what a run computes: they are left out of the stage key, and resume may change them freely.
-FREE_FLAGS = {"accumulation_steps", "batch_size", "cache_dir", "debug", "device", "dtype", "epochs", "eval_batches",
-              "eval_interval", "eval_prompts", "from_resume", "if_needed", "keep_resume", "log_interval",
-              "max_minutes", "max_steps", "overwrite", "save_dir", "save_interval",
-              "save_weight", "show_batch", "threads", "tracker", "use_compile", "use_wandb"}
-# ... but these do change the result of a whole stage, so the key keeps them although resume allows them.
-KEY_FLAGS = {"max_steps", "epochs", "max_minutes", "accumulation_steps", "batch_size"}
-
-# --optimizer -> its default rate as a multiple of the stage's AdamW rate (sources: docs/training.md)
-OPTIMIZERS = {"muon": 1.0, "adamw": 1.0, "lion": 0.3, "sophia": 1.0, "schedulefree": 1.0}
-# why a stage cannot serve one of them
-UNSERVED = {
-    "sophia": "it measures curvature with labels drawn from next-token predictions, as only pretraining and SFT can",
-    "schedulefree": "it trains at other weights than it samples from, so the first ratio of a rollout would not be 1",
-}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-class Parser(argparse.ArgumentParser):
-    """argparse with this project's rules: no abbreviations, hyphens as good as underscores, defaults shown in the
-    help."""
-
-    def __init__(self, doc):
-        super().__init__(description=doc, allow_abbrev=False, formatter_class=_HelpFormatter)
-        self.by_optimizer = {}  # flag -> function of the optimizer's name that gives its default
-        self.unserved = ()  # optimizers that this script refuses
-
-    def parse_args(self, args=None, namespace=None):
-        """As argparse's, with hyphens in flags read as underscores, and defaults that depend on --optimizer."""
-        args = sys.argv[1:] if args is None else list(args)
-        named = [a.split("=", 1) for a in args]
-        # only the flag itself is rewritten: its value may be a path with hyphens
-        args = ["=".join([a[0].replace("-", "_").replace("__", "--", 1), *a[1:]]) if a[0].startswith("--")
-                else "=".join(a) for a in named]
-        args = super().parse_args(args, namespace)
-        for name, default in self.by_optimizer.items():
-            if getattr(args, name) is None:
-                setattr(args, name, default(args.optimizer))
-        if getattr(args, "use_wandb", 0):
-            args.tracker = "wandb"
-        if self.unserved and args.optimizer in self.unserved:
-            self.error(f"--optimizer {args.optimizer}; {UNSERVED[args.optimizer]}; give one of "
-                       f"{', '.join(name for name in OPTIMIZERS if name not in self.unserved)}")
-        return args
-
-    def error(self, message):
-        """Leave with exit code 2 and one message (argparse would print the whole usage before it)."""
-        self.exit(2, f"error: {message}\nSee: python {Path(sys.argv[0]).name} --help\n")
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        # "(default: None)" would tell nobody anything; such a flag's help says what its absence means
-        return action.help if action.default in (None, "", []) else super()._get_help_string(action)
-
-
-def switch(parser, name, default, help):
-    """Add a 0/1 flag whose value may be left out: absent = default, `--x` = 1, `--x 0` = 0 (type=bool would read
-    'False' as true)."""
-    parser.add_argument(name, type=int, choices=(0, 1), nargs="?", const=1, default=default, help=help)
-
-
-def positive(kind, zero=False, below=1e15):
-    """A type for argparse: a number above 0 (or from 0 on) and below a limit, so that absurd values are refused
-    before any data is read."""
-
-    def convert(text):
-        value = kind(text)
-        # written so that nan fails it
-        if not 0 <= value < below or (value == 0 and not zero):
-            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if zero else 'above'} 0 and below {below:g}")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
-
-
-def run_flags(parser, save_weight, eval_interval, save_interval=100, log_interval=10):
-    """Add the flags of a run that mean the same in every training script: where it is written, on what it runs, how
-    often it speaks."""
-    count = positive(int, zero=True)
-    g = parser.add_argument_group("output")
-    g.add_argument("--save_dir", default="out", help="folder of all checkpoints")
-    g.add_argument("--save_weight", default=save_weight, help="name of this checkpoint below --save_dir")
-    g.add_argument("--log_interval", type=positive(int), default=log_interval,
-                   help="optimizer steps between two lines of metrics.jsonl")
-    g.add_argument("--tracker", default="none", choices=("none", "tensorboard", "wandb", "swanlab"),
-                   help="where the numbers of metrics.jsonl go as well; offline unless you are logged in there")
-    switch(g, "--use_wandb", 0, "another name for --tracker wandb")
-    g.add_argument("--eval_interval", type=count, default=eval_interval,
-                   help="optimizer steps between evaluations, 0 = only at the end")
-    g.add_argument("--save_interval", type=count, default=save_interval,
-                   help="optimizer steps between checkpoints, 0 = only at the end")
-    switch(g, "--keep_resume", 1, "keep the optimizer state after the end, so that training can go on")
-    g = parser.add_argument_group("run")
-    switch(g, "--from_resume", 0,
-           "go on from the last checkpoint of --save_weight (starts fresh, and says so, where there is none)")
-    switch(g, "--if_needed", 0,
-           "skip when this checkpoint is finished with the same flags and inputs, resume when it was interrupted")
-    switch(g, "--overwrite", 0, "replace a checkpoint of that name")
-    g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
-    g.add_argument("--dtype", default="auto", choices=["auto", *DTYPES, *SHORT_DTYPES],
-                   help="autocast dtype; float64 turns autocast off")
-    g.add_argument("--threads", type=count, default=0,
-                   help="CPU threads of this process, 0 = cores / processes on this machine")
-    g.add_argument("--seed", type=int, default=42, help="seed of weights, data order and sampling")
-    switch(g, "--show_batch", 0, "print the tokens of two samples, and which of them are trained, before training")
-    switch(g, "--debug", 0, "show the traceback of an error")
-
-
-def optim_flags(parser, batch_size, learning_rate, muon_learning_rate, max_steps=0, epochs=1.0, warmup_steps=0.05,
-                schedule="linear", weight_decay=0.0, accumulation_steps=1, grad_clip=1.0, optimizer="muon",
-                unserved=("sophia",)):
-    """Add the optimisation flags; a script passes its own recipe as defaults, so that the numbers stand where the
-    loop is. learning_rate is AdamW's. unserved: optimizers that the script refuses."""
-    g = parser.add_argument_group("optimisation")
-    g.add_argument("--batch_size", type=positive(int), default=batch_size, help="samples per process and micro-step")
-    g.add_argument("--accumulation_steps", type=positive(int), default=accumulation_steps,
-                   help="micro-steps per optimizer step")
-    g.add_argument("--max_steps", type=positive(int, zero=True), default=max_steps,
-                   help="optimizer steps, 0 = as --epochs says")
-    g.add_argument("--epochs", type=positive(float), default=epochs,
-                   help="passes over the data, when --max_steps is 0; may be a fraction")
-    g.add_argument("--max_minutes", type=positive(float, zero=True), default=0.0,
-                   help="wall-clock budget: sets the steps from the measured speed")
-    parser.unserved = unserved
-    refused = f"; not here: {', '.join(unserved)}" if unserved else ""
-    g.add_argument("--optimizer", default=optimizer, choices=tuple(OPTIMIZERS),
-                   help=f"muon: Muon on 2D weights, AdamW on the rest; sophia: Sophia-G{refused}")
-    parser.by_optimizer |= {
-        "learning_rate": lambda name: learning_rate * OPTIMIZERS[name],
-        # Schedule-Free averages instead of falling; a rate that falls as well would end its mean early
-        "schedule": lambda name: "constant" if name == "schedulefree" else schedule,
-    }
-    g.add_argument("--learning_rate", type=positive(float, below=1),
-                   help=f"peak rate, beside Muon of the AdamW part ({rates(learning_rate)})")
-    g.add_argument("--muon_learning_rate", type=positive(float, below=1), default=muon_learning_rate,
-                   help="peak rate of the Muon part")
-    g.add_argument("--warmup_steps", type=positive(float, zero=True), default=warmup_steps,
-                   help="steps of linear warm-up; below 1: share of all steps")
-    g.add_argument("--schedule", choices=("linear", "cosine", "wsd", "constant"),
-                   help=f"shape of the rate after warm-up (default: {schedule}, with schedulefree constant)")
-    g.add_argument("--weight_decay", type=positive(float, zero=True), default=weight_decay,
-                   help="decoupled weight decay on 2D weights")
-    g.add_argument("--grad_clip", type=positive(float, zero=True), default=grad_clip,
-                   help="largest gradient norm, 0 = no clipping")
-    if "sophia" not in unserved:
-        g.add_argument("--hessian_interval", type=positive(int), default=10,
-                       help="sophia: optimizer steps between two estimates of the curvature, each a second backward "
-                            "pass")
-
-
-def rates(adamw):
-    """The default rates of all optimizers as one phrase for a help text; `adamw` is the stage's AdamW rate."""
-    others = [f", with {name} {adamw * factor:g}" for name, factor in OPTIMIZERS.items() if factor != 1]
-    return f"default: {adamw:g}{''.join(others)}"
-
-
-def data_flags(parser, data_path, max_seq_len, val_ratio=0.01):
-    """Add the flags of a training set with its held-out part."""
-    g = parser.add_argument_group("data")
-    g.add_argument("--data_path", nargs="+", default=[data_path],
-                   help="training files (.jsonl, .jsonl.gz, .txt) or globs")
-    g.add_argument("--val_path", nargs="+", default=[],
-                   help="held-out files; without them --val_ratio of the training files is held out")
-    g.add_argument("--val_ratio", type=positive(float, zero=True), default=val_ratio,
-                   help="held-out share, chosen by document hash")
-    g.add_argument("--max_seq_len", type=positive(int), default=max_seq_len, help="tokens per row")
-    g.add_argument("--cache_dir", default="out/cache", help="where tokenised data is kept between runs")
-    switch(g, "--skip_bad", 0, "skip and count unreadable lines instead of stopping at the first")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -447,12 +269,13 @@ def fall_back(runtime):
     runtime.device, runtime.dtype = device, dtype
 
 
-def setup(args):
+def setup(args, earlier=None):
     """Join the process group torchrun announces, choose device, dtype and threads, seed everything, say what was
     chosen. Where device and dtype compute wrong numbers, safer ones are taken (fall_back()).
 
     Args:
-        args: namespace with device, dtype, threads, seed (and, for a resumed run, save_dir, save_weight, from_resume).
+        args: namespace with device, dtype, threads, seed.
+        earlier: what the run that goes on had chosen (checkpoint.earlier_choice()), or None.
     Returns: Runtime.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -474,7 +297,7 @@ def setup(args):
               f"{torch.cuda.device_count()} " + " ".join(sys.argv), flush=True)
     # what a probe decided once holds for the whole run: a resumed run must not change its numbers because the machine
     # is busy today
-    earlier = _earlier_choice(args)
+    earlier = earlier or {}
     cores = count_cores()
     # torchrun leaves the thread count to an environment variable; too many threads cost 5 to 8 times, so it is set here
     threads = args.threads or earlier.get("threads") or max(1, cores // local_world)
@@ -515,17 +338,6 @@ def _keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD: its maximum, blocks below come from the heap
         libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: never shrink the heap
-
-
-def _earlier_choice(args):
-    """dtype and threads of the run that is being resumed, else {}."""
-    if not (getattr(args, "from_resume", 0) or getattr(args, "if_needed", 0)):
-        return {}
-    folder = Path(args.save_dir) / args.save_weight
-    earlier = (read_minillm(folder) or read_minillm(_previous(folder))).get("runtime", {})
-    # threads are cores / processes: a run that goes on with more processes must not start cores threads in each
-    same = earlier.get("world_size") == int(os.environ.get("WORLD_SIZE", 1))
-    return earlier if same else {"dtype": earlier.get("dtype")}
 
 
 def seed_everything(seed):
@@ -703,288 +515,9 @@ class NonFinite:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoint folders
-@contextlib.contextmanager
-def atomic_folder(path):
-    """Fill a temporary folder, then put it in place of `path` as a whole; the folder that was there stays as
-    `<path>.previous`.
-
-    A crash at any moment leaves `path` or `<path>.previous` complete (find_checkpoint knows both). An exception
-    inside leaves the old one.
-    """
-    path = Path(path)
-    tmp, previous = path.with_name(path.name + ".tmp"), _previous(path)
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    try:
-        yield tmp
-        for file in tmp.rglob("*"):
-            if file.is_file():
-                _fsync(file)
-        _fsync(tmp)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-    if path.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        os.replace(path, previous)
-    os.replace(tmp, path)
-    _fsync(path.parent)
-
-
-def _fsync(path):
-    """Force a file's or folder's content to the disk (Windows cannot do it for folders, nor needs it)."""
-    with contextlib.suppress(OSError, PermissionError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def find_checkpoint(save_dir, name):
-    """Folder of a checkpoint given by name below save_dir or by path. A damaged one is named and its predecessor used
-    instead.
-
-    Raises FileNotFoundError that lists what there is.
-    """
-    # below save_dir first: a folder "sft" that happens to lie in the working directory must not hide out/sft
-    candidates = [Path(save_dir) / name, Path(name)]
-    there = [p for p in candidates if any((f / "config.json").is_file() for f in (p, _previous(p)))]
-    path = (there or candidates[os.sep in str(name):])[0]
-    previous = _previous(path)
-    if (path / "config.json").is_file():
-        damage = _damage(path)
-        if not damage:
-            return path
-        if (previous / "config.json").is_file() and not _damage(previous):
-            print(f"checkpoint {path} is damaged ({damage}); using {previous} instead", flush=True)
-            return previous
-        raise ValueError(f"checkpoint {path} is damaged ({damage}); there is no earlier one beside it; train that "
-                         f"stage again")
-    if (previous / "config.json").is_file():
-        print(f"checkpoint {path} is missing (a save was interrupted); using {previous} instead", flush=True)
-        return previous
-    there = sorted(p.parent.name for p in Path(save_dir).glob("*/config.json")
-                   if not p.parent.name.endswith((".previous", ".tmp")))
-    raise FileNotFoundError(f"checkpoint {name!r} not found (looked for {path}/config.json from {Path.cwd()}); "
-                            f"in {save_dir}/ there are: {', '.join(there) or 'none'}; "
-                            "train that stage first, or give a folder")
-
-
-def _previous(path):
-    """Where atomic_folder keeps the folder that `path` replaced."""
-    return Path(f"{path}.previous")
-
-
-def _damage(path):
-    """Why a checkpoint folder cannot be used, or ''. Sizes were written beside the weights, so a cut file is seen
-    without reading it."""
-    facts = read_minillm(path)
-    if not facts and (path / "minillm.json").exists():
-        return "minillm.json is unreadable"
-    for name, size in facts.get("files", {}).items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, not {size}"
-    return ""
-
-
-def write_minillm(folder, facts):
-    """Write minillm.json: what made this checkpoint (stage, parents, hashes, versions, seed, metrics) and the size of
-    every file."""
-    folder = Path(folder)
-    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()
-             and f.name != "minillm.json"}
-    content = {"format": FORMAT_VERSION, "torch": torch.__version__, "written": time.strftime("%Y-%m-%dT%H:%M:%S"),
-               **facts, "files": files}
-    (folder / "minillm.json").write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str),
-                                         encoding="utf-8")
-
-
-def read_minillm(folder):
-    """minillm.json of a checkpoint folder as a dict; {} for a folder from elsewhere or an unreadable file."""
-    try:
-        return json.loads((Path(folder) / "minillm.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def save_checkpoint(runtime, args, parts, state, facts, finished=False):
-    """Write out/<save_weight> atomically: each part's own files, the resume state, minillm.json. Every rank must call
-    it.
-
-    Args:
-        parts: objects with save_pretrained(folder): model and tokenizer.
-        state: dict for resuming, of tensors and plain values (full-precision weights, optimizer, scaler, progress).
-        facts: dict for minillm.json.
-    Returns: True when written; False (with a message, training goes on) when the disk is full.
-    """
-    rng = runtime.gather(_rng_state())
-    written = True
-    if runtime.is_main:
-        folder = Path(args.save_dir) / args.save_weight
-        try:
-            _check_space(folder, state)
-            with atomic_folder(folder) as tmp:
-                for part in parts:
-                    part.save_pretrained(tmp)
-                if not finished or args.keep_resume:
-                    (tmp / "resume").mkdir()
-                    torch.save({**state, "rng": rng, "args": _plain(args)}, tmp / "resume" / "state.pt")
-                choice = {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads, "world_size": runtime.world_size}
-                seconds = round(time.time() - runtime.started, 1)
-                write_minillm(tmp, {**facts, "finished": finished, "seconds": seconds, "args": _plain(args),
-                                    "runtime": choice})
-            if finished:  # the run is over and its checkpoint whole: the one before is no longer needed
-                shutil.rmtree(_previous(folder), ignore_errors=True)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            # a disk that fills up while writing: torch.save raises RuntimeError, safetensors its own class
-            last = read_minillm(folder).get("progress", {}).get("step", "none")
-            print(f"checkpoint not written to {folder}: {error}. Training goes on; last good checkpoint: step {last}",
-                  flush=True)
-            written = False
-    written = not runtime.any(not written)
-    if finished and not written:
-        raise OSError("the final checkpoint could not be written (see above); the last good one is untouched; make "
-                      "room and go on with --from_resume 1")
-    return written
-
-
-def _check_space(folder, state):
-    """Raise OSError before writing when the disk cannot hold a second copy (weights once more beside the state)."""
-    need = sum(t.numel() * t.element_size() for t in _tensors(state))
-    need += sum(t.numel() * t.element_size() for t in _tensors(state.get("model", {})))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < 1.05 * need:
-        raise OSError(f"it needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
-
-
-def _tensors(tree):
-    """All tensors in nested dicts and lists."""
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _tensors(value)
-
-
-def _rng_state():
-    """torch's random state of this process (CPU and current CUDA device)."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
-
-
-def load_resume(runtime, args):
-    """Resume state of out/<save_weight>, with this rank's random state restored. Raises ValueError naming changed
-    flags that matter."""
-    folder = find_checkpoint(args.save_dir, args.save_weight)
-    try:
-        state = torch.load(folder / "resume" / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0][:100] or type(error).__name__
-        raise ValueError(f"{folder}/resume/state.pt cannot be read ({reason}); the run "
-                         f"cannot be resumed; start it again with --overwrite 1") from None
-    now = _plain(args)
-    changed = [f"--{name}: was {old!r}, is {now[name]!r}" for name, old in state["args"].items()
-               if name not in FREE_FLAGS and name in now and now[name] != old]
-    if changed:
-        raise ValueError(f"cannot resume {folder} with changed flags ({'; '.join(changed)}); the result would be "
-                         f"neither run's; give the old values, or start again with --overwrite 1")
-    runtime.started -= read_minillm(folder).get("seconds", 0)
-    rng = state["rng"]
-    if len(rng) == runtime.world_size:
-        torch.set_rng_state(rng[runtime.rank]["cpu"])
-        if rng[runtime.rank]["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(rng[runtime.rank]["cuda"])
-    else:
-        runtime.print(f"resuming with {runtime.world_size} process(es), saved with {len(rng)}: no sample is lost or "
-                      f"repeated, but dropout draws differ")
-    return state
-
-
-def _plain(args):
-    """A namespace as JSON-safe values."""
-    return {name: value for name, value in vars(args).items()
-            if isinstance(value, (int, float, str, bool, list, type(None)))}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Stages: finished, interrupted or stale
-def file_hash(path):
-    """First 16 hex digits of a file's sha256."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def stage_key(args, files=(), parents=()):
-    """Hash of everything that decides a stage's result, as "flags-inputs": its flags and our format; the content of its
-    input files and of its parent checkpoints (their own keys, or their weights where they come from elsewhere)."""
-    flags = {k: v for k, v in _plain(args).items() if k in KEY_FLAGS or k not in FREE_FLAGS}
-    origin = []
-    for parent in parents:
-        facts = read_minillm(parent)  # its key says how it was made, its step how far it had come
-        origin.append([facts["key"], facts.get("progress", {}).get("step")] if "key" in facts
-                      else [file_hash(f) for f in sorted(Path(parent).glob("model*.safetensors"))])
-    parts = [FORMAT_VERSION, flags], [[file_hash(f) for f in files], origin]
-    return "-".join(hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()[:12]
-                    for part in parts)
-
-
-def begin(runtime, args, key):
-    """Decide what this start means: "skip", "resume" or "fresh". Raises ValueError when it would destroy another run.
-
-    Rank 0 looks, all ranks follow: a second look by another rank could see a newer state.
-    """
-    decision = runtime.gather(_decide(args, key) if runtime.is_main else None)[0]
-    if isinstance(decision, ValueError):
-        raise decision
-    word, message = decision
-    if message:
-        runtime.print(message)
-    return word
-
-
-def _decide(args, key):
-    """(word, message) for begin(), or the ValueError to raise."""
-    folder = Path(args.save_dir) / args.save_weight
-    try:
-        folder = find_checkpoint(args.save_dir, args.save_weight)
-    except FileNotFoundError:
-        return "fresh", f"nothing to resume in {folder}: starting fresh" if args.from_resume else ""
-    except ValueError as error:
-        return "fresh", f"{error}: starting fresh"
-    facts = read_minillm(folder)
-    resumable = (folder / "resume" / "state.pt").is_file()
-    same = facts.get("key") == key
-    if args.if_needed:
-        if same and facts.get("finished"):
-            return "skip", f"{folder} is finished with these flags and inputs: skipped"
-        if same and resumable:
-            return "resume", f"{folder} was interrupted: resuming"
-        why = "holds no resume state" if same else "was made with other flags or inputs"
-        return "fresh", f"{folder} {why}: doing it again"
-    if args.from_resume:
-        if resumable and facts.get("key", "").split("-")[-1] != key.split("-")[-1]:
-            return ValueError(f"cannot resume {folder}: its data files or the checkpoint it started from have changed; "
-                              "the result would be neither run's; bring them back, or start again with --overwrite 1")
-        if resumable:
-            return "resume", ""
-        return "fresh", f"{folder} holds no resume state: starting fresh"
-    if args.overwrite:
-        return "fresh", ""
-    state = "a finished" if facts.get("finished") else "an unfinished"
-    return ValueError(f"{folder} already holds {state} run (stage {facts.get('stage', 'unknown')}); it is not replaced "
-                      "silently; give --from_resume 1 to go on with it, --overwrite 1 to replace it, or another "
-                      "--save_weight")
+# Signals and errors
+class Interrupted(Exception):
+    """Raised by a script after it has saved because of a signal; carries the signal's number."""
 
 
 def resume_command():
@@ -998,12 +531,6 @@ def resume_command():
     world = int(os.environ.get("WORLD_SIZE", 1))
     launch = "python" if world == 1 else f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', world)}"
     return f"{launch} {shlex.join([sys.argv[0], *flags])} --from_resume 1"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Signals and errors
-class Interrupted(Exception):
-    """Raised by a script after it has saved because of a signal; carries the signal's number."""
 
 
 def leave(runtime, number, step, saved):
@@ -1187,8 +714,10 @@ def check_machine(folder="."):
 
 def parse_args(argv=None):
     """Flags of `python common.py`."""
-    parser = Parser(__doc__)
-    switch(parser, "--check", 0, "print what this machine offers to a run, each line with OK or the fix")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", type=int, choices=(0, 1), nargs="?", const=1, default=0,
+                        help="print what this machine offers to a run, each line with OK or the fix")
     return parser.parse_args(argv)
 
 

@@ -37,6 +37,8 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
+import cli
 import common
 import logs
 import metrics
@@ -58,9 +60,9 @@ HELP = "/reset forget the conversation, /system TEXT set the system message (no 
 
 def parse_args(argv=None):
     """Flags; without --mode the others decide: --prompt, --prompts, --bpb, --samples, else chat."""
-    at_least_0 = common.positive(float, zero=True)
-    count = common.positive(int, zero=True)
-    parser = common.Parser(__doc__)
+    at_least_0 = cli.positive(float, zero=True)
+    count = cli.positive(int, zero=True)
+    parser = cli.Parser(__doc__)
     g = parser.add_argument_group("what")
     g.add_argument("--mode", default="", choices=("chat", "single", "batch", "score", "samples", "summary"),
                    help="what to do; left out, the other flags decide: chat, or single with --prompt, batch with "
@@ -77,17 +79,17 @@ def parse_args(argv=None):
     g.add_argument("--output", default="", help="file for the answers to --prompts, one JSON object a line; "
                                                 "left out: standard output")
     g.add_argument("--system", default="", help="system message in front of the conversation")
-    g.add_argument("--max_new_tokens", type=common.positive(int), default=200, help="longest answer, in tokens")
+    g.add_argument("--max_new_tokens", type=cli.positive(int), default=200, help="longest answer, in tokens")
     g.add_argument("--temperature", type=at_least_0, default=0.7, help="0 = always the most likely token")
     g.add_argument("--top_k", type=count, default=0, help="draw from the k most likely tokens, 0 = from all")
     g.add_argument("--top_p", type=at_least_0, default=0.9, help="draw from the fewest tokens with this probability")
-    g.add_argument("--repetition_penalty", type=common.positive(float), default=1.0,
+    g.add_argument("--repetition_penalty", type=cli.positive(float), default=1.0,
                    help="above 1: tokens that have occurred become less likely")
-    g.add_argument("--num_beams", type=common.positive(int), default=1,
+    g.add_argument("--num_beams", type=cli.positive(int), default=1,
                    help="beams of a search for the likeliest answer (nothing is drawn or streamed); 1 = no search")
     g.add_argument("--stop", nargs="+", default=[], help="strings that end an answer; they are not shown")
-    common.switch(g, "--stream", 1, "show an answer while it is made")
-    common.switch(g, "--show_speed", 1, "show tokens per second after each answer")
+    cli.switch(g, "--stream", 1, "show an answer while it is made")
+    cli.switch(g, "--show_speed", 1, "show tokens per second after each answer")
     g = parser.add_argument_group("scores")
     g.add_argument("--data_dir", default="out/data", help="folder with {pretrain,sft,preference,rl}.heldout.jsonl")
     g.add_argument("--limit", type=int, default=-1,
@@ -99,13 +101,13 @@ def parse_args(argv=None):
                    help="answers shown to each of ten fixed held-out questions: one greedy, the others drawn; with "
                         "scores: by the last of the weights")
     g = parser.add_argument_group("run")
-    g.add_argument("--batch_size", type=common.positive(int), default=64, help="rows decoded or scored together")
+    g.add_argument("--batch_size", type=cli.positive(int), default=64, help="rows decoded or scored together")
     g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
     g.add_argument("--dtype", default="auto", choices=["auto", *common.DTYPES, *common.SHORT_DTYPES],
                    help="autocast dtype; float64 turns autocast off")
     g.add_argument("--threads", type=count, default=0, help="CPU threads, 0 = all cores")
     g.add_argument("--seed", type=int, default=42, help="seed of all draws")
-    common.switch(g, "--debug", 0, "show the traceback of an error")
+    cli.switch(g, "--debug", 0, "show the traceback of an error")
     args = parser.parse_args(argv)
     if not args.mode:
         # what is given says what is wanted: nobody types a prompt to start a chat
@@ -152,7 +154,7 @@ def newest(save_dir):
     for place, name in enumerate(SPEAKERS):
         try:
             # with the folder in front: a folder of that name in the working directory is something else
-            facts = common.read_minillm(common.find_checkpoint(save_dir, os.path.join(save_dir, name)))
+            facts = checkpoint.read_minillm(checkpoint.find(save_dir, os.path.join(save_dir, name)))
         except FileNotFoundError:
             continue
         except ValueError as error:
@@ -170,14 +172,14 @@ def newest(save_dir):
 def folders_to_score(args):
     """Folders named by --weight, or all below --save_dir: the stages in their order, then everything else."""
     if args.weight not in ("", "all"):
-        return [common.find_checkpoint(args.save_dir, name.strip()) for name in args.weight.split(",") if name.strip()]
+        return [checkpoint.find(args.save_dir, name.strip()) for name in args.weight.split(",") if name.strip()]
     names = {p.parent.name for p in Path(args.save_dir).glob("*/config.json")}
     # a stage whose swap was interrupted is there under its earlier name only; find_checkpoint knows
     names = {name.removesuffix(".previous") for name in names if not name.endswith(".tmp")}
     if not names:
         raise FileNotFoundError(f"no checkpoint in {args.save_dir}/; scores need one; train with: bash run.sh, or give "
                                 "a folder with --weight")
-    return [common.find_checkpoint(args.save_dir, os.path.join(args.save_dir, name))
+    return [checkpoint.find(args.save_dir, os.path.join(args.save_dir, name))
             for name in sorted(names, key=stage_order)]
 
 
@@ -207,7 +209,7 @@ def is_chat(facts, tokenizer, eval_mode):
 
 def load(folder, args, runtime):
     """Open a checkpoint folder as a Player. Raises ValueError when tokenizer and model do not belong together."""
-    facts = common.read_minillm(folder)
+    facts = checkpoint.read_minillm(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
     kind = ScalarHead if is_reward(folder) else Transformer
     model = kind.from_pretrained(folder, device=runtime.device,
@@ -222,7 +224,7 @@ def load(folder, args, runtime):
 
 def speaker(args, runtime):
     """The Player for chat, single answers and batches; says which one it is and what it can do."""
-    folder = common.find_checkpoint(args.save_dir, args.weight or os.path.join(args.save_dir, newest(args.save_dir)))
+    folder = checkpoint.find(args.save_dir, args.weight or os.path.join(args.save_dir, newest(args.save_dir)))
     if is_reward(folder):
         raise ValueError(f"{folder} is a reward model; it scores answers and cannot give any; chat with another "
                          "--weight, or measure it with --mode score")
@@ -630,7 +632,7 @@ def parent_folder(player, args):
         # the path was written where the training ran; below this --save_dir it may have moved
         for folder in (Path(parent), Path(args.save_dir) / Path(parent).name):
             if (folder / "config.json").is_file():
-                stage = common.read_minillm(folder).get("stage")
+                stage = checkpoint.read_minillm(folder).get("stage")
                 return None if stage in ("pretrain", "reward") else folder
     return None
 
@@ -714,7 +716,7 @@ def circumstances(player, args):
             "data": args.bpb or args.data_dir, "device": player.runtime.device.type,
             "dtype": str(player.runtime.dtype)[6:], "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "format": common.FORMAT_VERSION}}
+                         "format": checkpoint.FORMAT_VERSION}}
 
 
 def write_results(path, results):
@@ -796,7 +798,7 @@ def stage_table(save_dir):
     """Rows of the closing table: what each finished stage changed, in how many seconds, and where it is."""
     rows = []
     for folder in sorted((f.parent for f in Path(save_dir).glob("*/minillm.json")), key=lambda f: stage_order(f.name)):
-        facts = common.read_minillm(folder)
+        facts = checkpoint.read_minillm(folder)
         found = facts.get("metrics", {})
         if facts.get("finished") and "metric" in found:
             rows.append([folder.name, found["metric"], f"{found['before']:.3f}", f"{found['after']:.3f}",

@@ -40,6 +40,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cli
 import common
 import logs
 
@@ -759,10 +760,10 @@ def read_persona(path):
 
 def parse_args(argv=None):
     """Return the flags."""
-    parser = common.Parser(__doc__)
-    above_zero = common.positive(int)
+    parser = cli.Parser(__doc__)
+    above_zero = cli.positive(int)
     parser.add_argument("--output", default="out/data", help="folder for the files")
-    parser.add_argument("--pretrain_mb", type=common.positive(float), default=16, help="pretraining text in MB")
+    parser.add_argument("--pretrain_mb", type=cli.positive(float), default=16, help="pretraining text in MB")
     parser.add_argument("--sft_samples", type=above_zero, default=24000, help="conversations to train on")
     parser.add_argument("--preference_pairs", type=above_zero, default=6000, help="pairs to train on")
     parser.add_argument("--rl_prompts", type=above_zero, default=3000, help="prompts to train on")

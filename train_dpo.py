@@ -32,6 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
+import cli
 import common
 import logs
 import metrics
@@ -47,28 +49,28 @@ LOGGED = ("loss", "accuracy", "chosen_reward", "rejected_reward", "chosen_logp",
 
 def parse_args(argv=None):
     """Flags of this stage. The model's shape comes from the weights it starts from."""
-    parser = common.Parser(__doc__)
-    common.data_flags(parser, "out/data/preference.train.jsonl", max_seq_len=256, val_ratio=0.05)
+    parser = cli.Parser(__doc__)
+    cli.data_flags(parser, "out/data/preference.train.jsonl", max_seq_len=256, val_ratio=0.05)
     g = parser.add_argument_group("model")
     g.add_argument("--from_weight", default="sft",
                    help="checkpoint to start from, also the reference: name below --save_dir, or folder")
     g.add_argument("--reference", default="precomputed", choices=("precomputed", "live"),
                    help="score all pairs once before training, or keep a second model in memory (data seen once)")
-    common.switch(g, "--gradient_checkpointing", 0,
+    cli.switch(g, "--gradient_checkpointing", 0,
                   "recompute activations in the backward pass: less memory, about 30%% slower")
     g = parser.add_argument_group("loss")
     g.add_argument("--loss_type", default="sigmoid", choices=("sigmoid", "ipo"), help="shape of the loss")
-    g.add_argument("--beta", type=common.positive(float), default=0.1, help="how strongly the reference holds back")
-    g.add_argument("--label_smoothing", type=common.positive(float, zero=True), default=0.0,
+    g.add_argument("--beta", type=cli.positive(float), default=0.1, help="how strongly the reference holds back")
+    g.add_argument("--label_smoothing", type=cli.positive(float, zero=True), default=0.0,
                    help="assumed share of swapped pairs, below 0.5 (sigmoid only)")
-    common.optim_flags(parser, batch_size=32, learning_rate=5e-5, muon_learning_rate=2e-4, warmup_steps=0.1,
+    cli.optim_flags(parser, batch_size=32, learning_rate=5e-5, muon_learning_rate=2e-4, warmup_steps=0.1,
                        optimizer="adamw")
-    common.run_flags(parser, save_weight="dpo", eval_interval=50, save_interval=100)
-    parser.add_argument("--eval_batches", type=common.positive(int), default=64, help="held-out batches per evaluation")
-    parser.add_argument("--eval_prompts", type=common.positive(int, zero=True), default=400,
+    cli.run_flags(parser, save_weight="dpo", eval_interval=50, save_interval=100)
+    parser.add_argument("--eval_batches", type=cli.positive(int), default=64, help="held-out batches per evaluation")
+    parser.add_argument("--eval_prompts", type=cli.positive(int, zero=True), default=400,
                         help="held-out prompts answered by both models for the win rate at the end, 0 = none")
-    parser.add_argument("--max_new_tokens", type=common.positive(int), default=64, help="longest answer in that match")
-    common.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
+    parser.add_argument("--max_new_tokens", type=cli.positive(int), default=64, help="longest answer in that match")
+    cli.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
     return parser.parse_args(argv)
 
 
@@ -210,17 +212,17 @@ def main(args):
     """Train and return the final metrics. The numbered banners are the same in every training script."""
     # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
     dpo_loss(*torch.zeros(4, 1), args.beta, args.label_smoothing, args.loss_type)  # refuses bad flags before any work
-    runtime = common.setup(args)
+    runtime = common.setup(args, checkpoint.earlier_choice(args))
     folder = Path(args.save_dir) / "logs" / args.save_weight
 
     # -- 2. Data -------------------------------------------------------------------------------------------------------
-    parent = common.find_checkpoint(args.save_dir, args.from_weight)
+    parent = checkpoint.find(args.save_dir, args.from_weight)
     tokenizer = Tokenizer.from_pretrained(parent)
     files = expand_paths(args.data_path) + expand_paths(args.val_path)
-    key = common.stage_key(args, files, [parent])
-    start = common.begin(runtime, args, key)
+    key = checkpoint.stage_key(args, files, [parent])
+    start = checkpoint.begin(runtime, args, key)
     if start == "skip":
-        return common.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
+        return checkpoint.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
     shared = dict(tokenizer=tokenizer, max_seq_len=args.max_seq_len, cache_dir=args.cache_dir, seed=args.seed,
                   skip_bad=args.skip_bad, is_main=runtime.is_main, barrier=runtime.barrier)
     ratio = 0.0 if args.val_path else args.val_ratio
@@ -258,7 +260,7 @@ def main(args):
     progress = {"step": 0, "position": 0, "max_steps": max_steps}
     tables = {}  # part -> [N, 2] reference log-probs; kept in the resume state, so a resumed run compares to the same
     if start == "resume":
-        state = common.load_resume(runtime, args)
+        state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
@@ -293,7 +295,7 @@ def main(args):
                  "scaler": runtime.scaler.state_dict(), "progress": progress, "tables": tables}
         facts = {"stage": "dpo", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
                  "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {}}
-        return common.save_checkpoint(runtime, args, [model, tokenizer], state, facts, finished)
+        return checkpoint.save(runtime, args, [model, tokenizer], state, facts, finished)
 
     # -- 6. Compile and DDP (last, so that everything above sees the plain module) -------------------------------------
     wrapped = model

@@ -31,6 +31,8 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
+import cli
 import common
 import logs
 import metrics
@@ -44,9 +46,9 @@ EVAL_ROWS = 2**31  # held-out answers draw from their own random streams, the sa
 
 def parse_args(argv=None):
     """Flags of this stage. A step has batch_size x accumulation_steps x processes answers, num_generations a prompt."""
-    parser = common.Parser(__doc__)
-    common.data_flags(parser, "out/data/rl.train.jsonl", max_seq_len=256, val_ratio=0.05)
-    whole, above_0, from_0 = common.positive(int), common.positive(float), common.positive(float, zero=True)
+    parser = cli.Parser(__doc__)
+    cli.data_flags(parser, "out/data/rl.train.jsonl", max_seq_len=256, val_ratio=0.05)
+    whole, above_0, from_0 = cli.positive(int), cli.positive(float), cli.positive(float, zero=True)
     g = parser.add_argument_group("rollout")
     g.add_argument("--from_weight", default="sft", help="policy to start from: name below --save_dir, or folder")
     g.add_argument("--num_generations", type=whole, default=8, help="answers to each prompt")
@@ -54,16 +56,16 @@ def parse_args(argv=None):
     g.add_argument("--format_weight", type=from_0, default=0.0,
                    help="extra reward of a polite answer, by the rule in styles.json beside the data")
     g = parser.add_argument_group("loss")
-    common.switch(g, "--scale_rewards", 1, "divide advantages by the group's standard deviation (0: Dr. GRPO)")
+    cli.switch(g, "--scale_rewards", 1, "divide advantages by the group's standard deviation (0: Dr. GRPO)")
     g.add_argument("--aggregation", default="dapo", choices=("grpo", "dapo", "dr_grpo"), help="what the mean is over")
     g.add_argument("--clip_epsilon", type=above_0, default=0.2, help="a ratio brings no gain beyond 1 -+ this")
     g.add_argument("--beta", type=from_0, default=0.0, help="weight of the KL to the start, 0 = no reference model")
     g.add_argument("--updates_per_rollout", type=whole, default=1,
                    help="optimizer steps on the same answers; from 2 on the clip acts")
-    common.optim_flags(parser, batch_size=48, learning_rate=1e-4, muon_learning_rate=4e-4, max_steps=20, warmup_steps=0,
+    cli.optim_flags(parser, batch_size=48, learning_rate=1e-4, muon_learning_rate=4e-4, max_steps=20, warmup_steps=0,
                        schedule="constant", accumulation_steps=8, optimizer="adamw",
                        unserved=("sophia", "schedulefree"))
-    common.run_flags(parser, save_weight="grpo", eval_interval=10, save_interval=10, log_interval=1)
+    cli.run_flags(parser, save_weight="grpo", eval_interval=10, save_interval=10, log_interval=1)
     parser.add_argument("--eval_prompts", type=whole, default=128, help="held-out prompts per evaluation")
     parser.add_argument("--eval_samples", type=whole, default=4, help="sampled answers to each of them")
     return parser.parse_args(argv)
@@ -307,7 +309,7 @@ def before_and_after(before, after):
 def main(args):
     """Train and return the final metrics. The numbered banners are the same in every training script."""
     # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
-    runtime = common.setup(args)
+    runtime = common.setup(args, checkpoint.earlier_choice(args))
     folder = Path(args.save_dir) / "logs" / args.save_weight
     answers = args.batch_size * args.accumulation_steps * runtime.world_size
     groups = answers // args.num_generations
@@ -318,13 +320,13 @@ def main(args):
                          "together; change one of them")
 
     # -- 2. Data -------------------------------------------------------------------------------------------------------
-    parent = common.find_checkpoint(args.save_dir, args.from_weight)
+    parent = checkpoint.find(args.save_dir, args.from_weight)
     tokenizer = Tokenizer.from_pretrained(parent)
     files = expand_paths(args.data_path) + expand_paths(args.val_path)
-    key = common.stage_key(args, files, [parent])
-    start = common.begin(runtime, args, key)
+    key = checkpoint.stage_key(args, files, [parent])
+    start = checkpoint.begin(runtime, args, key)
     if start == "skip":
-        return common.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
+        return checkpoint.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
     if args.max_new_tokens >= args.max_seq_len:
         raise ValueError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_seq_len "
                          f"{args.max_seq_len}; both must fit; lower the first or raise the second")
@@ -372,7 +374,7 @@ def main(args):
     # `position` is the number of prompts drawn so far: it decides the next prompts and their random streams
     progress = {"step": 0, "position": 0, "max_steps": max_steps}
     if start == "resume":
-        state = common.load_resume(runtime, args)
+        state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
@@ -396,7 +398,7 @@ def main(args):
                  "scaler": runtime.scaler.state_dict(), "progress": progress}
         facts = {"stage": "grpo", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
                  "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {}}
-        return common.save_checkpoint(runtime, args, [model, tokenizer], state, facts, finished)
+        return checkpoint.save(runtime, args, [model, tokenizer], state, facts, finished)
 
     # -- 6. DDP (last, so that everything above sees the plain module; too few steps for torch.compile) ----------------
     wrapped = model

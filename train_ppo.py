@@ -36,6 +36,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
+import cli
 import common
 import logs
 import metrics
@@ -49,15 +51,15 @@ EVAL_ROWS = 2**31  # held-out answers draw from their own random streams, the sa
 
 def parse_args(argv=None):
     """Flags of this stage. Where a shared flag counts optimizer steps, a step is one iteration here."""
-    parser = common.Parser(__doc__)
-    common.data_flags(parser, "out/data/preference.train.jsonl", max_seq_len=256, val_ratio=0.05)
-    whole, above_0, from_0 = common.positive(int), common.positive(float), common.positive(float, zero=True)
+    parser = cli.Parser(__doc__)
+    cli.data_flags(parser, "out/data/preference.train.jsonl", max_seq_len=256, val_ratio=0.05)
+    whole, above_0, from_0 = cli.positive(int), cli.positive(float), cli.positive(float, zero=True)
     g = parser.add_argument_group("models")
     g.add_argument("--from_weight", default="sft",
                    help="policy to start from, also the reference: name below --save_dir, or folder")
     g.add_argument("--reward_weight", default="reward", help="reward model, starts the value model too: name or folder")
     g.add_argument("--value_head", default="zero", choices=("zero", "reward"), help="start of the value model's head")
-    common.switch(g, "--force", 0, "use a reward model whose held-out accuracy is near chance or unknown")
+    cli.switch(g, "--force", 0, "use a reward model whose held-out accuracy is near chance or unknown")
     g = parser.add_argument_group("rollout")
     g.add_argument("--rollout_size", type=whole, default=128, help="answers per iteration, all processes together")
     g.add_argument("--max_new_tokens", type=whole, default=40, help="longest answer; prompts get the rest of a row")
@@ -67,8 +69,8 @@ def parse_args(argv=None):
     g.add_argument("--clip_epsilon", type=above_0, default=0.2, help="a ratio brings no gain beyond 1 -+ this")
     g.add_argument("--value_clip", type=above_0, default=0.2, help="how far a value may move per rollout")
     g.add_argument("--value_learning_rate", type=above_0,
-                   help=f"peak rate of the value model ({common.rates(3e-4)})")
-    parser.by_optimizer["value_learning_rate"] = lambda name: 3e-4 * common.OPTIMIZERS[name]
+                   help=f"peak rate of the value model ({cli.rates(3e-4)})")
+    parser.by_optimizer["value_learning_rate"] = lambda name: 3e-4 * cli.OPTIMIZERS[name]
     g.add_argument("--gamma", type=from_0, default=1.0, help="discount per token")
     g.add_argument("--lam", type=from_0, default=0.95, help="GAE: 0 = one-step estimate, 1 = whole return")
     g.add_argument("--kl_coef", type=from_0, default=0.05, help="price of a nat of KL to the reference, in the reward")
@@ -80,10 +82,10 @@ def parse_args(argv=None):
                    help="end the run above this KL to the reference, nats per answer")
     g.add_argument("--entropy_floor", type=from_0, default=0.1,
                    help="end the run when entropy falls below this share of the first rollout's")
-    common.optim_flags(parser, batch_size=32, learning_rate=1e-4, muon_learning_rate=4e-4, max_steps=10, warmup_steps=0,
+    cli.optim_flags(parser, batch_size=32, learning_rate=1e-4, muon_learning_rate=4e-4, max_steps=10, warmup_steps=0,
                        schedule="constant", accumulation_steps=2, optimizer="adamw",
                        unserved=("sophia", "schedulefree"))
-    common.run_flags(parser, save_weight="ppo", eval_interval=5, save_interval=5, log_interval=1)
+    cli.run_flags(parser, save_weight="ppo", eval_interval=5, save_interval=5, log_interval=1)
     parser.add_argument("--eval_prompts", type=whole, default=128, help="held-out prompts per evaluation")
     return parser.parse_args(argv)
 
@@ -210,7 +212,7 @@ class Team:
 
 def load_team(args, tokenizer, parent, reward_folder, runtime):
     """Load policy, value model, reference and reward model. ValueError for a reward model that cannot be used."""
-    facts = common.read_minillm(reward_folder)
+    facts = checkpoint.read_minillm(reward_folder)
     accuracy = facts.get("metrics", {}).get("accuracy")
     if not args.force and (accuracy is None or accuracy < 0.55):
         raise ValueError(f"reward model {reward_folder} has held-out pair accuracy {accuracy}; PPO needs 0.55, or the "
@@ -452,7 +454,7 @@ def adapted(kl_coef, kl, target):
 def main(args):
     """Train and return the final metrics. The numbered banners are the same in every training script."""
     # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
-    runtime = common.setup(args)
+    runtime = common.setup(args, checkpoint.earlier_choice(args))
     folder = Path(args.save_dir) / "logs" / args.save_weight
     per_step = args.batch_size * args.accumulation_steps * runtime.world_size
     if args.rollout_size % per_step:
@@ -462,14 +464,14 @@ def main(args):
                          "once; change one of them")
 
     # -- 2. Data -------------------------------------------------------------------------------------------------------
-    parent = common.find_checkpoint(args.save_dir, args.from_weight)
-    reward_folder = common.find_checkpoint(args.save_dir, args.reward_weight)
+    parent = checkpoint.find(args.save_dir, args.from_weight)
+    reward_folder = checkpoint.find(args.save_dir, args.reward_weight)
     tokenizer = Tokenizer.from_pretrained(parent)
     files = expand_paths(args.data_path) + expand_paths(args.val_path)
-    key = common.stage_key(args, files, [parent, reward_folder])
-    start = common.begin(runtime, args, key)
+    key = checkpoint.stage_key(args, files, [parent, reward_folder])
+    start = checkpoint.begin(runtime, args, key)
     if start == "skip":
-        return common.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
+        return checkpoint.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
     if args.max_new_tokens >= args.max_seq_len:
         raise ValueError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in --max_seq_len "
                          f"{args.max_seq_len}; both must fit; lower the first or raise the second")
@@ -507,7 +509,7 @@ def main(args):
     # `position` is the number of prompts drawn so far: it decides the next prompts and their random streams
     progress = {"step": 0, "position": 0, "max_steps": max_steps, "kl_coef": args.kl_coef}
     if start == "resume":
-        state = common.load_resume(runtime, args)
+        state = checkpoint.load_resume(runtime, args)
         team.both.load_state_dict(state["model"])
         best.load_state_dict(state["best"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -536,7 +538,7 @@ def main(args):
         facts = {"stage": "ppo", "key": key, "parents": [str(parent), str(reward_folder)], "seed": args.seed,
                  "tokenizer": tokenizer.fingerprint, "data": [str(f) for f in files], "progress": progress,
                  "metrics": final or {}}
-        return common.save_checkpoint(runtime, args, [best, tokenizer], state, facts, finished)
+        return checkpoint.save(runtime, args, [best, tokenizer], state, facts, finished)
 
     # -- 6. DDP (last, so that everything above sees the plain modules; too few steps for torch.compile) ---------------
     wrapped = team.both

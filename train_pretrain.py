@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
+import cli
 import common
 import logs
 import metrics
@@ -35,39 +37,39 @@ from tokenizer import Tokenizer
 def parse_args(argv=None):
     """Flags of this stage. The recipe's numbers are the defaults; docs/results.md says what they were measured
     against."""
-    parser = common.Parser(__doc__)
-    common.data_flags(parser, "out/data/pretrain.train.jsonl", max_seq_len=256, val_ratio=0.01)
+    parser = cli.Parser(__doc__)
+    cli.data_flags(parser, "out/data/pretrain.train.jsonl", max_seq_len=256, val_ratio=0.01)
     g = parser.add_argument_group("model")
     g.add_argument("--tokenizer", default="out/tokenizer", help="folder with tokenizer.json")
     g.add_argument("--from_weight", default="",
                    help="go on training this checkpoint (name below --save_dir, or folder); sets the shape")
     g.add_argument("--preset", default="small", choices=sorted(PRESETS),
                    help="shape; the flags below change single fields of it")
-    g.add_argument("--hidden_size", type=common.positive(int), help="width (preset's)")
-    g.add_argument("--num_hidden_layers", type=common.positive(int), help="blocks (preset's)")
-    g.add_argument("--num_attention_heads", type=common.positive(int), help="query heads (preset's)")
-    g.add_argument("--num_key_value_heads", type=common.positive(int), help="key and value heads (preset's)")
-    g.add_argument("--intermediate_size", type=common.positive(int), help="width inside the MLP (preset's)")
-    g.add_argument("--max_position_embeddings", type=common.positive(int),
+    g.add_argument("--hidden_size", type=cli.positive(int), help="width (preset's)")
+    g.add_argument("--num_hidden_layers", type=cli.positive(int), help="blocks (preset's)")
+    g.add_argument("--num_attention_heads", type=cli.positive(int), help="query heads (preset's)")
+    g.add_argument("--num_key_value_heads", type=cli.positive(int), help="key and value heads (preset's)")
+    g.add_argument("--intermediate_size", type=cli.positive(int), help="width inside the MLP (preset's)")
+    g.add_argument("--max_position_embeddings", type=cli.positive(int),
                    help="longest context the model allows (preset's)")
-    g.add_argument("--dropout", type=common.positive(float, zero=True),
+    g.add_argument("--dropout", type=cli.positive(float, zero=True),
                    help="dropout on attention and residuals (preset's)")
-    common.switch(g, "--use_moe", 0, "mixture of experts with a shared expert instead of the MLP, at the chosen width")
-    g.add_argument("--num_experts", type=common.positive(int), help="routed experts (4 with --use_moe)")
-    g.add_argument("--num_experts_per_tok", type=common.positive(int), help="routed experts a token visits")
-    g.add_argument("--n_shared_experts", type=common.positive(int, zero=True),
+    cli.switch(g, "--use_moe", 0, "mixture of experts with a shared expert instead of the MLP, at the chosen width")
+    g.add_argument("--num_experts", type=cli.positive(int), help="routed experts (4 with --use_moe)")
+    g.add_argument("--num_experts_per_tok", type=cli.positive(int), help="routed experts a token visits")
+    g.add_argument("--n_shared_experts", type=cli.positive(int, zero=True),
                    help="experts every token visits; 0 = Qwen3Moe's softmax router")
-    g.add_argument("--router_aux_loss_coef", type=common.positive(float, zero=True), default=0.01,
+    g.add_argument("--router_aux_loss_coef", type=cli.positive(float, zero=True), default=0.01,
                    help="weight of the balance loss (softmax router)")
-    g.add_argument("--router_bias_rate", type=common.positive(float, zero=True), default=0.001,
+    g.add_argument("--router_bias_rate", type=cli.positive(float, zero=True), default=0.001,
                    help="step of the routing bias (router with shared experts)")
-    common.switch(g, "--gradient_checkpointing", 0,
+    cli.switch(g, "--gradient_checkpointing", 0,
                   "recompute activations in the backward pass: less memory, about 30%% slower")
-    common.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.02, warmup_steps=0.1,
+    cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.02, warmup_steps=0.1,
                        unserved=())
-    common.run_flags(parser, save_weight="pretrain", eval_interval=250, save_interval=500)
-    parser.add_argument("--eval_batches", type=common.positive(int), default=32, help="held-out batches per evaluation")
-    common.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
+    cli.run_flags(parser, save_weight="pretrain", eval_interval=250, save_interval=500)
+    parser.add_argument("--eval_batches", type=cli.positive(int), default=32, help="held-out batches per evaluation")
+    cli.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
     return parser.parse_args(argv)
 
 
@@ -140,18 +142,18 @@ def sampled_gradient(wrapped, batches, position, targets, args, runtime):
 def main(args):
     """Train and return the final metrics. The numbered banners are the same in every training script."""
     # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
-    runtime = common.setup(args)
+    runtime = common.setup(args, checkpoint.earlier_choice(args))
     folder = Path(args.save_dir) / "logs" / args.save_weight
 
     # -- 2. Data -------------------------------------------------------------------------------------------------------
-    parent = common.find_checkpoint(args.save_dir, args.from_weight) if args.from_weight else None
+    parent = checkpoint.find(args.save_dir, args.from_weight) if args.from_weight else None
     tokenizer = Tokenizer.from_pretrained(parent or args.tokenizer)
     files = expand_paths(args.data_path) + expand_paths(args.val_path)
     origin = [parent] if parent else []
-    key = common.stage_key(args, [*files, Path(parent or args.tokenizer) / "tokenizer.json"], origin)
-    start = common.begin(runtime, args, key)
+    key = checkpoint.stage_key(args, [*files, Path(parent or args.tokenizer) / "tokenizer.json"], origin)
+    start = checkpoint.begin(runtime, args, key)
     if start == "skip":
-        return common.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
+        return checkpoint.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
     shared = dict(tokenizer=tokenizer, max_seq_len=args.max_seq_len, cache_dir=args.cache_dir, seed=args.seed,
                   skip_bad=args.skip_bad, is_main=runtime.is_main, barrier=runtime.barrier)
     ratio = 0.0 if args.val_path else args.val_ratio
@@ -187,7 +189,7 @@ def main(args):
     # the rank count
     progress = {"step": 0, "position": 0, "max_steps": max_steps}
     if start == "resume":
-        state = common.load_resume(runtime, args)
+        state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
@@ -209,7 +211,7 @@ def main(args):
         facts = {"stage": "pretrain", "key": key, "parents": [str(p) for p in origin],
                  "tokenizer": tokenizer.fingerprint, "data": [str(f) for f in files], "seed": args.seed,
                  "progress": progress, "metrics": final or {}}
-        return common.save_checkpoint(runtime, args, [model, tokenizer], state, facts, finished)
+        return checkpoint.save(runtime, args, [model, tokenizer], state, facts, finished)
 
     # -- 6. Compile and DDP (last, so that everything above sees the plain module) -------------------------------------
     wrapped = model

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
+import cli
 import common
 import logs
 import metrics
@@ -39,21 +41,21 @@ from tokenizer import Tokenizer
 
 def parse_args(argv=None):
     """Flags of this stage. The backbone's shape comes from the weights it starts from."""
-    parser = common.Parser(__doc__)
-    common.data_flags(parser, "out/data/preference.train.jsonl", max_seq_len=256, val_ratio=0.05)
+    parser = cli.Parser(__doc__)
+    cli.data_flags(parser, "out/data/preference.train.jsonl", max_seq_len=256, val_ratio=0.05)
     g = parser.add_argument_group("model")
     g.add_argument("--from_weight", default="sft", help="checkpoint to start from: name below --save_dir, or folder")
-    common.switch(g, "--freeze_backbone", 0, "train the scalar head only: shows what the backbone already knows")
+    cli.switch(g, "--freeze_backbone", 0, "train the scalar head only: shows what the backbone already knows")
     g = parser.add_argument_group("loss")
-    g.add_argument("--margin", type=common.positive(float, zero=True), default=0.0,
+    g.add_argument("--margin", type=cli.positive(float, zero=True), default=0.0,
                    help="score difference a pair must have before its loss falls below ln 2")
-    g.add_argument("--center_coef", type=common.positive(float, zero=True), default=0.001,
+    g.add_argument("--center_coef", type=cli.positive(float, zero=True), default=0.001,
                    help="weight of the term that keeps scores near 0")
-    common.optim_flags(parser, batch_size=32, learning_rate=3e-4, muon_learning_rate=1e-3, warmup_steps=0.05,
+    cli.optim_flags(parser, batch_size=32, learning_rate=3e-4, muon_learning_rate=1e-3, warmup_steps=0.05,
                        optimizer="adamw")
-    common.run_flags(parser, save_weight="reward", eval_interval=100, save_interval=200)
-    parser.add_argument("--eval_batches", type=common.positive(int), default=64, help="held-out batches per evaluation")
-    common.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
+    cli.run_flags(parser, save_weight="reward", eval_interval=100, save_interval=200)
+    parser.add_argument("--eval_batches", type=cli.positive(int), default=64, help="held-out batches per evaluation")
+    cli.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
     return parser.parse_args(argv)
 
 
@@ -118,17 +120,17 @@ def evaluate(model, data, args, runtime):
 def main(args):
     """Train and return the final metrics. The numbered banners are the same in every training script."""
     # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
-    runtime = common.setup(args)
+    runtime = common.setup(args, checkpoint.earlier_choice(args))
     folder = Path(args.save_dir) / "logs" / args.save_weight
 
     # -- 2. Data -------------------------------------------------------------------------------------------------------
-    parent = common.find_checkpoint(args.save_dir, args.from_weight)
+    parent = checkpoint.find(args.save_dir, args.from_weight)
     tokenizer = Tokenizer.from_pretrained(parent)
     files = expand_paths(args.data_path) + expand_paths(args.val_path)
-    key = common.stage_key(args, files, [parent])
-    start = common.begin(runtime, args, key)
+    key = checkpoint.stage_key(args, files, [parent])
+    start = checkpoint.begin(runtime, args, key)
     if start == "skip":
-        return common.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
+        return checkpoint.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
     shared = dict(tokenizer=tokenizer, max_seq_len=args.max_seq_len, cache_dir=args.cache_dir, seed=args.seed,
                   skip_bad=args.skip_bad, is_main=runtime.is_main, barrier=runtime.barrier)
     ratio = 0.0 if args.val_path else args.val_ratio
@@ -164,7 +166,7 @@ def main(args):
     # `position` is the number of pairs drawn so far by all ranks together: the order does not depend on the rank count
     progress = {"step": 0, "position": 0, "max_steps": max_steps}
     if start == "resume":
-        state = common.load_resume(runtime, args)
+        state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
@@ -188,7 +190,7 @@ def main(args):
         facts = {"stage": "reward", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
                  "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {},
                  "score_mean": model.score_mean, "score_std": model.score_std}
-        return common.save_checkpoint(runtime, args, [model, tokenizer], state, facts, finished)
+        return checkpoint.save(runtime, args, [model, tokenizer], state, facts, finished)
 
     # -- 6. Compile and DDP (last, so that everything above sees the plain module) -------------------------------------
     wrapped = PackedScores(model)

@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoint
+import cli
 import common
 import logs
 import metrics
@@ -36,30 +38,30 @@ from tokenizer import Tokenizer
 
 def parse_args(argv=None):
     """Flags of this stage. The model's shape comes from the weights it starts from."""
-    parser = common.Parser(__doc__)
-    common.data_flags(parser, "out/data/sft.train.jsonl", max_seq_len=256, val_ratio=0.02)
+    parser = cli.Parser(__doc__)
+    cli.data_flags(parser, "out/data/sft.train.jsonl", max_seq_len=256, val_ratio=0.02)
     g = parser.add_argument_group("replay")
     g.add_argument("--replay_path", nargs="+", default=[],
                    help="pretraining files to mix in, so that what they taught is not forgotten")
-    g.add_argument("--replay_rows", type=common.positive(int), default=1,
+    g.add_argument("--replay_rows", type=cli.positive(int), default=1,
                    help="rows of that text beside every --batch_size rows of conversations")
     g = parser.add_argument_group("model")
     g.add_argument("--from_weight", default="pretrain",
                    help="checkpoint to start from: name below --save_dir, or folder")
-    g.add_argument("--router_aux_loss_coef", type=common.positive(float, zero=True), default=0.01,
+    g.add_argument("--router_aux_loss_coef", type=cli.positive(float, zero=True), default=0.01,
                    help="weight of the balance loss (softmax router)")
-    g.add_argument("--router_bias_rate", type=common.positive(float, zero=True), default=0.001,
+    g.add_argument("--router_bias_rate", type=cli.positive(float, zero=True), default=0.001,
                    help="step of the routing bias (router with shared experts)")
-    common.switch(g, "--gradient_checkpointing", 0,
+    cli.switch(g, "--gradient_checkpointing", 0,
                   "recompute activations in the backward pass: less memory, about 30%% slower")
-    common.optim_flags(parser, batch_size=8, learning_rate=2e-3, muon_learning_rate=0.01, warmup_steps=0.05,
+    cli.optim_flags(parser, batch_size=8, learning_rate=2e-3, muon_learning_rate=0.01, warmup_steps=0.05,
                        unserved=())
-    common.run_flags(parser, save_weight="sft", eval_interval=250, save_interval=500)
-    parser.add_argument("--eval_batches", type=common.positive(int), default=16, help="held-out batches per evaluation")
-    parser.add_argument("--eval_prompts", type=common.positive(int, zero=True), default=600,
+    cli.run_flags(parser, save_weight="sft", eval_interval=250, save_interval=500)
+    parser.add_argument("--eval_batches", type=cli.positive(int), default=16, help="held-out batches per evaluation")
+    parser.add_argument("--eval_prompts", type=cli.positive(int, zero=True), default=600,
                         help="held-out questions answered for the exact match at the end (a fifth of them on the way)")
-    parser.add_argument("--max_new_tokens", type=common.positive(int), default=64, help="longest answer in evaluations")
-    common.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
+    parser.add_argument("--max_new_tokens", type=cli.positive(int), default=64, help="longest answer in evaluations")
+    cli.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
     return parser.parse_args(argv)
 
 
@@ -112,17 +114,17 @@ def sampled_gradient(wrapped, batches, position, targets, args, runtime):
 def main(args):
     """Train and return the final metrics. The numbered banners are the same in every training script."""
     # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
-    runtime = common.setup(args)
+    runtime = common.setup(args, checkpoint.earlier_choice(args))
     folder = Path(args.save_dir) / "logs" / args.save_weight
 
     # -- 2. Data -------------------------------------------------------------------------------------------------------
-    parent = common.find_checkpoint(args.save_dir, args.from_weight)
+    parent = checkpoint.find(args.save_dir, args.from_weight)
     tokenizer = Tokenizer.from_pretrained(parent)
     files = expand_paths(args.data_path) + expand_paths(args.val_path) + expand_paths(args.replay_path)
-    key = common.stage_key(args, files, [parent])
-    start = common.begin(runtime, args, key)
+    key = checkpoint.stage_key(args, files, [parent])
+    start = checkpoint.begin(runtime, args, key)
     if start == "skip":
-        return common.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
+        return checkpoint.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
     shared = dict(tokenizer=tokenizer, max_seq_len=args.max_seq_len, cache_dir=args.cache_dir, seed=args.seed,
                   skip_bad=args.skip_bad, is_main=runtime.is_main, barrier=runtime.barrier)
     ratio = 0.0 if args.val_path else args.val_ratio
@@ -160,7 +162,7 @@ def main(args):
     # `position` is the number of rows drawn so far by all ranks together: the order does not depend on the rank count
     progress = {"step": 0, "position": 0, "max_steps": max_steps}
     if start == "resume":
-        state = common.load_resume(runtime, args)
+        state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
@@ -182,7 +184,7 @@ def main(args):
                  "scaler": runtime.scaler.state_dict(), "progress": progress}
         facts = {"stage": "sft", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
                  "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {}}
-        return common.save_checkpoint(runtime, args, [model, tokenizer], state, facts, finished)
+        return checkpoint.save(runtime, args, [model, tokenizer], state, facts, finished)
 
     # -- 6. Compile and DDP (last, so that everything above sees the plain module) -------------------------------------
     wrapped = model

@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 
+import checkpoint
+import cli
 import common
 from model import ModelConfig, ScalarHead, Transformer
 from tokenizer import train
@@ -48,6 +50,26 @@ def model_folder(tokenizer, tmp_path_factory):
         return made[kind]
 
     return folder
+
+
+def parse(*argv, build=None):
+    """Namespace of a small parser with one flag of each kind, from these words."""
+    parser = cli.Parser("test")
+    parser.add_argument("--data_path", nargs="+", default=["a.jsonl"])
+    parser.add_argument("--hidden_size", type=cli.positive(int), help="width")
+    cli.switch(parser, "--use_moe", 0, "experts")
+    cli.optim_flags(parser, batch_size=8, learning_rate=1e-3, muon_learning_rate=1e-2)
+    cli.run_flags(parser, save_weight="test", eval_interval=10)
+    return parser.parse_args(list(argv))
+
+
+def run_args(folder, **changes):
+    """Namespace of a run that writes to folder/run."""
+    args = parse("--save_dir", str(folder), "--save_weight", "run", "--device", "cpu", "--dtype", "float32",
+                 "--threads", "1")
+    for name, value in changes.items():
+        setattr(args, name, value)
+    return args
 
 
 DATA = {"train_pretrain": "text", "train_sft": "chat", "train_reward": "pairs", "train_dpo": "pairs",
@@ -95,7 +117,7 @@ def stage_of(model_folder, tokenizer):
             reward.save_pretrained(tmp_path / "judge")
             tokenizer.save_pretrained(tmp_path / "judge")
             facts = {"metrics": {"accuracy": 0.9}, "score_mean": 0.0, "score_std": 1.0}
-            common.write_minillm(tmp_path / "judge", facts)
+            checkpoint.write_minillm(tmp_path / "judge", facts)
             flags = ("--reward_weight", str(tmp_path / "judge"), *flags)
         argv = ["--from_weight", str(parent), "--data_path", str(tmp_path / f"{name}.train.jsonl"),
                 "--val_path", str(tmp_path / f"{name}.held.jsonl"), "--save_dir", str(tmp_path / "out"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import cli
 import common
 import logs
 
@@ -81,7 +82,7 @@ def names_read(path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_no_flag_is_dead(name, parser_of):
-    read = names_read(ROOT / f"{name}.py") | names_read(ROOT / "common.py")
+    read = set().union(*(names_read(ROOT / f"{file}.py") for file in (name, "cli", "common", "checkpoint")))
     assert not set(flags(parser_of(name))) - read
 
 
@@ -268,7 +269,7 @@ def test_default_rates_and_schedule_fit_the_optimizer(name, parser_of):
     adamw = parse(["--optimizer", "adamw"])
     lion = parse(["--optimizer", "lion"])
     assert parse(["--optimizer", "muon"]).learning_rate == adamw.learning_rate
-    assert lion.learning_rate == pytest.approx(adamw.learning_rate * common.OPTIMIZERS["lion"]) != adamw.learning_rate
+    assert lion.learning_rate == pytest.approx(adamw.learning_rate * cli.OPTIMIZERS["lion"]) != adamw.learning_rate
     assert parse(["--optimizer", "lion", "--learning_rate", "0.5"]).learning_rate == 0.5
     assert lion.schedule == adamw.schedule == parse([]).schedule
     assert f"{lion.learning_rate:g}" in flags(parser_of(name))["learning_rate"].help
@@ -286,5 +287,5 @@ def test_optimizer_that_a_stage_cannot_serve_is_refused(name, optimizer, capsys)
     assert stop.value.code == 2
     field, rule, fix = capsys.readouterr().err.split("\n")[0].split("; ")
     assert field == f"error: --optimizer {optimizer}"
-    assert rule == common.UNSERVED[optimizer]
+    assert rule == cli.UNSERVED[optimizer]
     assert fix.startswith("give one of muon, adamw, lion") and optimizer not in fix

@@ -1,47 +1,31 @@
-"""Proves the ground every script stands on: flags, schedule, device choice, checkpoints that survive any interruption,
-stage keys, signals, error messages.
+"""Proves the ground every script stands on: flags, schedule, device choice, signals, error messages.
 
     python -m pytest tests/test_common.py
 """
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import os
-import pickle
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import BF16_SPEEDUP, KINDS
+from conftest import BF16_SPEEDUP, KINDS, parse, run_args
 
+import checkpoint
 import common
 from model import PRESETS, ModelConfig, Transformer
 from train_pretrain import smaller_preset
 
 with contextlib.suppress(ImportError):  # Windows
     import pty
-    import resource
 
 SCHEDULES = ("linear", "cosine", "wsd", "constant")
-
-
-def parse(*argv, build=None):
-    """Namespace of a small parser with one flag of each kind, from these words."""
-    parser = common.Parser("test")
-    parser.add_argument("--data_path", nargs="+", default=["a.jsonl"])
-    parser.add_argument("--hidden_size", type=common.positive(int), help="width")
-    common.switch(parser, "--use_moe", 0, "experts")
-    common.optim_flags(parser, batch_size=8, learning_rate=1e-3, muon_learning_rate=1e-2)
-    common.run_flags(parser, save_weight="test", eval_interval=10)
-    return parser.parse_args(list(argv))
 
 
 def refusal(capsys, *argv):
@@ -194,15 +178,6 @@ def test_probe_survives_a_crash_and_a_hang():
     assert common._in_child(lambda: time.sleep(60), patience=0.1) is None
 
 
-def run_args(folder, **changes):
-    """Namespace of a run that writes to folder/run."""
-    args = parse("--save_dir", str(folder), "--save_weight", "run", "--device", "cpu", "--dtype", "float32",
-                 "--threads", "1")
-    for name, value in changes.items():
-        setattr(args, name, value)
-    return args
-
-
 def test_setup_seeds_everything_and_says_what_it_chose(tmp_path, capsys):
     runtime = common.setup(run_args(tmp_path))
     first = torch.rand(3)
@@ -215,14 +190,16 @@ def test_setup_seeds_everything_and_says_what_it_chose(tmp_path, capsys):
 def test_resumed_run_keeps_probed_dtype_but_threads_only_for_as_many_processes(tmp_path, monkeypatch):
     facts = {"dtype": "float32", "threads": 1, "world_size": 1}
     (tmp_path / "run").mkdir()
-    common.write_minillm(tmp_path / "run", {"runtime": facts})
+    checkpoint.write_minillm(tmp_path / "run", {"runtime": facts})
     monkeypatch.setattr(common, "bf16_speedup", lambda: 99.0)
-    runtime = common.setup(run_args(tmp_path, from_resume=1, dtype="auto", threads=0))
+    args = run_args(tmp_path, from_resume=1, dtype="auto", threads=0)
+    runtime = common.setup(args, checkpoint.earlier_choice(args))
     assert (runtime.dtype, runtime.threads) == (torch.float32, 1)
-    common.write_minillm(tmp_path / "run", {"runtime": facts | {"world_size": 4, "threads": 1000}})
-    runtime = common.setup(run_args(tmp_path, from_resume=1, dtype="auto", threads=0))
+    checkpoint.write_minillm(tmp_path / "run", {"runtime": facts | {"world_size": 4, "threads": 1000}})
+    runtime = common.setup(args, checkpoint.earlier_choice(args))
     assert (runtime.dtype, runtime.threads) != (torch.float32, 1000) and runtime.threads < 1000
-    assert common.setup(run_args(tmp_path, dtype="auto")).dtype == torch.bfloat16, "a fresh run probes"
+    args = run_args(tmp_path, dtype="auto")
+    assert common.setup(args, checkpoint.earlier_choice(args)).dtype == torch.bfloat16, "a fresh run probes"
     torch.set_num_threads(1)
 
 
@@ -401,361 +378,6 @@ def test_shares_of_all_ranks_put_together_are_the_list(monkeypatch):
         shares = [runtime.shard(items) for runtime in ranks]
         monkeypatch.setattr(common.Runtime, "gather", lambda self, value, shares=shares: shares)
         assert all(runtime.unshard(share) == items for runtime, share in zip(ranks, shares, strict=True))
-
-
-# -- Atomic folders --------------------------------------------------------------------------------------------------
-def fill(folder, content):
-    """A complete small checkpoint in `folder` (which exists)."""
-    (folder / "config.json").write_text(f'{{"content": "{content}"}}')
-    (folder / "model.safetensors").write_text(content * 100)
-    common.write_minillm(folder, {"progress": {"step": content}, "key": content, "stage": "test"})
-
-
-def content_of(path):
-    return json.loads((path / "config.json").read_text())["content"]
-
-
-def checkpoint(tmp_path, *contents):
-    """Write these one after the other to tmp_path/run, as a training run does."""
-    for content in contents:
-        with common.atomic_folder(tmp_path / "run") as tmp:
-            fill(tmp, content)
-    return tmp_path / "run"
-
-
-def test_save_keeps_the_one_before_as_previous(tmp_path):
-    path = checkpoint(tmp_path, "first", "second", "third")
-    assert content_of(path) == "third"
-    assert content_of(tmp_path / "run.previous") == "second"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.previous"]
-
-
-@pytest.mark.parametrize("moment", range(4))
-def test_exception_while_writing_leaves_the_old_folder(tmp_path, moment):
-    path = checkpoint(tmp_path, "old")
-
-    class Failure(Exception):
-        pass
-
-    with pytest.raises(Failure), common.atomic_folder(path) as tmp:
-        for i, name in enumerate(["config.json", "model.safetensors", "minillm.json"]):
-            if i == moment:
-                raise Failure
-            (tmp / name).write_text("new")
-        raise Failure
-    assert content_of(common.find_checkpoint(tmp_path, "run")) == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["run"], "nothing half-written stays"
-
-
-class Killed(BaseException):
-    """Stands for kill -9: it is caught by nobody."""
-
-
-# the calls with which a save touches the disk, in order: each is once the last thing the process does
-CALLS = [("shutil.rmtree", 0), ("os.fsync", 0), ("os.fsync", 2), ("shutil.rmtree", 1), ("os.replace", 0),
-         ("os.replace", 1), ("os.fsync", -1)]
-
-
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("name, count", CALLS, ids=lambda v: str(v))
-def test_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path, monkeypatch, name, count, after):
-    checkpoint(tmp_path, "older", "old")
-    module, function = name.split(".")
-    real = getattr(getattr(common, module), function)
-    calls, dead = [], []
-
-    def total():
-        return len(list((tmp_path / "run").iterdir())) + 2 if count < 0 else count + 1
-
-    wanted = total()
-
-    def dying(*args, **options):
-        if dead:  # a killed process cleans nothing up either
-            raise Killed
-        calls.append(args)
-        if len(calls) < wanted:
-            return real(*args, **options)
-        if after:
-            real(*args, **options)
-        dead.append(1)
-        raise Killed
-
-    with pytest.raises(Killed), monkeypatch.context() as patch:
-        patch.setattr(getattr(common, module), function, dying)
-        checkpoint(tmp_path, "new")
-    assert content_of(common.find_checkpoint(tmp_path, "run")) in ("old", "new")
-    checkpoint(tmp_path, "newest")
-    assert content_of(common.find_checkpoint(tmp_path, "run")) == "newest"
-
-
-def test_between_the_two_renames_the_previous_one_is_used(tmp_path, capsys):
-    path = checkpoint(tmp_path, "old")
-    os.replace(path, tmp_path / "run.previous")
-    assert common.find_checkpoint(tmp_path, "run") == tmp_path / "run.previous"
-    assert "a save was interrupted" in capsys.readouterr().out
-
-
-# -- Finding checkpoints ---------------------------------------------------------------------------------------------
-def test_checkpoint_is_found_by_name_and_by_path(tmp_path, monkeypatch):
-    path = checkpoint(tmp_path, "one")
-    monkeypatch.chdir(tmp_path)
-    assert common.find_checkpoint(tmp_path, "run") == path
-    assert common.find_checkpoint("elsewhere", str(path)) == path
-    assert common.find_checkpoint("elsewhere", "./run") == Path("run")
-    assert common.find_checkpoint(".", "run") == Path("run")
-    monkeypatch.chdir(path)
-    assert common.find_checkpoint("elsewhere", ".") == Path(".")
-
-
-def test_folder_of_the_same_name_in_the_working_directory_hides_nothing(tmp_path, monkeypatch):
-    path = checkpoint(tmp_path / "out", "one")
-    (tmp_path / "run").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert common.find_checkpoint("out", "run") == Path("out/run")
-    assert path.is_dir()
-
-
-def test_missing_checkpoint_is_answered_with_what_there_is(tmp_path):
-    checkpoint(tmp_path, "one", "two")
-    with pytest.raises(FileNotFoundError) as error:
-        common.find_checkpoint(tmp_path, "sft")
-    assert "'sft' not found" in str(error.value) and "there are: run;" in str(error.value)
-    with pytest.raises(FileNotFoundError, match="there are: none; train that stage first"):
-        common.find_checkpoint(tmp_path / "empty", "sft")
-
-
-def cut(file):
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-DAMAGES = [(cut, "model.safetensors", "model.safetensors has .* bytes, not"),
-           (os.remove, "model.safetensors", "model.safetensors is missing"),
-           (cut, "minillm.json", "minillm.json is unreadable"), (cut, "config.json", "config.json has .* bytes")]
-
-
-@pytest.mark.parametrize("harm, name, words", DAMAGES)
-def test_damage_is_named_and_the_previous_checkpoint_used(tmp_path, capsys, harm, name, words):
-    path = checkpoint(tmp_path, "first", "second")
-    harm(path / name)
-    assert content_of(common.find_checkpoint(tmp_path, "run")) == "first"
-    assert f"checkpoint {path} is damaged" in capsys.readouterr().out
-    shutil.rmtree(tmp_path / "run.previous")
-    with pytest.raises(ValueError, match=f"damaged .{words}.*train that stage again"):
-        common.find_checkpoint(tmp_path, "run")
-
-
-def test_folder_from_elsewhere_is_taken_as_it_is(tmp_path):
-    (tmp_path / "qwen").mkdir()
-    (tmp_path / "qwen" / "config.json").write_text("{}")
-    assert common.find_checkpoint("out", str(tmp_path / "qwen")) == tmp_path / "qwen"
-
-
-# -- Saving and resuming ---------------------------------------------------------------------------------------------
-class Part:
-    """Stands for a model: something with save_pretrained."""
-
-    def save_pretrained(self, folder):
-        (folder / "config.json").write_text("{}")
-
-
-def save(tmp_path, step, runtime=None, parts=None, **options):
-    """Save a run of one weight at this step into tmp_path/run."""
-    runtime = runtime or common.Runtime(torch.device("cpu"), torch.float32, scaler=torch.amp.GradScaler(enabled=False))
-    args = run_args(tmp_path, **options.pop("flags", {}))
-    state = {"model": {"w": torch.full((1000,), float(step))}, "progress": {"step": step}}
-    facts = {"stage": "test", "key": "k", "progress": {"step": step}}
-    return common.save_checkpoint(runtime, args, parts or [Part()], state, facts, **options), runtime, args
-
-
-def test_resume_state_and_random_numbers_come_back(tmp_path):
-    torch.manual_seed(3)
-    written, runtime, args = save(tmp_path, 5)
-    expected = torch.rand(4)
-    torch.manual_seed(4)
-    state = common.load_resume(runtime, args)
-    assert written and torch.equal(torch.rand(4), expected)
-    assert state["progress"] == {"step": 5} and state["model"]["w"][0] == 5
-
-
-@pytest.mark.parametrize("changes", [{"learning_rate": 0.5}, {"seed": 1}, {"data_path": ["other.jsonl"]}])
-def test_resume_refuses_changed_flags_and_names_both_values(tmp_path, changes):
-    _, runtime, args = save(tmp_path, 5)
-    (name, value), = changes.items()
-    with pytest.raises(ValueError) as error:
-        common.load_resume(runtime, run_args(tmp_path, **changes))
-    assert f"--{name}: was {getattr(args, name)!r}, is {value!r}" in str(error.value)
-    assert "--overwrite 1" in str(error.value)
-
-
-def test_resume_allows_flags_that_cannot_change_the_mathematics(tmp_path):
-    _, runtime, _ = save(tmp_path, 5)
-    args = run_args(tmp_path, max_steps=99, log_interval=1, save_interval=3, batch_size=2, accumulation_steps=4)
-    assert common.load_resume(runtime, args)["progress"]["step"] == 5
-
-
-def test_resume_with_other_process_count_says_so(tmp_path, capsys):
-    _, runtime, args = save(tmp_path, 5)
-    path = tmp_path / "run" / "resume" / "state.pt"
-    state = torch.load(path)
-    torch.save(state | {"rng": state["rng"] * 2}, path)
-    common.write_minillm(tmp_path / "run", {})
-    common.load_resume(runtime, args)
-    assert "resuming with 1 process(es), saved with 2" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("content", [b"", b"garbage" * 50, b"PK\x03\x04" + b"0" * 500,
-                                     pickle.dumps(argparse.Namespace(), protocol=2)],
-                         ids=["empty", "garbage", "broken archive", "foreign class"])
-def test_unreadable_resume_state_is_one_message(tmp_path, content):
-    _, runtime, args = save(tmp_path, 5)
-    (tmp_path / "run" / "resume" / "state.pt").write_bytes(content)
-    common.write_minillm(tmp_path / "run", {})  # sizes fit: the damage shows only when it is read
-    with pytest.raises(ValueError, match="state.pt cannot be read.*--overwrite 1"):
-        common.load_resume(runtime, args)
-
-
-def test_finished_run_drops_the_previous_and_on_request_the_resume_state(tmp_path):
-    save(tmp_path, 5)
-    save(tmp_path, 6)
-    assert (tmp_path / "run.previous").is_dir()
-    save(tmp_path, 7, finished=True, flags={"keep_resume": 0})
-    assert not (tmp_path / "run.previous").exists()
-    assert not (tmp_path / "run" / "resume").exists()
-    assert common.read_minillm(tmp_path / "run")["finished"] is True
-
-
-def test_too_little_space_is_seen_before_writing_and_training_goes_on(tmp_path, capsys, monkeypatch):
-    save(tmp_path, 5)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
-    assert not save(tmp_path, 6)[0]
-    text = capsys.readouterr().out
-    assert "MB are free" in text and "Training goes on; last good checkpoint: step 5" in text
-    assert common.read_minillm(tmp_path / "run")["progress"]["step"] == 5
-    monkeypatch.undo()
-    assert save(tmp_path, 7)[0]
-
-
-class BigPart(Part):
-    """A model whose file does not fit any more."""
-
-    def save_pretrained(self, folder):
-        from safetensors.torch import save_file
-        super().save_pretrained(folder)
-        save_file({"w": torch.zeros(100_000)}, folder / "model.safetensors")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX file size limits")
-@pytest.mark.parametrize("part, limit", [(Part, 3000), (BigPart, 100_000)], ids=["resume state", "weights"])
-def test_disk_that_fills_up_while_writing_costs_no_training(tmp_path, capsys, part, limit):
-    save(tmp_path, 5)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # writes beyond it fail, as on a full disk
-    try:
-        written = save(tmp_path, 6, parts=[part()])[0]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not written
-    assert "Training goes on; last good checkpoint: step 5" in capsys.readouterr().out
-    assert common.read_minillm(common.find_checkpoint(tmp_path, "run"))["progress"]["step"] == 5
-    assert not (tmp_path / "run.tmp").exists(), "what was half-written is removed, there is no space to spare"
-    assert save(tmp_path, 7)[0]
-
-
-# -- Stages ----------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def key(tmp_path):
-    """key(**changes of flags) -> stage key of a run with one data file and one parent."""
-    (tmp_path / "data.jsonl").write_text("one\n")
-    parent = checkpoint(tmp_path, "parent")
-
-    def of(**changes):
-        return common.stage_key(run_args(tmp_path, **changes), [tmp_path / "data.jsonl"], [parent])
-
-    return of
-
-
-@pytest.mark.parametrize("changes", [{"learning_rate": 0.5}, {"seed": 1}, {"batch_size": 2}, {"max_steps": 3},
-                                     {"epochs": 2.0}, {"optimizer": "adamw"}])
-def test_stage_key_changes_with_flags_that_change_the_result(key, changes):
-    assert key(**changes) != key()
-
-
-@pytest.mark.parametrize("changes", [{"log_interval": 3}, {"save_interval": 3}, {"from_resume": 1}, {"overwrite": 1},
-                                     {"if_needed": 1}, {"debug": 1}, {"threads": 7}, {"save_weight": "other"}])
-def test_stage_key_stays_with_flags_that_do_not(key, changes):
-    assert key(**changes) == key()
-
-
-def test_stage_key_changes_with_data_content_but_not_with_its_date(key, tmp_path):
-    first = key()
-    os.utime(tmp_path / "data.jsonl", (0, 0))
-    assert key() == first
-    (tmp_path / "data.jsonl").write_text("two\n")
-    assert key() != first
-
-
-def test_stage_key_changes_with_the_parent(key, tmp_path):
-    first = key()
-    checkpoint(tmp_path, "another parent")
-    assert key() != first
-
-
-def test_stage_key_tells_an_interrupted_parent_from_a_finished_one(key, tmp_path):
-    common.write_minillm(tmp_path / "run", {"key": "same", "progress": {"step": 10}})
-    first = key()
-    common.write_minillm(tmp_path / "run", {"key": "same", "progress": {"step": 20}})
-    assert key() != first
-
-
-def decide(tmp_path, key="k", **flags):
-    runtime = common.Runtime(torch.device("cpu"), torch.float32)
-    return common.begin(runtime, run_args(tmp_path, **flags), key)
-
-
-def test_first_start_is_fresh_and_says_so_when_asked_to_resume(tmp_path, capsys):
-    assert decide(tmp_path) == decide(tmp_path, if_needed=1) == "fresh"
-    assert capsys.readouterr().out == ""
-    assert decide(tmp_path, from_resume=1) == "fresh"
-    assert "nothing to resume" in capsys.readouterr().out
-
-
-def test_existing_run_is_not_replaced_silently(tmp_path):
-    save(tmp_path, 5)
-    with pytest.raises(ValueError) as error:
-        decide(tmp_path)
-    assert all(words in str(error.value) for words in ("already holds an unfinished run (stage test)",
-                                                       "--from_resume 1", "--overwrite 1", "--save_weight"))
-    assert decide(tmp_path, overwrite=1) == "fresh"
-    assert decide(tmp_path, from_resume=1) == "resume"
-
-
-def test_run_in_a_folder_with_a_slash_is_not_replaced_silently(tmp_path):
-    save(tmp_path, 5, flags={"save_weight": "a/b"})
-    with pytest.raises(ValueError, match="already holds"):
-        decide(tmp_path, save_weight="a/b")
-
-
-def test_needed_stage_is_skipped_resumed_or_redone(tmp_path, capsys):
-    save(tmp_path, 5)
-    assert decide(tmp_path, if_needed=1) == "resume"
-    save(tmp_path, 9, finished=True)
-    assert decide(tmp_path, if_needed=1) == "skip"
-    assert "is finished with these flags and inputs: skipped" in capsys.readouterr().out
-    assert decide(tmp_path, key="other", if_needed=1) == "fresh"
-    assert "made with other flags or inputs: doing it again" in capsys.readouterr().out
-
-
-def test_damaged_run_without_predecessor_is_named_before_it_is_done_again(tmp_path, capsys):
-    save(tmp_path, 5)
-    os.remove(tmp_path / "run" / "resume" / "state.pt")
-    assert decide(tmp_path, if_needed=1) == "fresh"
-    assert "is damaged (resume/state.pt is missing)" in capsys.readouterr().out
-
-
-def test_resume_without_state_starts_fresh_and_says_so(tmp_path, capsys):
-    save(tmp_path, 9, finished=True, flags={"keep_resume": 0})
-    assert decide(tmp_path, from_resume=1) == "fresh"
-    assert "holds no resume state: starting fresh" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words, expected", [

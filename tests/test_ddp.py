@@ -19,6 +19,7 @@ import torch.distributed
 import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 import common
 import logs
 
@@ -132,7 +133,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(results, case):
 
 def difference_from_start(folder):
     """How far a run has moved its weights."""
-    parent = Path(common.read_minillm(folder)["parents"][0])
+    parent = Path(checkpoint.read_minillm(folder)["parents"][0])
     a, b = load_file(folder / "model.safetensors"), load_file(parent / "model.safetensors")
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
@@ -140,7 +141,7 @@ def difference_from_start(folder):
 @gloo
 def test_dead_expert_neither_hangs_nor_moves(results):
     two, _ = results["pretrain dead"]
-    before = load_file(Path(common.read_minillm(two)["parents"][0]) / "model.safetensors")
+    before = load_file(Path(checkpoint.read_minillm(two)["parents"][0]) / "model.safetensors")
     after = load_file(two / "model.safetensors")
     dead = [name for name in after if ".experts.0." in name]
     assert dead and all(torch.equal(after[name], before[name].double()) for name in dead)
@@ -176,6 +177,8 @@ def test_micro_batches_have_unequal_token_counts(stage, name):
 
 FAILING = """
 import os
+import checkpoint
+import cli
 import common
 import optim
 import train_pretrain
@@ -216,7 +219,7 @@ def test_failing_rank_ends_the_launch_and_one_process_can_go_on(stage, tmp_path)
     assert time.time() - mark.stat().st_mtime < 60, text
     assert process.returncode != 0
     assert "rank 1: error: injected failure" in text
-    assert common.read_minillm(tmp_path / "out" / "broken")["progress"]["step"] == 2
+    assert checkpoint.read_minillm(tmp_path / "out" / "broken")["progress"]["step"] == 2
     module, argv = stage("train_pretrain", *flags, "--batch_size", "4", "--save_weight", "broken", "--from_resume", "1")
     module.main(module.parse_args(argv))
     module, argv = stage("train_pretrain", *flags, "--batch_size", "4", "--save_weight", "whole")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import common
 import eval as evaluation
 from model import ScalarHead, Transformer, token_logprobs
@@ -33,7 +34,7 @@ def stage(model_folder, tokenizer, tmp_path):
             shutil.rmtree(folder)
             ScalarHead.from_pretrained(model_folder("dense")).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        common.write_minillm(folder, {"stage": name, "finished": True, "key": f"key of {name}"} | facts)
+        checkpoint.write_minillm(folder, {"stage": name, "finished": True, "key": f"key of {name}"} | facts)
         return folder
 
     return make

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import common
 import logs
 import optim
@@ -169,7 +170,7 @@ def test_signal_in_the_last_step_loses_nothing(run, tmp_path, name):
     run(name, "broken", stop=STEPS)
     again = run(name, "broken", "--from_resume", "1")
     assert_same_run(tmp_path / "out", "whole", "broken")
-    assert common.read_minillm(tmp_path / "out" / "broken")["finished"]
+    assert checkpoint.read_minillm(tmp_path / "out" / "broken")["finished"]
     assert again["val_loss"] == whole["val_loss"]
 
 
@@ -196,7 +197,7 @@ def test_needed_stage_is_resumed_then_skipped(run, tmp_path, name, capsys):
 
 
 def test_full_disk_at_the_end_is_no_success(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(common, "_check_space", lambda *inputs: (_ for _ in ()).throw(OSError("disk is full")))
+    monkeypatch.setattr(checkpoint, "_check_space", lambda *inputs: (_ for _ in ()).throw(OSError("disk is full")))
     with pytest.raises((ValueError, OSError)):
         run("train_pretrain", "full")
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import common
 import logs
 import train_dpo
@@ -186,7 +187,7 @@ def test_run_starts_at_log2_and_writes_a_checkpoint_with_metrics(run, capsys):
     assert {"accuracy", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "chosen_length", "lr",
             "rejected_length", "grad_norm"} <= set(rows[0])
     assert {"val_accuracy", "val_accuracy_wrong", "val_accuracy_curt", "chosen_drift"} <= set(rows[-1])
-    facts = common.read_minillm(run.out / "dpo")
+    facts = checkpoint.read_minillm(run.out / "dpo")
     assert facts["stage"] == "dpo" and facts["finished"] and facts["metrics"]["accuracy"] == final["accuracy"]
     assert "win_rate" not in final  # there is no styles.json beside these data
     printed = capsys.readouterr().out
@@ -277,9 +278,9 @@ def test_resume_with_another_reference_is_refused(run, model_folder, tmp_path):
     Transformer.from_pretrained(model_folder("dense")).save_pretrained(parent)
     for file in model_folder("dense").glob("*token*"):
         (parent / file.name).write_bytes(file.read_bytes())
-    common.write_minillm(parent, {"key": "first"})
+    checkpoint.write_minillm(parent, {"key": "first"})
     run("--max_steps", "1", folder=parent)
-    common.write_minillm(parent, {"key": "second"})
+    checkpoint.write_minillm(parent, {"key": "second"})
     with pytest.raises(ValueError, match="have changed"):
         run("--max_steps", "2", "--from_resume", "1", folder=parent)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import common
 import logs
 import train_grpo
@@ -352,7 +353,7 @@ def test_two_processes_equal_one_process_with_twice_the_batch(run, tmp_path, mon
 
 def test_run_writes_a_policy_and_says_what_it_did(run, capsys):
     final = run("--eval_interval", "1", "--beta", "0.1")
-    facts = common.read_minillm(run.out / "grpo")
+    facts = checkpoint.read_minillm(run.out / "grpo")
     assert facts["stage"] == "grpo" and facts["finished"] and facts["metrics"]["pass_at_1"] == final["pass_at_1"]
     assert Tokenizer.from_pretrained(run.out / "grpo").fingerprint == facts["tokenizer"]
     saved, last = Transformer.from_pretrained(run.out / "grpo").state_dict(), weights(run)
@@ -382,7 +383,7 @@ def test_resumed_run_equals_uninterrupted_run(run, stop_at):
     run.stop_at = stop_at
     with pytest.raises(common.Interrupted):
         run(*flags, "--overwrite", "1")
-    assert not common.read_minillm(run.out / "grpo")["finished"]
+    assert not checkpoint.read_minillm(run.out / "grpo")["finished"]
     run.stop_at = None
     run(*flags, "--from_resume", "1")
     assert log_rows(run) == rows

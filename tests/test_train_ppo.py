@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import common
 import logs
 import train_ppo
@@ -251,7 +252,7 @@ def reward_folder(tokenizer, model_folder, tmp_path_factory):
         model = ScalarHead(Transformer.from_pretrained(model_folder("dense")).config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    common.write_minillm(folder, {"stage": "reward", "key": "r", "metrics": {"accuracy": 0.9}, "score_mean": 0.01,
+    checkpoint.write_minillm(folder, {"stage": "reward", "key": "r", "metrics": {"accuracy": 0.9}, "score_mean": 0.01,
                                   "score_std": 0.02, "tokenizer": tokenizer.fingerprint})
     return folder
 
@@ -442,7 +443,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(recorded):
 
 def test_run_writes_the_best_policy_and_says_what_it_did(run, capsys):
     final = run("--eval_interval", "1", "--adaptive_kl", "3")
-    facts = common.read_minillm(run.out / "ppo")
+    facts = checkpoint.read_minillm(run.out / "ppo")
     assert facts["stage"] == "ppo" and facts["finished"] and facts["metrics"]["best_step"] == final["best_step"]
     assert Tokenizer.from_pretrained(run.out / "ppo").fingerprint == facts["tokenizer"]
     saved, resume = Transformer.from_pretrained(run.out / "ppo").state_dict(), state(run)
@@ -475,7 +476,7 @@ def test_resumed_run_equals_uninterrupted_run(run, stop_at):
     run.stop_at = stop_at
     with pytest.raises(common.Interrupted):
         run(*flags, "--overwrite", "1")
-    assert not common.read_minillm(run.out / "ppo")["finished"]
+    assert not checkpoint.read_minillm(run.out / "ppo")["finished"]
     run.stop_at = None
     run(*flags, "--from_resume", "1")
     assert log_rows(run) == rows
@@ -488,7 +489,7 @@ def test_resumed_run_equals_uninterrupted_run(run, stop_at):
 
 def test_a_retrained_parent_cannot_be_resumed_against(run, reward_folder, tmp_path, monkeypatch):
     run()
-    monkeypatch.setattr(common, "read_minillm", lambda folder, real=common.read_minillm: real(folder) | (
+    monkeypatch.setattr(checkpoint, "read_minillm", lambda folder, real=checkpoint.read_minillm: real(folder) | (
         {"key": "another"} if str(folder) == str(reward_folder) else {}))
     with pytest.raises(ValueError, match="have changed"):
         run("--from_resume", "1", "--max_steps", "3")
@@ -509,14 +510,14 @@ def test_experts_train(run, model_folder):
 
 def test_unusable_reward_models_are_refused(run, reward_folder, tmp_path):
     folder = tmp_path / "weak"
-    facts = common.read_minillm(reward_folder)
+    facts = checkpoint.read_minillm(reward_folder)
     ScalarHead.from_pretrained(reward_folder).save_pretrained(folder)
     for change, words in (({"metrics": {"accuracy": 0.54}}, "0.54"), ({"metrics": {}}, "None"),
                           ({"tokenizer": "x"}, "tokenizer")):
-        common.write_minillm(folder, {k: v for k, v in (facts | change).items() if k != "files"})
+        checkpoint.write_minillm(folder, {k: v for k, v in (facts | change).items() if k != "files"})
         with pytest.raises(ValueError, match=words):
             run("--reward_weight", str(folder))
-    common.write_minillm(folder, {"metrics": {}})
+    checkpoint.write_minillm(folder, {"metrics": {}})
     assert run("--reward_weight", str(folder), "--force", "1", "--max_steps", "1")["steps"] == 1
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import common
 import logs
 import train_reward
@@ -123,7 +124,7 @@ def test_packed_scores_equal_the_head_on_padded_rows(run, model_folder, tokenize
 # -- The stage ---------------------------------------------------------------------------------------------------------
 def test_run_writes_a_reward_folder_with_its_score_statistics(run):
     final = run()
-    facts = common.read_minillm(run.out / "reward")
+    facts = checkpoint.read_minillm(run.out / "reward")
     assert facts["stage"] == "reward" and facts["finished"] and facts["metrics"]["accuracy"] == final["accuracy"]
     assert set(final["accuracy_by_kind"]) == {"wrong", "curt"} and final["n"] == 12
     assert Tokenizer.from_pretrained(run.out / "reward").fingerprint == facts["tokenizer"]
@@ -189,7 +190,7 @@ def test_resumed_run_equals_uninterrupted_run(run, stop_at):
     run.stop_at = stop_at
     with pytest.raises(common.Interrupted):
         run(*flags, "--overwrite", "1")
-    assert not common.read_minillm(run.out / "reward")["finished"]
+    assert not checkpoint.read_minillm(run.out / "reward")["finished"]
     run.stop_at = None
     run(*flags, "--from_resume", "1")
     assert log_rows(run) == rows

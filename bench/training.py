@@ -1,0 +1,266 @@
+"""Training beside its peers, as ratios: what a recipe reaches in the same time, and how long a step takes.
+
+    python bench/training.py recipe --data_path DATA/pretrain/pretrain_en.jsonl.gz --minutes 2
+    python bench/training.py speed                                     # needs transformers (requirements-dev.txt)
+
+recipe: three recipes train the same model on the same tokens with the same code; only what a recipe is differs: which
+rows it sees, in which order and how many at once, the optimizer with its rates, and the initial weights. Held-out
+documents are read each from its own start, which is how MiniMind trains and no other recipe here does.
+
+speed: one optimizer step of this project, of the same model in `transformers`, and of this project with single ideas
+taken away. Contenders take turns, step by step, so that a slow minute of the machine hits all of them.
+
+Recipes of the peers: jingyaogong/minimind, trainer/train_pretrain.py; karpathy/nanoGPT, train.py and model.py (2025).
+Letters: B rows, T tokens, V vocabulary.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # in place of bench/, whose tokenizer.py has the name of the project's
+
+import common  # noqa: E402
+import metrics  # noqa: E402
+import optim  # noqa: E402
+from dataset import PretrainData, read_rows  # noqa: E402
+from model import ModelConfig, Transformer, token_logprobs  # noqa: E402
+from tokenizer import train  # noqa: E402
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# recipe
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What may differ between two recipes. Rates are peaks, warm-up is a share of the run, floor one of the peak."""
+
+    rows: str = "windows"  # of the token stream, in random order; "crops" at random places; "documents" cut or padded
+    order: str = "random"  # of the windows; "text": as they follow one another
+    batch_size: int = 8
+    accumulation_steps: int = 1
+    optimizer: str = "muon"
+    learning_rate: float = 4e-3
+    muon_learning_rate: float = 0.02
+    betas: tuple = (0.9, 0.95)
+    momentum: float = 0.95
+    momentum_from: float = 0.0  # momentum rises from here within the first 300 steps; 0 = it is the same throughout
+    weight_decay: float = 0.0  # on matrices; with decay_all on everything
+    decay_all: bool = False
+    schedule: str = "linear"
+    warmup: float = 0.1
+    floor: float = 0.0
+    grad_clip: float = 1.0
+    init: str = "ours"  # "normal": 0.02 throughout; "gpt2": 0.02, and the projections into the residual stream smaller
+    short_until: float = 0.0  # this share of the run is trained on rows of a quarter of the length
+
+
+RECIPES = {
+    "minillm": Recipe(),
+    "nanogpt": Recipe(rows="crops", optimizer="adamw", learning_rate=1e-3, weight_decay=0.1, schedule="cosine",
+                      warmup=0.05, floor=0.1, init="gpt2"),
+    "minimind": Recipe(rows="documents", batch_size=32, optimizer="adamw", learning_rate=5e-4, betas=(0.9, 0.999),
+                       weight_decay=0.01, decay_all=True, schedule="cosine", warmup=0.0, floor=0.1, init="normal"),
+    "minimind, as shipped": Recipe(rows="documents", batch_size=32, accumulation_steps=8, optimizer="adamw",
+                                   learning_rate=5e-4, betas=(0.9, 0.999), weight_decay=0.01, decay_all=True,
+                                   schedule="cosine", warmup=0.0, floor=0.1, init="normal"),
+}
+
+
+class Rows:
+    """Training rows of a token stream in the order a recipe wants them."""
+
+    def __init__(self, data, recipe, seed):
+        self.data, self.recipe = data, recipe
+        self.draw = np.random.default_rng(seed)
+        stream = data.tokens.items
+        self.starts = np.flatnonzero(stream == data.tokenizer.bos_id)  # of the documents
+        self.position = 0
+
+    def batch(self, count, length):
+        """(ids int64 [B,T], mask float [B,T], 1 on targets)."""
+        stream, first = self.data.tokens.items, self.position
+        self.position += count
+        places = np.arange(first, first + count)
+        ends = np.full(count, len(stream))
+        if self.recipe.rows == "crops":
+            starts = self.draw.integers(0, len(stream) - length, count)
+        elif self.recipe.rows == "documents":
+            chosen = self._shuffled(len(self.starts), places)
+            starts, ends = self.starts[chosen], np.append(self.starts[1:], len(stream))[chosen]
+        else:
+            windows = (len(stream) - 1) // (length - 1)
+            chosen = places % windows if self.recipe.order == "text" else self._shuffled(windows, places)
+            starts = chosen * (length - 1)
+        ids = np.full((count, length), self.data.tokenizer.pad_id, np.int64)  # [B,T]
+        mask = np.zeros(ids.shape, np.float32)  # [B,T]
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            piece = stream[start : min(end, start + length)]
+            ids[row, : len(piece)] = piece
+            mask[row, 1 : len(piece)] = 1
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+    def _shuffled(self, count, places):
+        """Entries `places` of a shuffle of `count` items, a new one each time round."""
+        if not hasattr(self, "shuffle") or len(self.shuffle) != count:
+            self.shuffle = self.draw.permutation(count)
+        return self.shuffle[places % count]
+
+
+def build_model(recipe, config, seed):
+    """The same Qwen3 shape for all, with the recipe's initial weights."""
+    torch.manual_seed(seed)
+    model = Transformer(config)
+    for name, p in model.named_parameters() if recipe.init != "ours" else ():
+        if p.ndim > 1:
+            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            smaller = (2 * config.num_hidden_layers) ** -0.5 if into_residual and recipe.init == "gpt2" else 1.0
+            torch.nn.init.normal_(p, 0.0, 0.02 * smaller)
+    return model
+
+
+def build_optimizer(recipe, model, dtype):
+    """optim.build() with the recipe's settings."""
+    optimizer = optim.build(model, recipe.optimizer, recipe.learning_rate, recipe.muon_learning_rate,
+                            recipe.weight_decay, recipe.betas, dtype=dtype)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = recipe.weight_decay if recipe.decay_all else group["weight_decay"]
+    return optimizer
+
+
+def run_recipe(recipe, config, data, held_out, limit, timed, evaluations, seed, dtype):
+    """Train until `limit` (seconds of training when timed, else tokens read). Returns facts with the curve: a list of
+    (tokens, seconds, bits per byte). Evaluations do not count as training time."""
+    model = build_model(recipe, config, seed)
+    optimizer = build_optimizer(recipe, model, dtype)
+    rows = Rows(data, recipe, seed)
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)  # noqa: E731
+    curve, seconds, tokens, step, due = [], 0.0, 0, 0, 1
+    while True:
+        done = (seconds if timed else tokens) / limit
+        if done >= due / evaluations or done >= 1:
+            found = metrics.heldout_loss(model, held_out, token_logprobs, autocast=autocast)
+            curve.append((tokens, round(seconds, 2), round(found["bits_per_byte"], 4)))
+            due += 1
+        if done >= 1:
+            return {"recipe": dataclasses.asdict(recipe), "seed": seed, "steps": step, "tokens": tokens,
+                    "seconds": round(seconds, 2), "bits_per_byte": curve[-1][2], "curve": curve}
+        begin = time.perf_counter()
+        optim.set_lr(optimizer, common.lr_scale(done * 1e6, 1e6, recipe.warmup, recipe.schedule, recipe.floor))
+        if recipe.momentum_from:
+            for group in optimizer.param_groups:
+                group["momentum"] = recipe.momentum - (recipe.momentum - recipe.momentum_from) * max(0, 1 - step / 300)
+        shorter = 4 if done < recipe.short_until else 1
+        length, count = 256 // shorter, recipe.batch_size * shorter
+        batches = [rows.batch(count, length) for _ in range(recipe.accumulation_steps)]
+        targets = sum(mask[:, 1:].sum().item() for _, mask in batches)
+        for ids, mask in batches:
+            with autocast():
+                logp = model(ids, target_mask=mask)
+            (-logp.sum() / targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds += time.perf_counter() - begin
+        tokens += sum(ids.numel() for ids, _ in batches)
+        step += 1
+
+
+def prepare(args, folder):
+    """(tokenizer, training data, batches of held-out documents): --vocab_size tokens learnt from the first 8 MB."""
+    texts, size = [], 0
+    for row, _ in read_rows(args.data_path):
+        texts.append(row["text"])
+        size += len(row["text"])
+        if size > 8e6:
+            break
+    tokenizer = train(texts, args.vocab_size, progress=False)
+    shared = dict(tokenizer=tokenizer, max_seq_len=256, val_ratio=0.01, cache_dir=folder)
+    data, rest = (PretrainData(args.data_path, part=part, **shared) for part in ("train", "val"))
+    starts = np.flatnonzero(rest.tokens.items == tokenizer.bos_id)[: args.heldout]
+    documents = [rest.tokens.items[start:end][:256] for start, end in zip(starts, starts[1:], strict=False)]
+    held_out = []
+    for low in range(0, len(documents), 32):
+        pieces = documents[low : low + 32]
+        ids = np.full((len(pieces), 256), tokenizer.pad_id, np.int64)  # [B,T]
+        mask = np.zeros(ids.shape, np.float32)
+        for row, piece in enumerate(pieces):
+            ids[row, : len(piece)], mask[row, 1 : len(piece)] = piece, 1
+        size = (rest.byte_lengths[ids] * (mask > 0)).sum(1)
+        held_out.append({"ids": torch.from_numpy(ids), "mask": torch.from_numpy(mask), "bytes": torch.from_numpy(size)})
+    return tokenizer, data, held_out
+
+
+def variant(text):
+    """(name, Recipe) of "minillm muon_learning_rate=0.01 rows=crops": a recipe with single fields changed."""
+    name, *changes = text.split()
+    kinds = {field.name: field.type for field in dataclasses.fields(Recipe)}
+    fields = {}
+    for change in changes:
+        field, _, value = change.partition("=")
+        kind = kinds[field]
+        fields[field] = (value == "1" if kind is bool else tuple(map(float, value.split(","))) if kind is tuple
+                         else kind(value))
+    return text, dataclasses.replace(RECIPES[name], **fields)
+
+
+def compare_recipes(args, dtype):
+    """Train every recipe for the same time or tokens; print a table, and write every curve to --output."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer, data, held_out = prepare(args, folder)
+        config = ModelConfig.preset(args.preset, vocab_size=tokenizer.vocab_size)
+        print(data.summary())
+        print(f"{args.preset}, {sum(len(b['ids']) for b in held_out)} held-out documents, "
+              + (f"{args.minutes} minutes each" if not args.tokens else f"{args.tokens} tokens each"), flush=True)
+        for seed in args.seeds:
+            for text in args.recipes:
+                name, recipe = variant(text) if text not in RECIPES else (text, RECIPES[text])
+                facts = run_recipe(recipe, config, data, held_out, args.tokens or 60 * args.minutes, not args.tokens,
+                                   args.evaluations, seed, dtype)
+                way = ", ".join(f"{tokens // 1000}k: {bits:.3f}" for tokens, _, bits in facts["curve"][:-1])
+                print(f"{facts['bits_per_byte']:.4f} bits per byte | {name} | seed {seed}, {facts['steps']} updates, "
+                      f"{facts['tokens']} tokens, {facts['seconds']:.0f} s | {way}", flush=True)
+                if args.output:
+                    with open(args.output, "a", encoding="utf-8") as file:
+                        file.write(json.dumps({"name": name, **facts}) + "\n")
+
+
+def parse_args(argv=None):
+    """Flags of this bench."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("part", choices=("recipe", "speed"))
+    parser.add_argument("--data_path", help='recipe: JSONL (.gz) of {"text"} rows')
+    parser.add_argument("--preset", default="tiny", help="recipe: shape of the model")
+    parser.add_argument("--vocab_size", type=int, default=6400, help="recipe: of the tokenizer, learnt from the data")
+    parser.add_argument("--minutes", type=float, default=2.0, help="recipe: training time of each")
+    parser.add_argument("--tokens", type=float, default=0, help="recipe: instead of --minutes, tokens to read")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help='recipe: names, or names with single '
+                        'fields changed, such as "minillm warmup=0.2"')
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="recipe: all of them, for each recipe")
+    parser.add_argument("--evaluations", type=int, default=4, help="recipe: points of each curve")
+    parser.add_argument("--heldout", type=int, default=256, help="recipe: held-out documents")
+    parser.add_argument("--threads", type=int, default=common.count_cores(), help="CPU threads")
+    parser.add_argument("--output", help="file to which every result is appended as a line of JSON")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Run one part."""
+    torch.set_num_threads(args.threads)
+    common._keep_freed_memory()
+    dtype, why = common.pick_dtype("auto", torch.device("cpu"))
+    print(f"dtype {str(dtype)[6:]} ({why}), {args.threads} thread(s)", flush=True)
+    compare_recipes(args, dtype)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,173 @@
+"""The command line of every script: the parser's rules, and the flags that mean the same in every training script.
+
+A script adds its own flags beside these and passes its recipe in as defaults, so that the numbers stand where the loop
+is. What this file does not do: read files or look at the machine (common.py, checkpoint.py).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16", "float64", "fp32", "bf16", "fp16", "fp64")
+
+# --optimizer -> its default rate as a multiple of the stage's AdamW rate (sources: docs/training.md)
+OPTIMIZERS = {"muon": 1.0, "adamw": 1.0, "lion": 0.3, "sophia": 1.0, "schedulefree": 1.0}
+# why a stage cannot serve one of them
+UNSERVED = {
+    "sophia": "it measures curvature with labels drawn from next-token predictions, as only pretraining and SFT can",
+    "schedulefree": "it trains at other weights than it samples from, so the first ratio of a rollout would not be 1",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with this project's rules: no abbreviations, hyphens as good as underscores, defaults shown in the
+    help."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=_HelpFormatter)
+        self.by_optimizer = {}  # flag -> function of the optimizer's name that gives its default
+        self.unserved = ()  # optimizers that this script refuses
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's, with hyphens in flags read as underscores, and defaults that depend on --optimizer."""
+        args = sys.argv[1:] if args is None else list(args)
+        named = [a.split("=", 1) for a in args]
+        # only the flag itself is rewritten: its value may be a path with hyphens
+        args = ["=".join([a[0].replace("-", "_").replace("__", "--", 1), *a[1:]]) if a[0].startswith("--")
+                else "=".join(a) for a in named]
+        args = super().parse_args(args, namespace)
+        for name, default in self.by_optimizer.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default(args.optimizer))
+        if getattr(args, "use_wandb", 0):
+            args.tracker = "wandb"
+        if self.unserved and args.optimizer in self.unserved:
+            self.error(f"--optimizer {args.optimizer}; {UNSERVED[args.optimizer]}; give one of "
+                       f"{', '.join(name for name in OPTIMIZERS if name not in self.unserved)}")
+        return args
+
+    def error(self, message):
+        """Leave with exit code 2 and one message (argparse would print the whole usage before it)."""
+        self.exit(2, f"error: {message}\nSee: python {Path(sys.argv[0]).name} --help\n")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        # "(default: None)" would tell nobody anything; such a flag's help says what its absence means
+        return action.help if action.default in (None, "", []) else super()._get_help_string(action)
+
+
+def switch(parser, name, default, help):
+    """Add a 0/1 flag whose value may be left out: absent = default, `--x` = 1, `--x 0` = 0 (type=bool would read
+    'False' as true)."""
+    parser.add_argument(name, type=int, choices=(0, 1), nargs="?", const=1, default=default, help=help)
+
+
+def positive(kind, zero=False, below=1e15):
+    """A type for argparse: a number above 0 (or from 0 on) and below a limit, so that absurd values are refused
+    before any data is read."""
+
+    def convert(text):
+        value = kind(text)
+        # written so that nan fails it
+        if not 0 <= value < below or (value == 0 and not zero):
+            raise argparse.ArgumentTypeError(f"{text} is not {'at least' if zero else 'above'} 0 and below {below:g}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def run_flags(parser, save_weight, eval_interval, save_interval=100, log_interval=10):
+    """Add the flags of a run that mean the same in every training script: where it is written, on what it runs, how
+    often it speaks."""
+    count = positive(int, zero=True)
+    g = parser.add_argument_group("output")
+    g.add_argument("--save_dir", default="out", help="folder of all checkpoints")
+    g.add_argument("--save_weight", default=save_weight, help="name of this checkpoint below --save_dir")
+    g.add_argument("--log_interval", type=positive(int), default=log_interval,
+                   help="optimizer steps between two lines of metrics.jsonl")
+    g.add_argument("--tracker", default="none", choices=("none", "tensorboard", "wandb", "swanlab"),
+                   help="where the numbers of metrics.jsonl go as well; offline unless you are logged in there")
+    switch(g, "--use_wandb", 0, "another name for --tracker wandb")
+    g.add_argument("--eval_interval", type=count, default=eval_interval,
+                   help="optimizer steps between evaluations, 0 = only at the end")
+    g.add_argument("--save_interval", type=count, default=save_interval,
+                   help="optimizer steps between checkpoints, 0 = only at the end")
+    switch(g, "--keep_resume", 1, "keep the optimizer state after the end, so that training can go on")
+    g = parser.add_argument_group("run")
+    switch(g, "--from_resume", 0,
+           "go on from the last checkpoint of --save_weight (starts fresh, and says so, where there is none)")
+    switch(g, "--if_needed", 0,
+           "skip when this checkpoint is finished with the same flags and inputs, resume when it was interrupted")
+    switch(g, "--overwrite", 0, "replace a checkpoint of that name")
+    g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
+    g.add_argument("--dtype", default="auto", choices=("auto", *DTYPES),
+                   help="autocast dtype; float64 turns autocast off")
+    g.add_argument("--threads", type=count, default=0,
+                   help="CPU threads of this process, 0 = cores / processes on this machine")
+    g.add_argument("--seed", type=int, default=42, help="seed of weights, data order and sampling")
+    switch(g, "--show_batch", 0, "print the tokens of two samples, and which of them are trained, before training")
+    switch(g, "--debug", 0, "show the traceback of an error")
+
+
+def optim_flags(parser, batch_size, learning_rate, muon_learning_rate, max_steps=0, epochs=1.0, warmup_steps=0.05,
+                schedule="linear", weight_decay=0.0, accumulation_steps=1, grad_clip=1.0, optimizer="muon",
+                unserved=("sophia",)):
+    """Add the optimisation flags; a script passes its own recipe as defaults, so that the numbers stand where the
+    loop is. learning_rate is AdamW's. unserved: optimizers that the script refuses."""
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--batch_size", type=positive(int), default=batch_size, help="samples per process and micro-step")
+    g.add_argument("--accumulation_steps", type=positive(int), default=accumulation_steps,
+                   help="micro-steps per optimizer step")
+    g.add_argument("--max_steps", type=positive(int, zero=True), default=max_steps,
+                   help="optimizer steps, 0 = as --epochs says")
+    g.add_argument("--epochs", type=positive(float), default=epochs,
+                   help="passes over the data, when --max_steps is 0; may be a fraction")
+    g.add_argument("--max_minutes", type=positive(float, zero=True), default=0.0,
+                   help="wall-clock budget: sets the steps from the measured speed")
+    parser.unserved = unserved
+    refused = f"; not here: {', '.join(unserved)}" if unserved else ""
+    g.add_argument("--optimizer", default=optimizer, choices=tuple(OPTIMIZERS),
+                   help=f"muon: Muon on 2D weights, AdamW on the rest; sophia: Sophia-G{refused}")
+    parser.by_optimizer |= {
+        "learning_rate": lambda name: learning_rate * OPTIMIZERS[name],
+        # Schedule-Free averages instead of falling; a rate that falls as well would end its mean early
+        "schedule": lambda name: "constant" if name == "schedulefree" else schedule,
+    }
+    g.add_argument("--learning_rate", type=positive(float, below=1),
+                   help=f"peak rate, beside Muon of the AdamW part ({rates(learning_rate)})")
+    g.add_argument("--muon_learning_rate", type=positive(float, below=1), default=muon_learning_rate,
+                   help="peak rate of the Muon part")
+    g.add_argument("--warmup_steps", type=positive(float, zero=True), default=warmup_steps,
+                   help="steps of linear warm-up; below 1: share of all steps")
+    g.add_argument("--schedule", choices=("linear", "cosine", "wsd", "constant"),
+                   help=f"shape of the rate after warm-up (default: {schedule}, with schedulefree constant)")
+    g.add_argument("--weight_decay", type=positive(float, zero=True), default=weight_decay,
+                   help="decoupled weight decay on 2D weights")
+    g.add_argument("--grad_clip", type=positive(float, zero=True), default=grad_clip,
+                   help="largest gradient norm, 0 = no clipping")
+    if "sophia" not in unserved:
+        g.add_argument("--hessian_interval", type=positive(int), default=10,
+                       help="sophia: optimizer steps between two estimates of the curvature, each a second backward "
+                            "pass")
+
+
+def rates(adamw):
+    """The default rates of all optimizers as one phrase for a help text; `adamw` is the stage's AdamW rate."""
+    others = [f", with {name} {adamw * factor:g}" for name, factor in OPTIMIZERS.items() if factor != 1]
+    return f"default: {adamw:g}{''.join(others)}"
+
+
+def data_flags(parser, data_path, max_seq_len, val_ratio=0.01):
+    """Add the flags of a training set with its held-out part."""
+    g = parser.add_argument_group("data")
+    g.add_argument("--data_path", nargs="+", default=[data_path],
+                   help="training files (.jsonl, .jsonl.gz, .txt) or globs")
+    g.add_argument("--val_path", nargs="+", default=[],
+                   help="held-out files; without them --val_ratio of the training files is held out")
+    g.add_argument("--val_ratio", type=positive(float, zero=True), default=val_ratio,
+                   help="held-out share, chosen by document hash")
+    g.add_argument("--max_seq_len", type=positive(int), default=max_seq_len, help="tokens per row")
+    g.add_argument("--cache_dir", default="out/cache", help="where tokenised data is kept between runs")
+    switch(g, "--skip_bad", 0, "skip and count unreadable lines instead of stopping at the first")

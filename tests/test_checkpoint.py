@@ -1,0 +1,378 @@
+"""Proves that a checkpoint survives any interruption, that a damaged one is named, that a resume is refused when it
+would be neither run's, and that stage keys change with what changes a result.
+
+    python -m pytest tests/test_checkpoint.py
+"""
+import argparse
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_args
+
+import checkpoint
+import common
+
+with contextlib.suppress(ImportError):  # Windows
+    import resource
+
+
+# -- Atomic folders --------------------------------------------------------------------------------------------------
+def fill(folder, content):
+    """A complete small checkpoint in `folder` (which exists)."""
+    (folder / "config.json").write_text(f'{{"content": "{content}"}}')
+    (folder / "model.safetensors").write_text(content * 100)
+    checkpoint.write_minillm(folder, {"progress": {"step": content}, "key": content, "stage": "test"})
+
+
+def content_of(path):
+    return json.loads((path / "config.json").read_text())["content"]
+
+
+def written(tmp_path, *contents):
+    """Write these one after the other to tmp_path/run, as a training run does."""
+    for content in contents:
+        with checkpoint.atomic_folder(tmp_path / "run") as tmp:
+            fill(tmp, content)
+    return tmp_path / "run"
+
+
+def test_save_keeps_the_one_before_as_previous(tmp_path):
+    path = written(tmp_path, "first", "second", "third")
+    assert content_of(path) == "third"
+    assert content_of(tmp_path / "run.previous") == "second"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.previous"]
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_exception_while_writing_leaves_the_old_folder(tmp_path, moment):
+    path = written(tmp_path, "old")
+
+    class Failure(Exception):
+        pass
+
+    with pytest.raises(Failure), checkpoint.atomic_folder(path) as tmp:
+        for i, name in enumerate(["config.json", "model.safetensors", "minillm.json"]):
+            if i == moment:
+                raise Failure
+            (tmp / name).write_text("new")
+        raise Failure
+    assert content_of(checkpoint.find(tmp_path, "run")) == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"], "nothing half-written stays"
+
+
+class Killed(BaseException):
+    """Stands for kill -9: it is caught by nobody."""
+
+
+# the calls with which a save touches the disk, in order: each is once the last thing the process does
+CALLS = [("shutil.rmtree", 0), ("os.fsync", 0), ("os.fsync", 2), ("shutil.rmtree", 1), ("os.replace", 0),
+         ("os.replace", 1), ("os.fsync", -1)]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("name, count", CALLS, ids=lambda v: str(v))
+def test_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path, monkeypatch, name, count, after):
+    written(tmp_path, "older", "old")
+    module, function = name.split(".")
+    real = getattr(getattr(common, module), function)
+    calls, dead = [], []
+
+    def total():
+        return len(list((tmp_path / "run").iterdir())) + 2 if count < 0 else count + 1
+
+    wanted = total()
+
+    def dying(*args, **options):
+        if dead:  # a killed process cleans nothing up either
+            raise Killed
+        calls.append(args)
+        if len(calls) < wanted:
+            return real(*args, **options)
+        if after:
+            real(*args, **options)
+        dead.append(1)
+        raise Killed
+
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        patch.setattr(getattr(common, module), function, dying)
+        written(tmp_path, "new")
+    assert content_of(checkpoint.find(tmp_path, "run")) in ("old", "new")
+    written(tmp_path, "newest")
+    assert content_of(checkpoint.find(tmp_path, "run")) == "newest"
+
+
+def test_between_the_two_renames_the_previous_one_is_used(tmp_path, capsys):
+    path = written(tmp_path, "old")
+    os.replace(path, tmp_path / "run.previous")
+    assert checkpoint.find(tmp_path, "run") == tmp_path / "run.previous"
+    assert "a save was interrupted" in capsys.readouterr().out
+
+
+# -- Finding checkpoints ---------------------------------------------------------------------------------------------
+def test_checkpoint_is_found_by_name_and_by_path(tmp_path, monkeypatch):
+    path = written(tmp_path, "one")
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.find(tmp_path, "run") == path
+    assert checkpoint.find("elsewhere", str(path)) == path
+    assert checkpoint.find("elsewhere", "./run") == Path("run")
+    assert checkpoint.find(".", "run") == Path("run")
+    monkeypatch.chdir(path)
+    assert checkpoint.find("elsewhere", ".") == Path(".")
+
+
+def test_folder_of_the_same_name_in_the_working_directory_hides_nothing(tmp_path, monkeypatch):
+    path = written(tmp_path / "out", "one")
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.find("out", "run") == Path("out/run")
+    assert path.is_dir()
+
+
+def test_missing_checkpoint_is_answered_with_what_there_is(tmp_path):
+    written(tmp_path, "one", "two")
+    with pytest.raises(FileNotFoundError) as error:
+        checkpoint.find(tmp_path, "sft")
+    assert "'sft' not found" in str(error.value) and "there are: run;" in str(error.value)
+    with pytest.raises(FileNotFoundError, match="there are: none; train that stage first"):
+        checkpoint.find(tmp_path / "empty", "sft")
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES = [(cut, "model.safetensors", "model.safetensors has .* bytes, not"),
+           (os.remove, "model.safetensors", "model.safetensors is missing"),
+           (cut, "minillm.json", "minillm.json is unreadable"), (cut, "config.json", "config.json has .* bytes")]
+
+
+@pytest.mark.parametrize("harm, name, words", DAMAGES)
+def test_damage_is_named_and_the_previous_checkpoint_used(tmp_path, capsys, harm, name, words):
+    path = written(tmp_path, "first", "second")
+    harm(path / name)
+    assert content_of(checkpoint.find(tmp_path, "run")) == "first"
+    assert f"checkpoint {path} is damaged" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run.previous")
+    with pytest.raises(ValueError, match=f"damaged .{words}.*train that stage again"):
+        checkpoint.find(tmp_path, "run")
+
+
+def test_folder_from_elsewhere_is_taken_as_it_is(tmp_path):
+    (tmp_path / "qwen").mkdir()
+    (tmp_path / "qwen" / "config.json").write_text("{}")
+    assert checkpoint.find("out", str(tmp_path / "qwen")) == tmp_path / "qwen"
+
+
+# -- Saving and resuming ---------------------------------------------------------------------------------------------
+class Part:
+    """Stands for a model: something with save_pretrained."""
+
+    def save_pretrained(self, folder):
+        (folder / "config.json").write_text("{}")
+
+
+def save(tmp_path, step, runtime=None, parts=None, **options):
+    """Save a run of one weight at this step into tmp_path/run."""
+    runtime = runtime or common.Runtime(torch.device("cpu"), torch.float32, scaler=torch.amp.GradScaler(enabled=False))
+    args = run_args(tmp_path, **options.pop("flags", {}))
+    state = {"model": {"w": torch.full((1000,), float(step))}, "progress": {"step": step}}
+    facts = {"stage": "test", "key": "k", "progress": {"step": step}}
+    return checkpoint.save(runtime, args, parts or [Part()], state, facts, **options), runtime, args
+
+
+def test_resume_state_and_random_numbers_come_back(tmp_path):
+    torch.manual_seed(3)
+    written, runtime, args = save(tmp_path, 5)
+    expected = torch.rand(4)
+    torch.manual_seed(4)
+    state = checkpoint.load_resume(runtime, args)
+    assert written and torch.equal(torch.rand(4), expected)
+    assert state["progress"] == {"step": 5} and state["model"]["w"][0] == 5
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 0.5}, {"seed": 1}, {"data_path": ["other.jsonl"]}])
+def test_resume_refuses_changed_flags_and_names_both_values(tmp_path, changes):
+    _, runtime, args = save(tmp_path, 5)
+    (name, value), = changes.items()
+    with pytest.raises(ValueError) as error:
+        checkpoint.load_resume(runtime, run_args(tmp_path, **changes))
+    assert f"--{name}: was {getattr(args, name)!r}, is {value!r}" in str(error.value)
+    assert "--overwrite 1" in str(error.value)
+
+
+def test_resume_allows_flags_that_cannot_change_the_mathematics(tmp_path):
+    _, runtime, _ = save(tmp_path, 5)
+    args = run_args(tmp_path, max_steps=99, log_interval=1, save_interval=3, batch_size=2, accumulation_steps=4)
+    assert checkpoint.load_resume(runtime, args)["progress"]["step"] == 5
+
+
+def test_resume_with_other_process_count_says_so(tmp_path, capsys):
+    _, runtime, args = save(tmp_path, 5)
+    path = tmp_path / "run" / "resume" / "state.pt"
+    state = torch.load(path)
+    torch.save(state | {"rng": state["rng"] * 2}, path)
+    checkpoint.write_minillm(tmp_path / "run", {})
+    checkpoint.load_resume(runtime, args)
+    assert "resuming with 1 process(es), saved with 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 50, b"PK\x03\x04" + b"0" * 500,
+                                     pickle.dumps(argparse.Namespace(), protocol=2)],
+                         ids=["empty", "garbage", "broken archive", "foreign class"])
+def test_unreadable_resume_state_is_one_message(tmp_path, content):
+    _, runtime, args = save(tmp_path, 5)
+    (tmp_path / "run" / "resume" / "state.pt").write_bytes(content)
+    checkpoint.write_minillm(tmp_path / "run", {})  # sizes fit: the damage shows only when it is read
+    with pytest.raises(ValueError, match="state.pt cannot be read.*--overwrite 1"):
+        checkpoint.load_resume(runtime, args)
+
+
+def test_finished_run_drops_the_previous_and_on_request_the_resume_state(tmp_path):
+    save(tmp_path, 5)
+    save(tmp_path, 6)
+    assert (tmp_path / "run.previous").is_dir()
+    save(tmp_path, 7, finished=True, flags={"keep_resume": 0})
+    assert not (tmp_path / "run.previous").exists()
+    assert not (tmp_path / "run" / "resume").exists()
+    assert checkpoint.read_minillm(tmp_path / "run")["finished"] is True
+
+
+def test_too_little_space_is_seen_before_writing_and_training_goes_on(tmp_path, capsys, monkeypatch):
+    save(tmp_path, 5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
+    assert not save(tmp_path, 6)[0]
+    text = capsys.readouterr().out
+    assert "MB are free" in text and "Training goes on; last good checkpoint: step 5" in text
+    assert checkpoint.read_minillm(tmp_path / "run")["progress"]["step"] == 5
+    monkeypatch.undo()
+    assert save(tmp_path, 7)[0]
+
+
+class BigPart(Part):
+    """A model whose file does not fit any more."""
+
+    def save_pretrained(self, folder):
+        from safetensors.torch import save_file
+        super().save_pretrained(folder)
+        save_file({"w": torch.zeros(100_000)}, folder / "model.safetensors")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX file size limits")
+@pytest.mark.parametrize("part, limit", [(Part, 3000), (BigPart, 100_000)], ids=["resume state", "weights"])
+def test_disk_that_fills_up_while_writing_costs_no_training(tmp_path, capsys, part, limit):
+    save(tmp_path, 5)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # writes beyond it fail, as on a full disk
+    try:
+        written = save(tmp_path, 6, parts=[part()])[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not written
+    assert "Training goes on; last good checkpoint: step 5" in capsys.readouterr().out
+    assert checkpoint.read_minillm(checkpoint.find(tmp_path, "run"))["progress"]["step"] == 5
+    assert not (tmp_path / "run.tmp").exists(), "what was half-written is removed, there is no space to spare"
+    assert save(tmp_path, 7)[0]
+
+
+# -- Stages ----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def key(tmp_path):
+    """key(**changes of flags) -> stage key of a run with one data file and one parent."""
+    (tmp_path / "data.jsonl").write_text("one\n")
+    parent = written(tmp_path, "parent")
+
+    def of(**changes):
+        return checkpoint.stage_key(run_args(tmp_path, **changes), [tmp_path / "data.jsonl"], [parent])
+
+    return of
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 0.5}, {"seed": 1}, {"batch_size": 2}, {"max_steps": 3},
+                                     {"epochs": 2.0}, {"optimizer": "adamw"}])
+def test_stage_key_changes_with_flags_that_change_the_result(key, changes):
+    assert key(**changes) != key()
+
+
+@pytest.mark.parametrize("changes", [{"log_interval": 3}, {"save_interval": 3}, {"from_resume": 1}, {"overwrite": 1},
+                                     {"if_needed": 1}, {"debug": 1}, {"threads": 7}, {"save_weight": "other"}])
+def test_stage_key_stays_with_flags_that_do_not(key, changes):
+    assert key(**changes) == key()
+
+
+def test_stage_key_changes_with_data_content_but_not_with_its_date(key, tmp_path):
+    first = key()
+    os.utime(tmp_path / "data.jsonl", (0, 0))
+    assert key() == first
+    (tmp_path / "data.jsonl").write_text("two\n")
+    assert key() != first
+
+
+def test_stage_key_changes_with_the_parent(key, tmp_path):
+    first = key()
+    written(tmp_path, "another parent")
+    assert key() != first
+
+
+def test_stage_key_tells_an_interrupted_parent_from_a_finished_one(key, tmp_path):
+    checkpoint.write_minillm(tmp_path / "run", {"key": "same", "progress": {"step": 10}})
+    first = key()
+    checkpoint.write_minillm(tmp_path / "run", {"key": "same", "progress": {"step": 20}})
+    assert key() != first
+
+
+def decide(tmp_path, key="k", **flags):
+    runtime = common.Runtime(torch.device("cpu"), torch.float32)
+    return checkpoint.begin(runtime, run_args(tmp_path, **flags), key)
+
+
+def test_first_start_is_fresh_and_says_so_when_asked_to_resume(tmp_path, capsys):
+    assert decide(tmp_path) == decide(tmp_path, if_needed=1) == "fresh"
+    assert capsys.readouterr().out == ""
+    assert decide(tmp_path, from_resume=1) == "fresh"
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_existing_run_is_not_replaced_silently(tmp_path):
+    save(tmp_path, 5)
+    with pytest.raises(ValueError) as error:
+        decide(tmp_path)
+    assert all(words in str(error.value) for words in ("already holds an unfinished run (stage test)",
+                                                       "--from_resume 1", "--overwrite 1", "--save_weight"))
+    assert decide(tmp_path, overwrite=1) == "fresh"
+    assert decide(tmp_path, from_resume=1) == "resume"
+
+
+def test_run_in_a_folder_with_a_slash_is_not_replaced_silently(tmp_path):
+    save(tmp_path, 5, flags={"save_weight": "a/b"})
+    with pytest.raises(ValueError, match="already holds"):
+        decide(tmp_path, save_weight="a/b")
+
+
+def test_needed_stage_is_skipped_resumed_or_redone(tmp_path, capsys):
+    save(tmp_path, 5)
+    assert decide(tmp_path, if_needed=1) == "resume"
+    save(tmp_path, 9, finished=True)
+    assert decide(tmp_path, if_needed=1) == "skip"
+    assert "is finished with these flags and inputs: skipped" in capsys.readouterr().out
+    assert decide(tmp_path, key="other", if_needed=1) == "fresh"
+    assert "made with other flags or inputs: doing it again" in capsys.readouterr().out
+
+
+def test_damaged_run_without_predecessor_is_named_before_it_is_done_again(tmp_path, capsys):
+    save(tmp_path, 5)
+    os.remove(tmp_path / "run" / "resume" / "state.pt")
+    assert decide(tmp_path, if_needed=1) == "fresh"
+    assert "is damaged (resume/state.pt is missing)" in capsys.readouterr().out
+
+
+def test_resume_without_state_starts_fresh_and_says_so(tmp_path, capsys):
+    save(tmp_path, 9, finished=True, flags={"keep_resume": 0})
+    assert decide(tmp_path, from_resume=1) == "fresh"
+    assert "holds no resume state: starting fresh" in capsys.readouterr().out
