@@ -18,13 +18,16 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # in place of bench/, whose tokenizer.py has the name of the project's
@@ -43,7 +46,9 @@ from tokenizer import train  # noqa: E402
 class Recipe:
     """What may differ between two recipes. Rates are peaks, warm-up is a share of the run, floor one of the peak."""
 
-    rows: str = "windows"  # of the token stream, in random order; "crops" at random places; "documents" cut or padded
+    # "windows" of the token stream; "crops" at random places; "starts": from a document's start on, across its end;
+    # "documents": each cut or padded
+    rows: str = "windows"
     order: str = "random"  # of the windows; "text": as they follow one another
     batch_size: int = 8
     accumulation_steps: int = 1
@@ -59,7 +64,9 @@ class Recipe:
     warmup: float = 0.1
     floor: float = 0.0
     grad_clip: float = 1.0
-    init: str = "ours"  # "normal": 0.02 throughout; "gpt2": 0.02, and the projections into the residual stream smaller
+    # "normal": 0.02 throughout; "gpt2": 0.02, and the projections into the residual stream smaller; "fan_in": as ours,
+    # but the other matrices of the blocks from their width
+    init: str = "ours"
     short_until: float = 0.0  # this share of the run is trained on rows of a quarter of the length
 
 
@@ -93,9 +100,10 @@ class Rows:
         ends = np.full(count, len(stream))
         if self.recipe.rows == "crops":
             starts = self.draw.integers(0, len(stream) - length, count)
-        elif self.recipe.rows == "documents":
+        elif self.recipe.rows in ("documents", "starts"):
             chosen = self._shuffled(len(self.starts), places)
-            starts, ends = self.starts[chosen], np.append(self.starts[1:], len(stream))[chosen]
+            starts = self.starts[chosen]
+            ends = np.append(self.starts[1:], len(stream))[chosen] if self.recipe.rows == "documents" else ends
         else:
             windows = (len(stream) - 1) // (length - 1)
             chosen = places % windows if self.recipe.order == "text" else self._shuffled(windows, places)
@@ -120,8 +128,11 @@ def build_model(recipe, config, seed):
     torch.manual_seed(seed)
     model = Transformer(config)
     for name, p in model.named_parameters() if recipe.init != "ours" else ():
-        if p.ndim > 1:
-            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        if recipe.init == "fan_in":
+            if p.ndim > 1 and "layers" in name and not into_residual:
+                torch.nn.init.normal_(p, 0.0, p.shape[1] ** -0.5)
+        elif p.ndim > 1:
             smaller = (2 * config.num_hidden_layers) ** -0.5 if into_residual and recipe.init == "gpt2" else 1.0
             torch.nn.init.normal_(p, 0.0, 0.02 * smaller)
     return model
@@ -133,6 +144,7 @@ def build_optimizer(recipe, model, dtype):
                             recipe.weight_decay, recipe.betas, dtype=dtype)
     for group in optimizer.param_groups:
         group["weight_decay"] = recipe.weight_decay if recipe.decay_all else group["weight_decay"]
+        group["momentum"] = recipe.momentum  # only Muon reads it
     return optimizer
 
 
@@ -233,6 +245,126 @@ def compare_recipes(args, dtype):
                         file.write(json.dumps({"name": name, **facts}) + "\n")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# speed
+# shape, rows a step, tokens a row, vocabulary: 8192 tokens a step each
+SHAPES = {"small": (dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+                         intermediate_size=768, vocab_size=4096), 32, 256),
+          "26M": (dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+                       intermediate_size=1408, vocab_size=6400), 16, 512)}
+
+
+@dataclasses.dataclass
+class Contender:
+    """One way to make an optimizer step: run() makes one, on the same rows as all others."""
+
+    model: torch.nn.Module
+    loss: Callable  # (model, ids [B,T]) -> sum of -log p over the targets
+    optimizer: torch.optim.Optimizer
+    dtype: torch.dtype
+    micro_batch: int
+
+    def run(self, ids):
+        """One step on ids [B,T]. Returns (seconds, loss in nats per token)."""
+        begin = time.perf_counter()
+        targets, total = ids.shape[0] * (ids.shape[1] - 1), 0.0
+        for rows in ids.split(self.micro_batch):
+            with torch.autocast("cpu", self.dtype, enabled=self.dtype == torch.bfloat16):
+                nll = self.loss(self.model, rows)
+            (nll / targets).backward()
+            total += nll.item()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - begin, total / targets
+
+
+def our_loss(model, ids):
+    """Log-probabilities of the targets, a few rows of the head at a time: what the training scripts use."""
+    return -model(ids, target_mask=torch.ones_like(ids)).sum()
+
+
+def plain_loss(model, ids):
+    """Cross-entropy on all logits [B,T,V]."""
+    logits = model(ids)
+    logits = getattr(logits, "logits", logits)[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+
+
+def contenders(shape, dtype, compiled):
+    """{name: Contender}, all with the same weights; `compiled`: with torch.compile as well."""
+    from transformers import Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**shape, max_position_embeddings=512, tie_word_embeddings=True))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        ours = lambda: Transformer.from_pretrained(folder)  # noqa: E731
+        theirs = lambda: Qwen3ForCausalLM.from_pretrained(folder, attn_implementation="sdpa")  # noqa: E731
+        adamw = lambda model: torch.optim.AdamW(model.parameters(), lr=1e-4)  # noqa: E731
+        default = lambda model, name="muon": optim.build(model, name, 1e-4, 1e-4, dtype=dtype)  # noqa: E731
+
+        def made(build, loss, optimizer, dtype, micro_batch=32, compile=False):
+            model = build().train()
+            return Contender(torch.compile(model) if compile else model, loss, optimizer(model), dtype, micro_batch)
+
+        found = {"transformers fp32": made(theirs, plain_loss, adamw, torch.float32)}
+        if dtype == torch.bfloat16:
+            found["transformers bf16"] = made(theirs, plain_loss, adamw, dtype)
+        found["minillm, Muon"] = made(ours, our_loss, default, dtype, 8)
+        found["minillm, AdamW"] = made(ours, our_loss, lambda model: default(model, "adamw"), dtype, 8)
+        found["  in one piece of 32 rows"] = made(ours, our_loss, lambda model: default(model, "adamw"), dtype)
+        found["  and all logits"] = made(ours, plain_loss, lambda model: default(model, "adamw"), dtype)
+        found["  and fp32"] = made(ours, plain_loss, adamw, torch.float32)
+        if dtype == torch.float32:
+            del found["  and fp32"]
+        if compiled:
+            found["transformers fp32, compiled"] = made(theirs, plain_loss, adamw, torch.float32, compile=True)
+            found["minillm, Muon, compiled"] = made(ours, our_loss, default, dtype, 8, compile=True)
+        return found
+
+
+def matmul_rate(dtype, size=1024):
+    """Floating-point operations per second of a plain matrix product of that dtype, the best of many."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(30):
+        begin = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(times)
+
+
+def compare_speed(args, dtype):
+    """Time the contenders step by step in turns; print a table of medians, ratios and utilisation."""
+    rate = matmul_rate(dtype)
+    print(f"a {str(dtype)[6:]} matrix product of 1024 x 1024 runs at {rate / 1e9:.0f} GFLOP/s", flush=True)
+    for name in args.shapes:
+        shape, rows, length = SHAPES[name]
+        found = contenders(shape, dtype, args.compiled)
+        draw = torch.Generator().manual_seed(0)
+        seconds = {contender: [] for contender in found}
+        for round_ in range(args.rounds + 2):  # two to warm up
+            ids = torch.randint(shape["vocab_size"], (rows, length), generator=draw)
+            losses = []
+            for contender, made in found.items():
+                taken, loss = made.run(ids)
+                losses.append(loss)
+                seconds[contender] += [taken] * (round_ > 1)
+            if round_ == 0:  # the weights are equal until the first update
+                print(f"{name}: loss of the first step {min(losses):.5f} to {max(losses):.5f}", flush=True)
+        operations = Transformer(ModelConfig(**shape)).flops_per_token(length) * rows * length
+        base = statistics.median(seconds["transformers fp32"])
+        print(f"{'contender':<30} {'s a step':>9} {'tokens/s':>9} {'ratio':>6} {'of the matmul rate':>19}")
+        for contender, times in seconds.items():
+            median = statistics.median(times)
+            print(f"{contender:<30} {median:9.3f} {rows * length / median:9.0f} {base / median:6.2f} "
+                  f"{operations / median / rate:19.0%}", flush=True)
+            if args.output:
+                with open(args.output, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"shape": name, "name": contender.strip(), "seconds": times}) + "\n")
+
+
 def parse_args(argv=None):
     """Flags of this bench."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -248,6 +380,9 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="recipe: all of them, for each recipe")
     parser.add_argument("--evaluations", type=int, default=4, help="recipe: points of each curve")
     parser.add_argument("--heldout", type=int, default=256, help="recipe: held-out documents")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="speed: which models")
+    parser.add_argument("--rounds", type=int, default=5, help="speed: measured steps of each contender")
+    parser.add_argument("--compiled", type=int, choices=(0, 1), default=0, help="speed: with torch.compile as well")
     parser.add_argument("--threads", type=int, default=common.count_cores(), help="CPU threads")
     parser.add_argument("--output", help="file to which every result is appended as a line of JSON")
     return parser.parse_args(argv)
@@ -259,7 +394,7 @@ def main(args):
     common._keep_freed_memory()
     dtype, why = common.pick_dtype("auto", torch.device("cpu"))
     print(f"dtype {str(dtype)[6:]} ({why}), {args.threads} thread(s)", flush=True)
-    compare_recipes(args, dtype)
+    {"recipe": compare_recipes, "speed": compare_speed}[args.part](args, dtype)
 
 
 if __name__ == "__main__":
