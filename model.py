@@ -873,6 +873,36 @@ class _HeadLogprobs(torch.autograd.Function):
         return grad_h, grad_weight.to(weight.dtype), None
 
 
+class _HeadLogprobSum(torch.autograd.Function):
+    """The sum of _HeadLogprobs. A sum gives every target the same factor, so the gradients for factor 1 can be made
+    while the logits of a piece are at hand; the backward pass multiplies, and computes no logits again."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """h [N,D], weight [V,D], targets [N] -> sum of log p(targets), in fp32 at least."""
+        wide = torch.promote_types(h.dtype, torch.float32)
+        total = h.new_zeros((), dtype=wide)
+        if any(ctx.needs_input_grad):
+            grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=wide)
+            ctx.save_for_backward(grad_h, grad_weight)
+        for part in _pieces(h, weight):
+            logp = F.log_softmax((h[part] @ weight.T).to(wide), dim=-1)  # [n,V]
+            index = targets[part, None]  # [n,1]
+            total += logp.gather(1, index).sum()
+            if any(ctx.needs_input_grad):
+                d = logp.exp_().neg_().scatter_add_(1, index, torch.ones_like(index, dtype=wide))  # onehot - softmax
+                d = d.to(h.dtype)
+                grad_h[part] = d @ weight
+                grad_weight += d.T @ h[part]
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """grad: the factor, a scalar."""
+        grad_h, grad_weight = ctx.saved_tensors
+        return (grad_h * grad).to(grad_h.dtype), (grad_weight * grad).to(grad_h.dtype), None
+
+
 def _pieces(h: Tensor, weight: Tensor) -> list[slice]:
     """Slices of the rows of h whose logits fit a CPU's cache (2 million numbers), or a small part of a GPU's memory."""
     rows = max(1, (2**21 if h.device.type == "cpu" else 2**28) // len(weight))
@@ -954,7 +984,7 @@ class Transformer(nn.Module):
         return self.model(ids, positions, documents, cache, token_mask, self.gradient_checkpointing)[0]
 
     def forward(self, ids, positions=None, documents=None, cache=None, token_mask=None, return_balance=False,
-                logits_to_keep=0, target_mask=None):
+                logits_to_keep=0, target_mask=None, sum_targets=False):
         """Logits [B,T,V]: logits[:, t] scores token t + 1. With return_balance the pair (logits, balance [B]).
 
         Args:
@@ -966,20 +996,26 @@ class Transformer(nn.Module):
             logits_to_keep: only the last so many positions, 0 = all.
             target_mask: [B,T], nonzero on target tokens: instead of logits the result is token_logprobs(logits, ids)
                 [B,T-1], with 0 where it is zero. What training needs, several times cheaper than all logits.
+            sum_targets: with target_mask, one number, the sum of these log-probabilities: cheaper still.
         balance[b] is the mean over the expert layers of E * sum_e f_e P_e over the row's real tokens (see MoE).
         """
         h, balance = self.model(ids, positions, documents, cache, token_mask, self.gradient_checkpointing)
         if target_mask is None:
             out = self.lm_head(h[:, -logits_to_keep:])  # -0: means all
         else:
-            out = self._target_logprobs(h, ids, target_mask)
+            out = self._target_logprobs(h, ids, target_mask, sum_targets)
         return (out, balance) if return_balance else out
 
-    def _target_logprobs(self, h: Tensor, ids: Tensor, target_mask: Tensor) -> Tensor:
-        """log p of the target tokens [B,T-1] from hidden states [B,T,D]; the head runs on their positions only."""
+    @torch.compiler.disable  # the number of targets differs from batch to batch: each would be compiled anew
+    def _target_logprobs(self, h: Tensor, ids: Tensor, target_mask: Tensor, sum_targets: bool) -> Tensor:
+        """log p of the target tokens [B,T-1], or its sum, from hidden states [B,T,D]; the head runs on their positions
+        only."""
         wanted = target_mask[:, 1:] != 0  # [B,T-1]
         dtype = autocast_dtype(h.device.type) or h.dtype
-        found = _HeadLogprobs.apply(h[:, :-1][wanted].to(dtype), self.lm_head.weight.to(dtype), ids[:, 1:][wanted])
+        head = _HeadLogprobSum if sum_targets else _HeadLogprobs
+        found = head.apply(h[:, :-1][wanted].to(dtype), self.lm_head.weight.to(dtype), ids[:, 1:][wanted])
+        if sum_targets:
+            return found
         return torch.zeros(wanted.shape, dtype=found.dtype, device=h.device).masked_scatter(wanted, found)
 
     def num_parameters(self, trainable: bool = False) -> int:

@@ -182,7 +182,7 @@ def main(args):
     eta = common.Eta(runtime, lambda: smaller_preset(model, args.max_seq_len))
     runtime.print(common.memory_line(
         runtime, [model], args.batch_size, args.max_seq_len,
-        lambda ids: model(ids, target_mask=torch.ones_like(ids))))
+        lambda ids: model(ids, target_mask=torch.ones_like(ids), sum_targets=True)))
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of samples drawn so far by all ranks together: the order is a function of it, not of
@@ -259,9 +259,10 @@ def main(args):
             last = micro == len(batches) - 1
             with contextlib.nullcontext() if last or runtime.world_size == 1 else wrapped.no_sync():
                 with runtime.autocast():
-                    # log-probabilities of the targets [B, T-1] instead of logits [B, T, V], and the rows' balance [B]
-                    logp, balance = wrapped(ids, token_mask=mask.bool(), target_mask=mask, return_balance=True)
-                nll = -logp.sum()
+                    # the sum of the targets' log-probabilities instead of logits [B, T, V], and the rows' balance [B]
+                    logp, balance = wrapped(ids, token_mask=mask.bool(), target_mask=mask, sum_targets=True,
+                                            return_balance=True)
+                nll = -logp
                 # each row's balance counts by its tokens, so that it adds up over micro-batches and ranks like the
                 # loss does
                 aux = (balance * mask[:, 1:].sum(1)).sum()

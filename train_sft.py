@@ -156,7 +156,7 @@ def main(args):
     eta = common.Eta(runtime)
     runtime.print(common.memory_line(
         runtime, [model], args.batch_size + bool(replay) * args.replay_rows, args.max_seq_len,
-        lambda ids: model(ids, documents=torch.zeros_like(ids), target_mask=torch.ones_like(ids))))
+        lambda ids: model(ids, documents=torch.zeros_like(ids), target_mask=torch.ones_like(ids), sum_targets=True)))
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of rows drawn so far by all ranks together: the order does not depend on the rank count
@@ -238,10 +238,10 @@ def main(args):
             last = micro == len(batches) - 1
             with contextlib.nullcontext() if last or runtime.world_size == 1 else wrapped.no_sync():
                 with runtime.autocast():
-                    # log-probabilities of the trained tokens [B, T-1], 0 elsewhere, and the rows' balance [B]
+                    # the sum of the trained tokens' log-probabilities, and the rows' balance [B]
                     logp, balance = wrapped(ids, documents=documents, token_mask=documents >= 0, target_mask=mask,
-                                            return_balance=True)
-                nll = -logp.sum()
+                                            sum_targets=True, return_balance=True)
+                nll = -logp
                 # a row's balance counts by its tokens, so that it adds up over micro-batches and ranks as the loss does
                 aux = (balance * (documents >= 0).sum(1)).sum()
                 # DDP averages over ranks; the factor makes it a sum. max(): a step without targets gives 0, never NaN

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import BF16_SPEEDUP
 from safetensors.torch import load_file, save_file
 
+import model as model_file
 from model import MLP, KVCache, ModelConfig, MoE, ScalarHead, SkipInit, Transformer, fill_holes, sample, token_logprobs
 
 SHAPE = dict(vocab_size=97, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
@@ -559,6 +560,38 @@ def test_token_logprobs_equal_log_softmax_gathered():
     torch.testing.assert_close(token_logprobs(logits, ids), expected, atol=1e-12, rtol=0)
     assert token_logprobs(logits.bfloat16(), ids).dtype == torch.float32
     assert token_logprobs(logits[:, :1], ids[:, :1]).shape == (2, 0)
+
+
+@pytest.mark.parametrize("kind", ["dense", "untied"])
+@pytest.mark.parametrize("pieces", [1, 5, 1000], ids=lambda rows: f"{rows} rows at a time")
+def test_head_on_targets_only_equals_all_logits(monkeypatch, kind, pieces):
+    """Values and gradients, of single log-probabilities with a factor each and of their sum."""
+    monkeypatch.setattr(model_file, "_pieces", lambda h, weight: [slice(i, i + pieces)
+                                                                  for i in range(0, len(h), pieces)])
+    model = make_model(kind, torch.float64)
+    ids, mask = random_ids(3, 11), torch.rand(3, 11, generator=torch.Generator().manual_seed(1)) < 0.4
+    factors = torch.rand(3, 10, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def gradients(value):
+        return torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+
+    expected = token_logprobs(model(ids), ids) * mask[:, 1:]
+    found = model(ids, target_mask=mask)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(gradients((found * factors).sum()), gradients((expected * factors).sum()), atol=1e-12,
+                               rtol=0)
+    total = model(ids, target_mask=mask, sum_targets=True)
+    torch.testing.assert_close(total, found.sum(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(gradients(-0.3 * total), gradients(-0.3 * (token_logprobs(model(ids), ids)
+                                                                         * mask[:, 1:]).sum()), atol=1e-12, rtol=0)
+    with torch.no_grad():
+        assert model(ids, target_mask=mask, sum_targets=True) == total
+
+
+def test_sum_of_no_target_is_zero_with_gradients_of_zero():
+    model = make_model()
+    model(random_ids(2, 5), target_mask=torch.zeros(2, 5), sum_targets=True).backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 # -- Score head --------------------------------------------------------------------------------------------------------
