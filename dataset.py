@@ -21,6 +21,7 @@ Commands: used by train_*.py and eval.py. To look at rows:
     python -c "import dataset; print(next(dataset.read_rows('out/data/sft.train.jsonl')))"
 """
 
+import copy
 import errno
 import glob
 import gzip
@@ -795,6 +796,12 @@ class PretrainData(TokenData):
 
     def __len__(self):
         return -(-(len(self.tokens.items) - 1) // (self.max_seq_len - 1))  # targets / targets a window, rounded up
+
+    def of_length(self, max_seq_len: int) -> "PretrainData":
+        """The same stream in windows of another length and in an order of their own; nothing is read again."""
+        other = copy.copy(self)
+        other.max_seq_len, other._orders = max(2, max_seq_len), {}
+        return other
 
     def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
         """ids int64 [B,T]; mask float [B,T], 1 on targets; bytes int64 [B], the text bytes of each window's targets.

@@ -68,6 +68,8 @@ def parse_args(argv=None):
     cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.02, warmup_steps=0.1,
                        unserved=())
     cli.run_flags(parser, save_weight="pretrain", eval_interval=250, save_interval=500)
+    parser.add_argument("--length_warmup", type=cli.positive(float, zero=True, below=1.001), default=0.8,
+                        help="share of the steps in which rows are shorter, 1/8 of --max_seq_len at first; 0 = none")
     parser.add_argument("--eval_batches", type=cli.positive(int), default=32, help="held-out batches per evaluation")
     cli.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
     return parser.parse_args(argv)
@@ -113,6 +115,12 @@ def smaller_preset(model, tokens):
     return max((item for item in shares.items() if item[1] < 0.9), key=lambda item: item[1], default=None)
 
 
+def row_parts(done, share):
+    """How many rows are read in place of one when `done` of the run (0 to 1) is over: 8, then 4, then 2, for a third of
+    `share` each, then 1. They are as many times shorter, so a step has the same number of tokens from more places."""
+    return 1 if done >= share else 8 >> int(3 * done / share)
+
+
 def evaluate(model, data, args, runtime):
     """Held-out loss (nats per token) and bits per byte over the first --eval_batches batches, shared by the ranks."""
     count = min(len(data), args.eval_batches * args.batch_size)
@@ -128,7 +136,7 @@ def sampled_gradient(wrapped, batches, position, targets, args, runtime):
     (Liu et al. 2023, Algorithm 2). Arguments as in main's step; `position` is its first sample."""
     for micro, batch in enumerate(batches):
         ids, mask = batch["ids"].to(runtime.device), batch["mask"].to(runtime.device)  # [B, T], [B, T]
-        first = position + (micro * runtime.world_size + runtime.rank) * args.batch_size
+        first = position + (micro * runtime.world_size + runtime.rank) * len(ids)
         rows = range(first, first + len(ids))  # each row has its own draws, on any rank
         last = micro == len(batches) - 1
         with contextlib.nullcontext() if last or runtime.world_size == 1 else wrapped.no_sync():
@@ -160,6 +168,7 @@ def main(args):
     data = PretrainData(args.data_path, part="train" if ratio else "all", val_ratio=ratio, **shared)
     held_out = PretrainData(args.val_path or args.data_path, part="val" if ratio else "all", val_ratio=ratio, **shared)
     runtime.print(data.summary())
+    lengths = {parts: data.of_length(args.max_seq_len // parts) for parts in (1, 2, 4, 8)}  # row_parts() -> windows
 
     # -- 3. Model ------------------------------------------------------------------------------------------------------
     model = Transformer.from_pretrained(parent) if parent else Transformer(build_config(args, tokenizer))
@@ -238,15 +247,16 @@ def main(args):
 
         # all micro-batches first: the loss is divided by the number of targets of the whole step, which must be known
         # before backward
-        batches = []
+        parts = row_parts(step / progress["max_steps"], args.length_warmup)
+        rows, batches = lengths[parts], []
         for micro in range(args.accumulation_steps):
             first = progress["position"] + micro * per_micro_step + runtime.rank * args.batch_size
-            batches.append(data.batch(data.position_batch(first, args.batch_size)))
+            batches.append(rows.batch(rows.position_batch(parts * first, parts * args.batch_size)))
         targets = runtime.sum(sum(b["mask"][:, 1:].sum() for b in batches))
 
         if args.optimizer == "sophia" and step % args.hessian_interval == 0:
             model.eval()  # without dropout, and the router's counts belong to the step itself
-            sampled_gradient(wrapped, batches, progress["position"], targets, args, runtime)
+            sampled_gradient(wrapped, batches, parts * progress["position"], targets, args, runtime)
             optimizer.update_hessian(targets, runtime.scaler.get_scale())
             optimizer.zero_grad(set_to_none=True)
 
