@@ -13,7 +13,6 @@ their bands. As a program this file judges finished runs again, or makes such a 
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import math
 import os
@@ -124,9 +123,10 @@ def verdict(rows, normal=None):
     The first rule that holds counts. All are conservative: a false alarm teaches readers to overlook the true one.
 
     unstable     the held-out metric is not finite; or two logged lines since the evaluation before have no finite loss
-                 or gradient (one is an accident, and fp16 looks for its scale); or the mean of the last 5 lines of the
-                 training metric is worse than the best 5 lines before by 5% and by 3 times their noise; or the median
-                 gradient norm of the last 10 lines is above 10 times the lowest and above the first such median
+                 or, behind step 50, gradient (one is an accident; fp16 finds its scale in the first steps); or the mean
+                 of the last 5 lines of the training metric is worse than the best 5 lines before by 5% and by 3 times
+                 their noise; or the median gradient norm of the last 10 lines is above 10 times the lowest and above
+                 the first such median
     overfitting  the last two evaluations are worse than the best one by 3%, while the training metric got better by 1%
                  since then
     plateau      the second half of the run so far has not bettered the first by 0.5%. A fixed number of evaluations
@@ -141,14 +141,15 @@ def verdict(rows, normal=None):
     if not found or not any(found[0][1] in row for row in rows):
         return ""
     (key, train, sign, enough, floor), held = found
-    # from here on more is better, whatever the metric
+    # from here on more is better, whatever the metric; sign leads back to what is shown
     trained = [(row["step"], sign * row[train]) for row in rows if isinstance(row.get(train), (int, float))]
     recent = [row for row in rows if len(held) < 2 or row["step"] > held[-2][0]]
     if held[-1][1] is None:
         return f"unstable: the {NAMES[key]} is not finite; likely: rate too high; resume with a lower --learning_rate"
     gained = [(step, sign * value) for step, value in held if value is not None]
     flat = normal and normal[0] <= held[-1][1] <= normal[1]
-    return (_unstable(rows, recent, trained, sign, train, floor) or _overfitting(gained, trained, key, train, floor)
+    return (_unstable(rows, recent, trained, sign, train, floor)
+            or _overfitting(gained, trained, sign, key, train, floor)
             or ("" if flat else _plateau(gained, rows, key, enough)) or "fine")
 
 
@@ -158,7 +159,8 @@ def _blocks(values, size):
 
 
 def _unstable(rows, recent, trained, sign, train, floor):
-    lost = sum(any(row.get(key, 0) is None for key in (train, "loss", "grad_norm")) for row in recent)
+    lost = sum(row.get(train, 0) is None or row.get("loss", 0) is None
+               or (row["step"] > 50 and row.get("grad_norm", 0) is None) for row in recent)
     if lost > 1:
         return (f"unstable: {lost} steps since the last evaluation were not finite; likely: rate too high, or fp16; "
                 "resume with a lower --learning_rate, or --dtype bf16 or fp32")
@@ -179,7 +181,7 @@ def _unstable(rows, recent, trained, sign, train, floor):
     return ""
 
 
-def _overfitting(gained, trained, key, train, floor):
+def _overfitting(gained, trained, sign, key, train, floor):
     at, best = max(gained, key=lambda point: point[1])
     margin = max(0.03 * abs(best), floor)
     later = [value for step, value in gained[-2:] if step > at and value < best - margin]
@@ -189,8 +191,9 @@ def _overfitting(gained, trained, key, train, floor):
         return ""
     if statistics.fmean(now) - statistics.fmean(then) <= 0.01 * abs(statistics.fmean(then)):
         return ""
-    return (f"overfitting: the {NAMES[key]} was best at step {at}, {abs(best):.3g}, and is {abs(later[-1]):.3g}, while "
-            f"the {NAMES[train]} got better; likely: too many passes over too few rows; fewer --epochs, or more data")
+    return (f"overfitting: the {NAMES[key]} was best at step {at}, {sign * best:.3g}, and is {sign * later[-1]:.3g}, "
+            f"while the {NAMES[train]} got better; likely: too many passes over too few rows; fewer --epochs, or more "
+            "data")
 
 
 def _plateau(gained, rows, key, enough):
@@ -282,7 +285,7 @@ class MetricLog:
         if conditions:
             command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
             self.save_json("conditions.json", {"conditions": conditions, "command": command,
-                                               "torch": importlib.metadata.version("torch")})
+                                               "torch": getattr(sys.modules.get("torch"), "__version__", "")})
             self.curve = find_curve(conditions)
         if self.curve:
             self.save_json("reference.json", self.curve)  # for curves.png
@@ -485,8 +488,9 @@ def make_curve(runs):
     """The reference curve of finished runs under the same conditions, as find_curve() reads it.
 
     At each logged step: from the lowest to the highest run (a mean over 5 lines, for a single step is noisy), widened
-    on both sides by that distance, at least by 2% of the value (5% where there is one run), and by twice the noise of
-    a single line. Points get farther apart, 5% of the step, as the curve gets flatter.
+    on both sides by that distance, at least by 2% of the value (5% where there is one run; 0.05 for shares of right
+    answers), and by twice the noise of a single line. Points get farther apart, 5% of the step, as the curve gets
+    flatter.
 
     Args:
         runs: folders out/logs/<save_weight>. Raises ValueError where one is not finished, or differs.
@@ -506,7 +510,7 @@ def make_curve(runs):
     for key in BANDED:
         series = [{row["step"]: row[key] for row in rows if isinstance(row.get(key), (int, float))} for rows in logged]
         if all(series):
-            bands[key] = _band_points(series, 1.0 if key in SHARES else math.inf)
+            bands[key] = _band_points(series, key in SHARES)
     made = [{"command": fact["command"], "seed": fact["seed"], "dtype": fact["dtype"], "torch": fact["torch"]}
             for fact in facts]
     return {"conditions": conditions, "runs": made, "bands": bands}
@@ -522,11 +526,12 @@ def _read_facts(folder):
                          "conditions.json; give out/logs/<save_weight>") from None
 
 
-def _band_points(series, most):
-    """[step, low, high] of one metric; series: a dict step -> value of each run; most: its largest possible value."""
+def _band_points(series, share=False):
+    """[step, low, high] of one metric; series: a dict step -> value of each run; share: it lies between 0 and 1."""
     steps = sorted(set.intersection(*map(set, series)))
     reach = 2 if len(steps) >= 20 else 0  # evaluations are few, and each is a mean over many tokens already
     least = 0.0 if min(run[step] for run in series for step in steps) >= 0 else -math.inf
+    most = 1.0 if share else math.inf
     tolerance = 0.02 if len(series) > 1 else 0.05
     smooth, rest = [], []
     for i in range(len(steps)):
@@ -537,7 +542,7 @@ def _band_points(series, most):
     for i, step in enumerate(steps):
         low, high = min(smooth[i]), max(smooth[i])
         noise = math.sqrt(statistics.fmean(rest[max(0, i - 4):i + 5]))
-        slack = max(high - low, tolerance * abs(low + high) / 2) + 2 * noise
+        slack = max(high - low, 0.05 if share else tolerance * abs(low + high) / 2) + 2 * noise
         if not points or step >= 1.05 * points[-1][0] or i == len(steps) - 1:
             points.append([step, *(float(f"{x:.4g}") for x in (max(low - slack, least), min(high + slack, most)))])
     return points

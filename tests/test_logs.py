@@ -9,6 +9,7 @@ import sys
 import types
 
 import pytest
+from conftest import DATA
 
 import common
 import logs
@@ -321,6 +322,8 @@ def test_two_steps_that_are_not_finite_are_unstable_and_one_is_not():
         assert logs.verdict(rows).split(":")[0] == word, lost
     rows = history(HELD, GOOD, grad_norm=[*[1.0] * 58, None, None])
     assert "not finite" in logs.verdict(rows), "bf16: the gradient alone can overflow"
+    rows = history(HELD[:2], GOOD[:10], grad_norm=[*[None] * 5, *[1.0] * 5])
+    assert logs.verdict(rows) == "fine", "fp16 finds its scale"
 
 
 def test_held_out_value_that_is_not_finite_is_unstable():
@@ -432,10 +435,11 @@ def test_band_holds_the_runs_it_was_made_of(tmp_path, curves):
 
 
 def test_shares_stay_between_0_and_1(tmp_path):
-    assert logs._band_points([{5: 0.9}, {5: 1.0}, {5: 0.95}], 1.0) == [[5, 0.8, 1.0]]
-    assert logs._band_points([{5: 0.01}, {5: 0.1}], 1.0)[0][1] == 0.0
-    assert logs._band_points([{5: -0.1}, {5: 0.1}], float("inf")) == [[5, -0.3, 0.3]]
-    assert logs._band_points([{5: 2.0}], float("inf")) == [[5, 1.9, 2.1]], "one run: 5%"
+    assert logs._band_points([{5: 0.9}, {5: 1.0}, {5: 0.95}], share=True) == [[5, 0.8, 1.0]]
+    assert logs._band_points([{5: 0.01}, {5: 0.1}], share=True)[0][1] == 0.0
+    assert logs._band_points([{5: 0.5}, {5: 0.5}], share=True) == [[5, 0.45, 0.55]]
+    assert logs._band_points([{5: -0.1}, {5: 0.1}]) == [[5, -0.3, 0.3]]
+    assert logs._band_points([{5: 2.0}]) == [[5, 1.9, 2.1]], "one run: 5%"
 
 
 def test_band_between_points_is_a_line_over_the_logarithm_and_ends_where_they_are_far_apart():
@@ -566,3 +570,17 @@ def test_run_under_the_same_conditions_hears_what_is_normal_also_after_a_resume(
         return [line for line in output.split("\n") if line.startswith(("    verdict", "step "))]
 
     assert len(said(rest)) == 6 and said(rest) == said(whole)[2:], "the history counts, not what this process has seen"
+
+
+@pytest.mark.parametrize("name", sorted(DATA))
+def test_every_stage_is_judged_and_passes_its_conditions_on(name, stage, tmp_path, curves, monkeypatch, capsys):
+    monkeypatch.setattr(logs, "plot_curves", lambda folder: None)
+    module, argv = stage(name, "--max_steps", "2", "--eval_interval", "1")
+    module.main(module.parse_args(argv))
+    assert capsys.readouterr().out.count("\n    verdict: ") == 2
+    kept = json.loads((tmp_path / "out" / "logs" / "run" / "conditions.json").read_text())["conditions"]
+    assert kept == json.loads((tmp_path / "out" / "run" / "minillm.json").read_text())["conditions"]
+    assert kept["stage"] == name.removeprefix("train_") and kept["steps"] == 2 and kept["parents"]
+    run = str(tmp_path / "out" / "logs" / "run")
+    assert logs.main(logs.parse_args([run, "--reference", str(curves / "x.json")])) == 0
+    assert logs.find_curve(kept)
