@@ -215,8 +215,8 @@ def off_normal(rows, curve):
     if not found:
         return ""
     (key, _, sign, *_), held = found
-    sides = []  # of each evaluation: 1 better than normal, -1 worse, 0 inside or no band
-    for step, value in held:
+    sides = [0]  # of each evaluation: 1 better than normal, -1 worse, 0 inside or no band
+    for step, value in held[held[0][0] == 0:]:  # what is measured before the first step is never judged
         low, high = band(curve, key, step) or (-math.inf, math.inf)
         sides.append(0 if value is None else sign * ((value > high) - (value < low)))
     if not sides[-1]:

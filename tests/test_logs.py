@@ -484,6 +484,8 @@ def test_value_outside_the_band_is_named_with_causes_once(tmp_path):
     assert said[4] == "worse than normal here"
     assert "1.9 is better than normal here" in said[5] and said[6] == "better than normal here"
     assert logs.off_normal(history([8, 2.9], GOOD[:10]), None) == ""
+    curve["bands"]["val_loss"].insert(0, (0, 1.0, 2.0))
+    assert logs.off_normal(history([8, 2.9], GOOD[:10]), curve).startswith("held-out loss 2.9 is worse"), "not step 0"
 
 
 def test_run_is_told_what_is_expected_and_draws_it(tmp_path, curves, capsys):
