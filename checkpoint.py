@@ -9,6 +9,7 @@ Sources: tmp + fsync + rename is the usual way to replace a file atomically (POS
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -265,6 +266,36 @@ def stage_key(args, files=(), parents=()):
     parts = [FORMAT_VERSION, flags], [[file_hash(f) for f in files], origin]
     return "-".join(hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()[:12]
                     for part in parts)
+
+
+def conditions(runtime, args, stage, config, data, parents, steps):
+    """What decides which numbers are normal for a run; logs.MetricLog finds the reference curve by it.
+
+    The recipe (rates, optimizer, schedule, dtype, seed) is left out on purpose: whether another recipe does better or
+    worse is what the comparison is to show.
+
+    Args:
+        args: namespace with batch_size, accumulation_steps, max_seq_len, max_minutes; PPO's rollout_size.
+        config: dataclass of the model's shape. Fields at their default are left out, so that a new one changes nothing.
+        data: data sets with a `fingerprint` (content, tokenizer, row length), or None for one that is not used.
+        parents: folders of the checkpoints it starts from. How they were made counts in the same way, recipe apart;
+            the weights do where nobody knows.
+        steps: optimizer steps of the run. They count for nothing where the clock decides: no curve fits then.
+    Returns: dict of JSON values.
+    """
+    shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
+             if getattr(config, f.name) != f.default}
+    origin = []
+    for parent in parents:
+        facts = read_minillm(parent)
+        made = ([facts["conditions"], facts.get("progress", {}).get("step")] if "conditions" in facts
+                else [file_hash(f) for f in sorted(Path(parent).glob("model*.safetensors"))])
+        origin.append(hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12])
+    # a step of PPO is a rollout, however many updates are made of it
+    rows = getattr(args, "rollout_size", args.batch_size * args.accumulation_steps * runtime.world_size)
+    found = {"stage": stage, "model": shape, "data": [d.fingerprint for d in data if d is not None], "parents": origin,
+             "batch_tokens": rows * args.max_seq_len, "steps": None if args.max_minutes else steps}
+    return json.loads(json.dumps(found))  # as it will be read from a file: JSON has no tuples
 
 
 def begin(runtime, args, key):

@@ -497,7 +497,8 @@ class TokenData:
     workers            tokenising threads, 0 = none
     min_samples        samples that one optimizer step takes; fewer than that in the data is an error
     is_main, barrier   with several processes: who builds, and the call in which the others wait for it
-    Raises ValueError and FileNotFoundError for what a user can cause. `stats` holds the counts, summary() one line.
+    Raises ValueError and FileNotFoundError for what a user can cause. `stats` holds the counts, summary() one line,
+    `fingerprint` names the content.
     """
 
     kind = ""  # in messages and file names
@@ -526,7 +527,10 @@ class TokenData:
             self._ensure_store()
         if barrier is not None:
             barrier()
-        self.stats = self._open_store(self._facts(record=False))
+        facts = self._facts(record=False)
+        self.stats = self._open_store(facts)
+        # names contents, tokenizer and row length, but not the order: equal for every seed
+        self.fingerprint = self._base(facts | {"max_seq_len": max_seq_len})
         self.prepare()
         if len(self) < min_samples:
             raise ValueError(self._too_few(min_samples))

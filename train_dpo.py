@@ -268,8 +268,10 @@ def main(args):
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
+    conditions = checkpoint.conditions(runtime, args, "dpo", model.config, [data, held_out], [parent],
+                                       progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker)
+                         args.tracker, conditions)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -294,7 +296,8 @@ def main(args):
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                  "scaler": runtime.scaler.state_dict(), "progress": progress, "tables": tables}
         facts = {"stage": "dpo", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
-                 "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {}}
+                 "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {},
+                 "conditions": conditions}
         return checkpoint.save(runtime, args, [model, tokenizer], state, facts, finished)
 
     # -- 6. Compile and DDP (last, so that everything above sees the plain module) -------------------------------------
@@ -366,7 +369,7 @@ def main(args):
         progress["max_steps"] = bar.total = budget.steps(step, progress["max_steps"], runtime)
         eta.report(step, progress["max_steps"])
         done = step >= progress["max_steps"]
-        if step % args.log_interval == 0 or done or step == 1:
+        if step % args.log_interval == 0 or done or step == 1 or nonfinite.in_a_row:
             rate = log.rate()
             margin = means["chosen_reward"] - means["rejected_reward"]
             log.log(step, **means, margin=margin, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
@@ -377,9 +380,11 @@ def main(args):
             log.log(step, val_loss=result["val_loss"], val_accuracy=result["accuracy"], val_margin=result["margin"],
                     chosen_drift=result["chosen_drift"], rejected_drift=result["rejected_drift"], **by_kind)
             if runtime.is_main:
-                logs.say(f"step {step}: held-out {describe(result)}")
+                logs.say(f"step {step}: held-out loss {result['val_loss']:.3f}{log.expected(step, 'val_loss')}, "
+                         f"{describe(result)}")
                 for line in warning_lines(result, means["loss"], early=step < progress["max_steps"] / 2):
                     logs.say(line)
+                log.judge()
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

@@ -382,8 +382,10 @@ def main(args):
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
+    conditions = checkpoint.conditions(runtime, args, "grpo", model.config, [data, held_out], [parent],
+                                       progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker)
+                         args.tracker, conditions)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -397,7 +399,8 @@ def main(args):
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                  "scaler": runtime.scaler.state_dict(), "progress": progress}
         facts = {"stage": "grpo", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
-                 "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {}}
+                 "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {},
+                 "conditions": conditions}
         return checkpoint.save(runtime, args, [model, tokenizer], state, facts, finished)
 
     # -- 6. DDP (last, so that everything above sees the plain module; too few steps for torch.compile) ----------------
@@ -440,8 +443,9 @@ def main(args):
             result = evaluate(model, tokenizer, items, args, runtime)
             log.log(step, **result)
             if runtime.is_main:
-                logs.say(f"step {step}: held-out pass@1 {result['pass_at_1']:.3f}, greedy {result['exact_match']:.3f}, "
-                         f"stop rate {result['stop_rate']:.3f}")
+                logs.say(f"step {step}: held-out pass@1 {result['pass_at_1']:.3f}{log.expected(step, 'pass_at_1')}, "
+                         f"greedy {result['exact_match']:.3f}, stop rate {result['stop_rate']:.3f}")
+                log.judge()
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

@@ -519,8 +519,10 @@ def main(args):
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
+    conditions = checkpoint.conditions(runtime, args, "ppo", policy.config, [data, held_out], [parent, reward_folder],
+                                       progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker)
+                         args.tracker, conditions)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -537,7 +539,7 @@ def main(args):
                  "optimizers": [o.state_dict() for o in optimizers], "scaler": runtime.scaler.state_dict()}
         facts = {"stage": "ppo", "key": key, "parents": [str(parent), str(reward_folder)], "seed": args.seed,
                  "tokenizer": tokenizer.fingerprint, "data": [str(f) for f in files], "progress": progress,
-                 "metrics": final or {}}
+                 "metrics": final or {}, "conditions": conditions}
         return checkpoint.save(runtime, args, [best, tokenizer], state, facts, finished)
 
     # -- 6. DDP (last, so that everything above sees the plain modules; too few steps for torch.compile) ---------------
@@ -598,8 +600,10 @@ def main(args):
                 best.load_state_dict(policy.state_dict())
                 progress["best"] = result | {"step": step}
             if runtime.is_main:
-                numbers = ", ".join(f"{name.replace('_', ' ')} {x:.3f}" for name, x in result.items())
+                numbers = ", ".join(f"{name.replace('_', ' ')} {x:.3f}{log.expected(step, name)}"
+                                    for name, x in result.items())
                 logs.say(f"step {step}: held-out {numbers}")
+                log.judge()
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

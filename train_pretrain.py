@@ -206,8 +206,10 @@ def main(args):
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
+    conditions = checkpoint.conditions(runtime, args, "pretrain", model.config, [data, held_out], origin,
+                                       progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker)
+                         args.tracker, conditions)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -219,7 +221,7 @@ def main(args):
                  "scaler": runtime.scaler.state_dict(), "progress": progress}
         facts = {"stage": "pretrain", "key": key, "parents": [str(p) for p in origin],
                  "tokenizer": tokenizer.fingerprint, "data": [str(f) for f in files], "seed": args.seed,
-                 "progress": progress, "metrics": final or {}}
+                 "progress": progress, "metrics": final or {}, "conditions": conditions}
         return checkpoint.save(runtime, args, [model, tokenizer], state, facts, finished)
 
     # -- 6. Compile and DDP (last, so that everything above sees the plain module) -------------------------------------
@@ -303,17 +305,18 @@ def main(args):
         done = step >= progress["max_steps"]
         if step == 1:
             runtime.print(f"loss at step 0: {loss_value:.3f}, ln(vocabulary) = {math.log(model.config.vocab_size):.3f}")
-        if step % args.log_interval == 0 or done or step == 1:
+        if step % args.log_interval == 0 or done or step == 1 or nonfinite.in_a_row:
             extra = {"balance": balance_value} if model.config.num_experts else {}
             rate = log.rate()
             log.log(step, loss=loss_value, lr=lr, grad_norm=grad_norm, tokens_per_s=rate, **extra)
-            bar.set_postfix_str(f"loss {loss_value:.3f}, {rate} tok/s")
+            bar.set_postfix_str(f"loss {loss_value:.3f}{log.expected(step, 'loss')}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             val_loss, bits = evaluate(model, held_out, args, runtime)
             log.log(step, val_loss=val_loss, bits_per_byte=bits)
             if runtime.is_main:
-                logs.say(f"step {step}: held-out loss {val_loss:.3f}, {bits:.3f} bits per byte | "
-                         f"{sample_text(model, tokenizer, held_out)}")
+                logs.say(f"step {step}: held-out loss {val_loss:.3f}{log.expected(step, 'val_loss')}, {bits:.3f} "
+                         f"bits per byte | {sample_text(model, tokenizer, held_out)}")
+                log.judge()
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

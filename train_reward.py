@@ -174,8 +174,10 @@ def main(args):
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
+    conditions = checkpoint.conditions(runtime, args, "reward", model.config, [data, held_out], [parent],
+                                       progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker)
+                         args.tracker, conditions)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -189,6 +191,7 @@ def main(args):
                  "scaler": runtime.scaler.state_dict(), "progress": progress}
         facts = {"stage": "reward", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
                  "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {},
+                 "conditions": conditions,
                  "score_mean": model.score_mean, "score_std": model.score_std}
         return checkpoint.save(runtime, args, [model, tokenizer], state, facts, finished)
 
@@ -253,7 +256,7 @@ def main(args):
         progress["max_steps"] = bar.total = budget.steps(step, progress["max_steps"], runtime)
         eta.report(step, progress["max_steps"])
         done = step >= progress["max_steps"]
-        if step % args.log_interval == 0 or done or step == 1:
+        if step % args.log_interval == 0 or done or step == 1 or nonfinite.in_a_row:
             rate = log.rate()
             log.log(step, loss=loss_value, accuracy=accuracy, margin=margin, lr=lr, grad_norm=grad_norm,
                     tokens_per_s=rate)
@@ -265,7 +268,9 @@ def main(args):
             log.log(step, val_loss=result["val_loss"], val_accuracy=result["accuracy"], **by_kind,
                     length_correlation=result["length_correlation"])
             if runtime.is_main:
-                logs.say(f"step {step}: held-out {describe(result)}")
+                logs.say(f"step {step}: held-out loss {result['val_loss']:.3f}{log.expected(step, 'val_loss')}, "
+                         f"{describe(result)}")
+                log.judge()
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):
@@ -281,7 +286,8 @@ def main(args):
                       "steps": progress["step"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
-    runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out {describe(result)}. Curves: {folder}/curves.png")
+    runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out loss {result['val_loss']:.3f}, "
+                  f"{describe(result)}. Curves: {folder}/curves.png")
     runtime.print(advice(result, args))
     runtime.close()
     return final
@@ -290,7 +296,7 @@ def main(args):
 def describe(result):
     """One line about evaluate()'s result."""
     kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in result["accuracy_by_kind"].items())
-    return (f"pair accuracy {result['accuracy']:.3f} ({kinds}; n {result['n']}), loss {result['val_loss']:.3f}, "
+    return (f"pair accuracy {result['accuracy']:.3f} ({kinds}; n {result['n']}), "
             f"correlation of score and length {result['length_correlation']:+.2f}")
 
 

@@ -170,8 +170,10 @@ def main(args):
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
+    conditions = checkpoint.conditions(runtime, args, "sft", model.config, [data, held_out, replay], [parent],
+                                       progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker)
+                         args.tracker, conditions)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats,
                                          **({"replay": replay.stats} if replay else {})})
@@ -183,7 +185,8 @@ def main(args):
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                  "scaler": runtime.scaler.state_dict(), "progress": progress}
         facts = {"stage": "sft", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
-                 "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {}}
+                 "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {},
+                 "conditions": conditions}
         return checkpoint.save(runtime, args, [model, tokenizer], state, facts, finished)
 
     # -- 6. Compile and DDP (last, so that everything above sees the plain module) -------------------------------------
@@ -269,11 +272,11 @@ def main(args):
         progress["max_steps"] = bar.total = budget.steps(step, progress["max_steps"], runtime)
         eta.report(step, progress["max_steps"])
         done = step >= progress["max_steps"]
-        if step % args.log_interval == 0 or done or step == 1:
+        if step % args.log_interval == 0 or done or step == 1 or nonfinite.in_a_row:
             extra = {"balance": balance_value / max(tokens, 1)} if model.config.num_experts else {}
             rate = log.rate()
             log.log(step, loss=loss_value, lr=lr, grad_norm=grad_norm, tokens_per_s=rate, **extra)
-            bar.set_postfix_str(f"loss {loss_value:.3f}, {rate} tok/s")
+            bar.set_postfix_str(f"loss {loss_value:.3f}{log.expected(step, 'loss')}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             val_loss = evaluate_loss(model, held_out, args, runtime)
             count = args.eval_prompts if done else args.eval_prompts // 5
@@ -281,10 +284,12 @@ def main(args):
             found = {"exact_match": answered["total"], "stop_rate": answered["stop_rate"]} if answered else {}
             log.log(step, val_loss=val_loss, **found)
             if runtime.is_main:
-                numbers = "".join(f", {name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
-                logs.say(f"step {step}: held-out loss {val_loss:.3f}{numbers}")
+                numbers = "".join(f", {name.replace('_', ' ')} {value:.3f}{log.expected(step, name)}"
+                                  for name, value in found.items())
+                logs.say(f"step {step}: held-out loss {val_loss:.3f}{log.expected(step, 'val_loss')}{numbers}")
                 for question, answer in answered["samples"] if answered else []:
                     logs.say(f"    {question!r} >> {answer!r}")
+                log.judge()
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

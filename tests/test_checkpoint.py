@@ -18,6 +18,7 @@ from conftest import run_args
 
 import checkpoint
 import common
+from model import ModelConfig
 
 with contextlib.suppress(ImportError):  # Windows
     import resource
@@ -327,6 +328,56 @@ def test_stage_key_tells_an_interrupted_parent_from_a_finished_one(key, tmp_path
     assert key() != first
 
 
+# -- Conditions ------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def conditions(tmp_path):
+    """conditions(width=, data=, steps=, world=, parents=, **changes of flags) -> conditions of a run with a parent."""
+    parent = written(tmp_path, "parent")
+
+    def of(width=32, data=("a", None, "b"), steps=10, world=1, parents=(parent,), **changes):
+        data = [name and argparse.Namespace(fingerprint=name) for name in data]
+        runtime = common.Runtime(torch.device("cpu"), torch.float32, world_size=world)
+        args = run_args(tmp_path, **{"max_seq_len": 64} | changes)
+        return checkpoint.conditions(runtime, args, "sft", ModelConfig(hidden_size=width), data, parents, steps)
+
+    return of
+
+
+@pytest.mark.parametrize("changes", [{"width": 64}, {"data": ("a", "c")}, {"data": ("b", "a")}, {"steps": 11},
+                                     {"world": 2}, {"batch_size": 4}, {"accumulation_steps": 2}, {"max_seq_len": 32},
+                                     {"rollout_size": 64}, {"max_minutes": 5.0}, {"parents": ()}])
+def test_conditions_change_with_what_decides_the_numbers(conditions, changes):
+    assert conditions(**changes) != conditions()
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 0.5}, {"optimizer": "adamw"}, {"schedule": "cosine"},
+                                     {"seed": 1}, {"dtype": "bfloat16"}, {"warmup_steps": 3}, {"eval_interval": 3},
+                                     {"world": 2, "batch_size": 4}, {"batch_size": 4, "accumulation_steps": 2}])
+def test_conditions_leave_the_recipe_out(conditions, changes):
+    assert conditions(**changes) == conditions()
+
+
+def test_conditions_name_no_default_of_the_model_and_survive_a_file(conditions):
+    found = conditions()
+    assert "dropout" not in found["model"] and found["model"]["hidden_size"] == 32
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_conditions_of_a_parent_count_and_not_its_seed(conditions, tmp_path):
+    """A foreign one counts by its weights, one of ours by how it was made and how far it came."""
+    foreign = conditions()
+    (tmp_path / "run" / "model.safetensors").write_text("other weights")
+    assert conditions() != foreign
+    made = [{"conditions": {"steps": steps}, "progress": {"step": step}, "seed": seed}
+            for steps, step, seed in ((9, 9, 1), (9, 9, 2), (9, 3, 1), (8, 9, 1))]
+    found = []
+    for facts in made:
+        checkpoint.write_minillm(tmp_path / "run", facts)
+        found.append(conditions()["parents"])
+    assert found[0] == found[1] and found[2] != found[0] != found[3] and found[2] != found[3]
+
+
+# -- Starts ----------------------------------------------------------------------------------------------------------
 def decide(tmp_path, key="k", **flags):
     runtime = common.Runtime(torch.device("cpu"), torch.float32)
     return checkpoint.begin(runtime, run_args(tmp_path, **flags), key)

@@ -538,6 +538,16 @@ def test_the_cache_is_used_again_until_something_it_depends_on_changes(make, tmp
     assert "built with data [" in capsys.readouterr().out and len(count_builds) == 4
 
 
+def test_fingerprint_names_content_tokenizer_and_row_length_but_not_the_order(make, tmp_path):
+    rows = [{"text": "one two three"}, {"text": "four five six seven"}]
+    first = make(PretrainData, rows).fingerprint
+    moved = write(tmp_path / "moved.jsonl", rows)
+    assert make(PretrainData, moved, seed=7).fingerprint == first
+    others = [make(PretrainData, rows, max_seq_len=8), make(PretrainData, rows, tokenizer=ByteTokenizer("other")),
+              make(PretrainData, rows[:1]), make(PretrainData, rows, part="train", val_ratio=0.01)]
+    assert len({first, *(data.fingerprint for data in others)}) == 5
+
+
 def test_windows_of_another_length_need_no_new_tokens(make, count_builds):
     rows = documents(1, 30)
     assert len(make(PretrainData, rows, 8)) > len(make(PretrainData, rows, 16)) and len(count_builds) == 1

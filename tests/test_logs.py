@@ -3,12 +3,15 @@
     python -m pytest tests/test_logs.py
 """
 import json
+import re
 import signal
 import sys
 import types
 
 import pytest
+from conftest import DATA
 
+import common
 import logs
 from tokenizer import train
 
@@ -270,3 +273,316 @@ def test_middle_of_a_long_sample_is_left_out(tokenizer):
     marked = [line for line in short if line.endswith("  yes")]
     assert len([line for line in whole if line.endswith("  yes")]) == 99
     assert len(marked) == 10 and any(line.startswith("(90 more)") for line in short)
+
+
+# -- Verdicts ----------------------------------------------------------------------------------------------------------
+def history(held, losses, every=10, key="val_loss", train="loss", **more):
+    """Rows of a run: a training line a step, an evaluation every `every` steps, the first before step 1."""
+    rows = [{"step": 0, key: held[0]}]
+    for step, loss in enumerate(losses, 1):
+        usual = {"step": step, train: loss, "grad_norm": 1.0, "lr": 1e-3}
+        rows.append(usual | {name: values[step - 1] for name, values in more.items()})
+        if step % every == 0 and step // every < len(held):
+            rows.append({"step": step, key: held[step // every]})
+    return rows
+
+
+def falling(count, start=8.0):
+    """A loss as a power of the step, with a little noise of its own."""
+    return [start * step ** -0.3 * (1 + 0.02 * (-1) ** step) for step in range(1, count + 1)]
+
+
+GOOD = falling(60)
+HELD = [8.0, *falling(60)[9::10]]
+
+
+def test_falling_run_is_fine_at_each_evaluation():
+    rows = history(HELD, GOOD)
+    said = [logs.verdict(rows[:i + 1]) for i, row in enumerate(rows) if "val_loss" in row]
+    assert said == ["", *["fine"] * 6]
+
+
+@pytest.mark.parametrize("rows", [[], [{"step": 0, "val_loss": 8.0}], [{"step": 1, "loss": 8.0}]])
+def test_no_verdict_without_training_and_evaluation(rows):
+    assert logs.verdict(rows) == ""
+
+
+def test_single_evaluation_is_fine_or_unstable():
+    """DPO has none at step 0."""
+    assert logs.verdict([{"step": 1, "loss": 0.69, "grad_norm": 1.0}, {"step": 1, "val_loss": 0.6}]) == "fine"
+    assert logs.verdict([{"step": 1, "loss": 0.69, "grad_norm": 1.0}, {"step": 1, "val_loss": None}]).startswith("unst")
+
+
+def test_two_steps_that_are_not_finite_are_unstable_and_one_is_not():
+    for lost, word in (([55], "fine"), ([55, 56], "unstable"), ([12, 13], "fine")):
+        rows = history(HELD, GOOD)
+        for row in rows:
+            if row["step"] in lost and "loss" in row:
+                row.update(loss=None, grad_norm=None)
+        assert logs.verdict(rows).split(":")[0] == word, lost
+    rows = history(HELD, GOOD, grad_norm=[*[1.0] * 58, None, None])
+    assert "not finite" in logs.verdict(rows), "bf16: the gradient alone can overflow"
+    rows = history(HELD[:2], GOOD[:10], grad_norm=[*[None] * 5, *[1.0] * 5])
+    assert logs.verdict(rows) == "fine", "fp16 finds its scale"
+
+
+def test_held_out_value_that_is_not_finite_is_unstable():
+    assert logs.verdict(history([*HELD[:-1], None], GOOD)).startswith("unstable: the held-out loss is not finite")
+
+
+def test_loss_that_rises_beyond_its_noise_is_unstable():
+    best = sum(GOOD[50:55]) / 5
+    for factor, word in ((1.04, "fine"), (1.2, "unstable")):
+        said = logs.verdict(history(HELD, [*GOOD[:55], *[best * factor] * 5]))
+        assert said.split(":")[0] == word, factor
+    noisy = [2.0 + 0.3 * (-1) ** (step // 3) for step in range(60)]
+    assert logs.verdict(history(HELD, noisy)) == "fine", "as far apart as lines always were"
+
+
+def test_gradient_norm_that_grows_is_unstable():
+    for last, word in ((9.0, "fine"), (11.0, "unstable")):
+        norms = [*[5.0] * 20, *[1.0] * 30, *[last] * 10]
+        assert logs.verdict(history(HELD, GOOD, grad_norm=norms)).split(":")[0] == word
+    started_high = [*[50.0] * 20, *[1.0] * 30, *[40.0] * 10]
+    assert logs.verdict(history(HELD, GOOD, grad_norm=started_high)) == "fine"
+
+
+def test_held_out_loss_that_rises_twice_while_training_falls_is_overfitting():
+    assert logs.verdict(history([8, 4, 3, 2.8, 2.8, 2.9, 3.0], GOOD)).startswith(
+        "overfitting: the held-out loss was best at step 30, 2.8, and is 3, while the training loss got better")
+    assert logs.verdict(history([8, 4, 3, 2.8, 2.7, 2.6, 3.0], GOOD)) == "fine", "once may be an accident"
+    assert logs.verdict(history([8, 4, 3, 2.8, 2.7, 2.75, 2.76], GOOD)) == "fine", "less than 3%"
+    flat = [*GOOD[:30], *[sum(GOOD[25:30]) / 5] * 30]
+    assert not logs.verdict(history([8, 4, 3, 2.5, 2.5, 2.9, 3.0], flat)).startswith("over"), "nothing is learnt either"
+    assert logs.verdict(history([2.8, 2.9, 3.0], GOOD[:20])).startswith("overfitting"), "from a start that was best"
+
+
+def test_second_half_that_brings_nothing_is_a_plateau():
+    assert logs.verdict(history([8, 4, 3, 2.5, 2.495, 2.499, 2.49], GOOD)).startswith(
+        "plateau: the held-out loss is no better than before step 30")
+    assert logs.verdict(history([8, 4, 3, 2.5, 2.49, 2.48, 2.47], GOOD)) == "fine", "1% is something"
+    assert logs.verdict(history([8, 8, 8, 8], GOOD[:30])) == "fine", "two evaluations in the second half are too few"
+    assert logs.verdict(history([8] * 7, [8.0] * 60)).startswith("plateau"), "nothing learnt at all"
+
+
+def test_warm_up_and_a_flat_reference_are_no_plateau():
+    rising = [step * 1e-5 for step in range(60)]
+    assert logs.verdict(history([8.0] * 7, [8.0] * 60, lr=rising)) == "fine"
+    rows = history([8, 4, 3, 2.5, 2.5, 2.5, 2.5], GOOD)
+    assert logs.verdict(rows, normal=(2.4, 2.6)) == "fine"
+    assert logs.verdict(rows, normal=(2.0, 2.2)).startswith("plateau")
+
+
+@pytest.mark.parametrize("key", ["val_reward", "pass_at_1"])
+def test_rewards_are_better_when_higher(key):
+    rewards = [0.01 * step + 0.02 * (-1) ** step for step in range(60)]
+    rising = history([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], rewards, key=key, train="reward")
+    assert logs.verdict(rising) == "fine"
+    said = logs.verdict(history([0.0, 0.1, 0.4, 0.5, 0.4, 0.3, 0.2], rewards, key=key, train="reward"))
+    assert said.startswith("overfitting") and "was best at step 30, 0.5, and is 0.2" in said
+    collapsed = history([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.2], [*rewards[:50], *[0.1] * 10], key=key, train="reward")
+    assert logs.verdict(collapsed).startswith("unstable: the training reward went from")
+    same = history([0.0, 0.5, *[0.5] * 11], [0.5] * 120, key=key, train="reward")
+    assert logs.verdict(same).startswith("plateau")
+    assert logs.verdict(history([0.0, *[0.5] * 6], [0.5] * 60, key=key, train="reward")) == "fine", "answers are drawn"
+
+
+# -- Reference curves --------------------------------------------------------------------------------------------------
+CONDITIONS = {"stage": "pretrain", "model": {"hidden_size": 128}, "data": ["a", "b"], "parents": [],
+              "batch_tokens": 2048, "steps": 60}
+
+
+def finished(folder, held=HELD, losses=GOOD, seed=1, **changes):
+    """A log folder of a finished run."""
+    log = logs.MetricLog(folder, conditions=CONDITIONS | changes)
+    log.save_json("args.json", {"seed": seed, "dtype": "float32"})
+    for row in history(held, losses):
+        log.log(**row)
+    log.file.close()
+    return str(folder)
+
+
+@pytest.fixture
+def curves(tmp_path, monkeypatch):
+    """An empty folder of reference curves, in the place of ours."""
+    monkeypatch.setattr(logs, "CURVES", tmp_path / "assets" / "curves")
+    return logs.CURVES
+
+
+def test_curve_of_runs_is_found_by_their_conditions_only(tmp_path, curves, capsys):
+    runs = [finished(tmp_path / f"seed{i}", losses=falling(60, 8 + i / 10), seed=i) for i in range(3)]
+    assert logs.main(logs.parse_args([*runs, "--reference", str(curves / "mine.json")])) == 0
+    curve = logs.find_curve(CONDITIONS)
+    assert curve["file"] == "assets/curves/mine.json" and set(curve["bands"]) == {"loss", "val_loss"}
+    assert [run["seed"] for run in curve["runs"]] == [0, 1, 2] and curve["runs"][0]["command"].startswith("python ")
+    for key, value in CONDITIONS.items():
+        other = value + 1 if isinstance(value, int) else [*value, "x"] if isinstance(value, list) else f"{value}x"
+        assert logs.find_curve(CONDITIONS | {key: other}) is None, key
+    assert max(len(line) for line in (curves / "mine.json").read_text().split("\n")[-20:]) < 80, "a point a line"
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_band_holds_the_runs_it_was_made_of(tmp_path, curves):
+    series = [falling(60, start) for start in (7.9, 8.0, 8.2)]
+    runs = [finished(tmp_path / f"seed{i}", losses=losses) for i, losses in enumerate(series)]
+    curve = {"bands": logs.make_curve(runs)["bands"]}
+    for step in range(1, 61):
+        low, high = logs.band(curve, "loss", step)
+        assert all(low <= losses[step - 1] <= high for losses in series)
+        assert step < 10 or high - low < 0.25 * low, "and is narrow enough to say something"
+    low, high = logs.band(curve, "val_loss", 60)
+    assert (low, high) == pytest.approx((0.98 * HELD[6], 1.02 * HELD[6]), rel=1e-3), "runs that agree: 2%"
+
+
+def test_shares_stay_between_0_and_1(tmp_path):
+    assert logs._band_points([{5: 0.9}, {5: 1.0}, {5: 0.95}], share=True) == [[5, 0.8, 1.0]]
+    assert logs._band_points([{5: 0.01}, {5: 0.1}], share=True)[0][1] == 0.0
+    assert logs._band_points([{5: 0.5}, {5: 0.5}], share=True) == [[5, 0.45, 0.55]]
+    assert logs._band_points([{5: -0.1}, {5: 0.1}]) == [[5, -0.3, 0.3]]
+    assert logs._band_points([{5: 2.0}]) == [[5, 1.9, 2.1]], "one run: 5%"
+
+
+def test_band_between_points_is_a_line_over_the_logarithm_and_ends_where_they_are_far_apart():
+    curve = {"bands": {"loss": [(0, 8, 9), (10, 4.0, 5.0), (20, 3.0, 4.0), (50, 2.0, 3.0)]}}
+    assert logs.band(curve, "loss", 20) == (3.0, 4.0)
+    low, high = logs.band(curve, "loss", 200 ** 0.5)
+    assert (low, high) == pytest.approx((3.5, 4.5))
+    for step in (-1, 5, 30, 51):
+        assert logs.band(curve, "loss", step) is None
+    assert logs.band(curve, "val_loss", 20) is None and logs.band(None, "loss", 20) is None
+
+
+def test_runs_that_differ_or_are_not_finished_make_no_curve(tmp_path, curves, capsys):
+    good = finished(tmp_path / "good")
+    for other, word in ((finished(tmp_path / "other", batch_tokens=1), "batch_tokens"),
+                        (finished(tmp_path / "short", losses=GOOD[:50]), "ends at step 50 of 60"),
+                        (str(tmp_path / "gone"), "no log")):
+        assert logs.main(logs.parse_args([good, other, "--reference", str(curves / "x.json")])) == 2
+        text = capsys.readouterr().err
+        assert text.startswith("error: ") and word in text and text.count(";") >= 2
+    timed = finished(tmp_path / "timed", steps=None)
+    assert logs.main(logs.parse_args([timed, "--reference", str(curves / "x.json")])) == 2
+    assert not curves.exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"bands": {}}', "\x80", '{"bands": {"loss": [[1, 2]]}, "conditions": {}}',
+                                  '{"bands": {"loss": 3}, "conditions": {}}'])
+def test_damaged_curve_costs_one_line_and_hides_no_other(text, tmp_path, curves, capsys):
+    logs.main(logs.parse_args([finished(tmp_path / "run"), "--reference", str(curves / "good.json")]))
+    (curves / "bad.json").write_text(text, encoding="latin-1")
+    capsys.readouterr()
+    assert logs.find_curve(CONDITIONS)["file"].endswith("good.json")
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "bad.json cannot be used" in said and said.count(";") == 2
+
+
+def test_value_outside_the_band_is_named_with_causes_once(tmp_path):
+    curve = {"file": "x.json", "bands": {"val_loss": [(10 * i, 2.0, 2.4) for i in range(1, 7)]}}
+    said = [logs.off_normal(history([8, 2.2, 2.9, 2.3, 2.9, 1.9, 1.8][:count], GOOD), curve) for count in range(1, 8)]
+    assert said[0] == said[1] == said[3] == ""
+    assert said[2].startswith("held-out loss 2.9 is worse than normal here (2.00-2.40 in x.json); likely: other rates")
+    assert said[4] == "worse than normal here"
+    assert "1.9 is better than normal here" in said[5] and said[6] == "better than normal here"
+    assert logs.off_normal(history([8, 2.9], GOOD[:10]), None) == ""
+    curve["bands"]["val_loss"].insert(0, (0, 1.0, 2.0))
+    assert logs.off_normal(history([8, 2.9], GOOD[:10]), curve).startswith("held-out loss 2.9 is worse"), "not step 0"
+
+
+def test_run_is_told_what_is_expected_and_draws_it(tmp_path, curves, capsys):
+    logs.main(logs.parse_args([finished(tmp_path / "run"), "--reference", str(curves / "mine.json")]))
+    capsys.readouterr()
+    log = logs.MetricLog(tmp_path / "again", conditions=CONDITIONS)
+    assert capsys.readouterr().out == "what is normal for this run is known: assets/curves/mine.json\n"
+    for row in history(HELD, GOOD):
+        log.log(**row)
+    text = log.expected(60, "val_loss")
+    assert text.startswith(" (expected ") and text.endswith(" here)") and log.expected(60, "entropy") == ""
+    log.judge()
+    assert capsys.readouterr().out == "    verdict: fine\n"
+    log.close()
+    plain = tmp_path / "plain" / "curves.png"
+    plain.parent.mkdir()
+    (tmp_path / "plain" / "metrics.jsonl").write_bytes((tmp_path / "again" / "metrics.jsonl").read_bytes())
+    logs.plot_curves(plain.parent)
+    assert (tmp_path / "again" / "curves.png").read_bytes() != plain.read_bytes(), "the band is drawn"
+    longer = logs.MetricLog(tmp_path / "again", resume_step=60, conditions=CONDITIONS | {"steps": 100})
+    assert longer.expected(60, "val_loss") == "" and not (tmp_path / "again" / "reference.json").exists()
+    longer.file.close()
+
+
+def test_other_ranks_say_nothing(tmp_path, curves, capsys):
+    logs.main(logs.parse_args([finished(tmp_path / "run"), "--reference", str(curves / "mine.json")]))
+    capsys.readouterr()
+    log = logs.MetricLog(tmp_path / "run", is_main=False, conditions=CONDITIONS)
+    log.judge()
+    assert log.expected(60, "loss") == "" and capsys.readouterr().out == ""
+
+
+def test_finished_run_is_judged_again(tmp_path, curves, capsys):
+    run = finished(tmp_path / "run", held=[8, 4, 3, 2.8, 2.8, 2.9, 3.0])
+    assert logs.main(logs.parse_args([run])) == 0
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[1].split()[:3] == ["step", "held-out", "loss"]
+    assert [line.split()[-1] for line in lines[4:8]] == ["fine"] * 4 and "overfitting: the held-out" in lines[9]
+    assert logs.main(logs.parse_args([str(tmp_path)])) == 2
+    assert "holds no evaluation" in capsys.readouterr().err
+
+
+def test_shipped_curves_are_whole():
+    for path in logs.CURVES.glob("*.json"):
+        curve = json.loads(path.read_text(encoding="utf-8"))
+        assert logs.find_curve(curve["conditions"])["file"].endswith(path.name), "and no other has its conditions"
+        assert "loss" in curve["bands"] and curve["runs"][0]["command"].startswith("python train_")
+        for key, points in curve["bands"].items():
+            steps = [step for step, *_ in points]
+            assert steps == sorted(set(steps)) and steps[-1] == curve["conditions"]["steps"], key
+            assert all(low < high for _, low, high in points), key
+
+
+# -- A real run --------------------------------------------------------------------------------------------------------
+def test_run_under_the_same_conditions_hears_what_is_normal_also_after_a_resume(stage, tmp_path, curves, monkeypatch,
+                                                                                capsys):
+    monkeypatch.setattr(logs, "plot_curves", lambda folder: None)
+    monkeypatch.setattr(common.StopSignal, "__init__", lambda self: None)
+    monkeypatch.setattr(common.StopSignal, "stop", lambda self, runtime: signal.SIGTERM if self.__dict__.pop("end", 0)
+                        else 0)
+
+    def start(name, *flags):
+        module, argv = stage("train_pretrain", "--eval_interval", "1", "--save_weight", name, *flags)
+        module.main(module.parse_args(argv))
+        return capsys.readouterr().out
+
+    start("first")
+    folder = str(tmp_path / "out" / "logs" / "first")
+    assert logs.main(logs.parse_args([folder, "--reference", str(curves / "tiny.json")])) == 0
+    text = start("other", "--seed", "7", "--learning_rate", "1e-9")  # another recipe, the same conditions
+    assert "what is normal for this run is known: assets/curves/tiny.json" in text
+    assert text.count("    verdict: ") == 4 and len(re.findall(r"held-out loss [\d.]+ \(expected [\d.]+-", text)) == 4
+    assert "expected" not in start("long", "--max_steps", "5") and "expected" not in start("wide", "--batch_size", "4")
+
+    whole = start("whole", "--seed", "7", "--learning_rate", "0.05").split("loss at step 0")[1]
+    monkeypatch.setattr(common.StopSignal, "__init__", lambda self: setattr(self, "end", 1))
+    with pytest.raises(common.Interrupted):
+        start("cut", "--seed", "7", "--learning_rate", "0.05")
+    monkeypatch.setattr(common.StopSignal, "__init__", lambda self: None)
+    capsys.readouterr()
+    rest = start("cut", "--seed", "7", "--learning_rate", "0.05", "--from_resume", "1")
+
+    def said(output):
+        return [line for line in output.split("\n") if line.startswith(("    verdict", "step "))]
+
+    assert len(said(rest)) == 6 and said(rest) == said(whole)[2:], "the history counts, not what this process has seen"
+
+
+@pytest.mark.parametrize("name", sorted(DATA))
+def test_every_stage_is_judged_and_passes_its_conditions_on(name, stage, tmp_path, curves, monkeypatch, capsys):
+    monkeypatch.setattr(logs, "plot_curves", lambda folder: None)
+    module, argv = stage(name, "--max_steps", "2", "--eval_interval", "1")
+    module.main(module.parse_args(argv))
+    assert capsys.readouterr().out.count("\n    verdict: ") == 2
+    kept = json.loads((tmp_path / "out" / "logs" / "run" / "conditions.json").read_text())["conditions"]
+    assert kept == json.loads((tmp_path / "out" / "run" / "minillm.json").read_text())["conditions"]
+    assert kept["stage"] == name.removeprefix("train_") and kept["steps"] == 2 and kept["parents"]
+    run = str(tmp_path / "out" / "logs" / "run")
+    assert logs.main(logs.parse_args([run, "--reference", str(curves / "x.json")])) == 0
+    assert logs.find_curve(kept)
