@@ -59,11 +59,18 @@ CASES = {
     "sft dense fsdp": ("train_sft", "dense", ["--optimizer", "adamw", "--fsdp", "1"]),
     "sft shared fsdp": ("train_sft", "shared", ["--optimizer", "adamw", "--fsdp", "1", "--weight_decay", "0.1"]),
 }
-# what runs by default: these with four processes, all but these with two; the rest is slow
+# By default these run with four processes, and all others but SLOW with two; the rest is slow.
 FOUR = {"pretrain moe", "sft shared", "reward moe", "dpo shared", "sft shared zero", "pretrain dense fsdp"}
-RUNS = [pytest.param(case, world, id=f"{case} {world}",
-                     marks=[no_fsdp] * ("fsdp" in case) + [pytest.mark.slow] * (world != 2 + 2 * (case in FOUR)))
-        for case in CASES for world in (2, 4)]
+SLOW = {"pretrain dense zero", "sft dense fsdp"}
+
+
+def marks(case, world):
+    """Marks of a case with so many processes."""
+    by_default = world == (4 if case in FOUR else 2) and case not in SLOW
+    return [no_fsdp] * ("fsdp" in case) + [pytest.mark.slow] * (not by_default)
+
+
+RUNS = [pytest.param(case, world, id=f"{case} {world}", marks=marks(case, world)) for case in CASES for world in (2, 4)]
 BALANCE = ["--router_aux_loss_coef", "0.1", "--router_bias_rate", "0.01"]  # large enough to show a wrong weighting
 
 
