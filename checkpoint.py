@@ -24,11 +24,13 @@ from safetensors import SafetensorError
 FORMAT_VERSION = 1  # of our checkpoint folders; part of every stage key, so that a new layout redoes old stages
 # Flags that cannot change what a run computes: they are left out of the stage key, and resume may change them freely.
 FREE_FLAGS = {"accumulation_steps", "batch_size", "cache_dir", "debug", "device", "dtype", "epochs", "eval_batches",
-              "eval_interval", "eval_prompts", "from_resume", "if_needed", "keep_resume", "log_interval",
+              "eval_interval", "eval_prompts", "from_resume", "fsdp", "if_needed", "keep_resume", "log_interval",
               "max_minutes", "max_steps", "overwrite", "save_dir", "save_interval",
-              "save_weight", "show_batch", "threads", "tracker", "use_compile", "use_wandb"}
+              "save_weight", "show_batch", "threads", "tracker", "use_compile", "use_wandb", "zero"}
 # ... but these do change the result of a whole stage, so the key keeps them although resume allows them.
 KEY_FLAGS = {"max_steps", "epochs", "max_minutes", "accumulation_steps", "batch_size"}
+# Empty file in a checkpoint that a launch with --max-restarts found and did not go on with: nor do its restarts.
+EARLIER = "of_an_earlier_run"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,7 +216,9 @@ def load_resume(runtime, args):
     flags that matter."""
     folder = find(args.save_dir, args.save_weight)
     try:
-        state = torch.load(folder / "resume" / "state.pt", map_location="cpu", weights_only=True)
+        # with FSDP each rank needs a slice only: mapped, the file is not in memory once for every rank
+        state = torch.load(folder / "resume" / "state.pt", map_location="cpu", weights_only=True,
+                           mmap=bool(getattr(args, "fsdp", 0)))
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n")[0][:100] or type(error).__name__
         raise ValueError(f"{folder}/resume/state.pt cannot be read ({reason}); the run "
@@ -304,12 +308,36 @@ def begin(runtime, args, key):
     Rank 0 looks, all ranks follow: a second look by another rank could see a newer state.
     """
     decision = runtime.gather(_decide(args, key) if runtime.is_main else None)[0]
+    if runtime.is_main:
+        _mark_earlier(Path(args.save_dir) / args.save_weight, decision)
     if isinstance(decision, ValueError):
         raise decision
     word, message = decision
     if message:
         runtime.print(message)
     return word
+
+
+def _restarts():
+    """(how often torchrun has started this process again after a failure, how often it may), both 0 elsewhere."""
+    return tuple(int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+
+
+def _started_again(folder):
+    """Whether this process replaces one that failed, and the checkpoint in `folder` is that one's work."""
+    return _restarts()[0] > 0 and not (folder / EARLIER).exists()
+
+
+def _mark_earlier(folder, decision):
+    """At the first start of a launch that may restart: mark what is in the folder, or unmark it if the run goes on with
+    it. The run's own saves take the place of what is marked."""
+    count, limit = _restarts()
+    goes_on = isinstance(decision, tuple) and decision[0] != "fresh"
+    for path in (folder, _previous(folder)):
+        if count == 0 and goes_on:
+            (path / EARLIER).unlink(missing_ok=True)
+        elif count == 0 and limit and path.is_dir():
+            (path / EARLIER).touch()
 
 
 def _decide(args, key):
@@ -324,14 +352,17 @@ def _decide(args, key):
     facts = read_minillm(folder)
     resumable = (folder / "resume" / "state.pt").is_file()
     same = facts.get("key") == key
-    if args.if_needed:
+    again = _started_again(folder)
+    if again and same and facts.get("finished"):  # another rank failed behind the end
+        return "skip", f"{folder} is finished: nothing is left to do"
+    if args.if_needed and not again:
         if same and facts.get("finished"):
             return "skip", f"{folder} is finished with these flags and inputs: skipped"
         if same and resumable:
             return "resume", f"{folder} was interrupted: resuming"
         why = "holds no resume state" if same else "was made with other flags or inputs"
         return "fresh", f"{folder} {why}: doing it again"
-    if args.from_resume:
+    if args.from_resume or again:  # a restart resumes by itself; --overwrite was meant for what its first start found
         if resumable and facts.get("key", "").split("-")[-1] != key.split("-")[-1]:
             return ValueError(f"cannot resume {folder}: its data files or the checkpoint it started from have changed; "
                               "the result would be neither run's; bring them back, or start again with --overwrite 1")
@@ -348,9 +379,9 @@ def _decide(args, key):
 
 def earlier_choice(args):
     """dtype and threads of the run that is being resumed, else {}."""
-    if not (getattr(args, "from_resume", 0) or getattr(args, "if_needed", 0)):
-        return {}
     folder = Path(args.save_dir) / args.save_weight
+    if not (getattr(args, "from_resume", 0) or getattr(args, "if_needed", 0) or _started_again(folder)):
+        return {}
     earlier = (read_minillm(folder) or read_minillm(_previous(folder))).get("runtime", {})
     # threads are cores / processes: a run that goes on with more processes must not start cores threads in each
     same = earlier.get("world_size") == int(os.environ.get("WORLD_SIZE", 1))

@@ -44,6 +44,12 @@ class Parser(argparse.ArgumentParser):
         if self.unserved and args.optimizer in self.unserved:
             self.error(f"--optimizer {args.optimizer}; {UNSERVED[args.optimizer]}; give one of "
                        f"{', '.join(name for name in OPTIMIZERS if name not in self.unserved)}")
+        sharing = [f"--{name} 1" for name in ("zero", "fsdp") if getattr(args, name, 0)]
+        if len(sharing) == 2:
+            self.error("--zero 1 with --fsdp 1; FSDP shares the optimizer's state as well; give one of them")
+        if sharing and args.optimizer != "adamw":
+            self.error(f"{sharing[0]} with --optimizer {args.optimizer}; only AdamW's state is shared; give "
+                       f"--optimizer adamw, or leave {sharing[0]} out")
         return args
 
     def error(self, message):
@@ -151,6 +157,14 @@ def optim_flags(parser, batch_size, learning_rate, muon_learning_rate, max_steps
         g.add_argument("--hessian_interval", type=positive(int), default=10,
                        help="sophia: optimizer steps between two estimates of the curvature, each a second backward "
                             "pass")
+
+
+def sharding_flags(parser):
+    """Add the flags of models beyond one card; Parser refuses what does not go with them."""
+    g = parser.add_argument_group("several processes")
+    switch(g, "--zero", 0, "share AdamW's state among the processes of torchrun (ZeRO); needs --optimizer adamw")
+    switch(g, "--fsdp", 0,
+           "share weights, gradients and AdamW's state among the processes of torchrun (FSDP); needs --optimizer adamw")
 
 
 def rates(adamw):

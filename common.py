@@ -54,6 +54,7 @@ class Runtime:
     world_size: int = 1
     local_rank: int = 0
     threads: int = 1
+    lockstep: bool = False    # the weights are spread over the ranks (FSDP): every forward takes all of them
     scaler: torch.amp.GradScaler = field(default=None, repr=False)
     started: float = field(default_factory=time.time)   # less the seconds of the run that is being resumed
 
@@ -69,7 +70,9 @@ class Runtime:
 
     def autocast(self):
         """Autocast to the run's dtype; a no-op for float32 and float64."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16))
+        # its cache would keep a cast copy of every block until the end of the forward, which FSDP is to spare
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16),
+                              cache_enabled=not self.lockstep)
 
     def barrier(self):
         """Wait until every rank is here."""
@@ -105,12 +108,13 @@ class Runtime:
         return values
 
     def shard(self, items):
-        """This rank's share of a list: every world_size-th item."""
-        return items[self.rank::self.world_size]
+        """This rank's share of a list: every world_size-th item. In lockstep every rank takes them all, for one that
+        had fewer would leave the others waiting in a forward."""
+        return items if self.lockstep else items[self.rank::self.world_size]
 
     def unshard(self, share):
         """Inverse of shard: every rank's share, put together again in the order of the whole list, on every rank."""
-        shares = self.gather(list(share))
+        shares = [list(share)] if self.lockstep else self.gather(list(share))
         return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
 
     def close(self):
@@ -269,6 +273,16 @@ def fall_back(runtime):
     runtime.device, runtime.dtype = device, dtype
 
 
+def _join(backend):
+    """Join the process group that torchrun announces."""
+    timeout = datetime.timedelta(minutes=30)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    # With a fixed --master_port all restarts of a launch share one store: under its own name each start finds the
+    # addresses of its own processes there, not those of the dead
+    store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
 def setup(args, earlier=None):
     """Join the process group torchrun announces, choose device, dtype and threads, seed everything, say what was
     chosen. Where device and dtype compute wrong numbers, safer ones are taken (fall_back()).
@@ -291,7 +305,7 @@ def setup(args, earlier=None):
                                  f"give --nproc_per_node {torch.cuda.device_count()}, or --device cpu")
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+        _join("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda" and torch.cuda.device_count() > 1 and world == 1 and args.device == "auto":
         print(f"{torch.cuda.device_count()} GPUs are visible, using 1. For all: torchrun --nproc_per_node "
               f"{torch.cuda.device_count()} " + " ".join(sys.argv), flush=True)
@@ -438,7 +452,7 @@ def _duration(seconds):
     return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def memory_line(runtime, modules, rows, length, forward):
+def memory_line(runtime, modules, rows, length, forward, zero=False):
     """What a step will take of the memory, in one line to be printed before the first, with what is free.
 
     Activations are measured on one row and on two, without dropout, and extended to `rows`. The optimizer is counted
@@ -448,25 +462,31 @@ def memory_line(runtime, modules, rows, length, forward):
         modules: all modules in memory, trained ones and frozen ones.
         rows, length: shape of the largest micro-batch.
         forward: function (ids int64 [n, length]) -> what the loss is made of, with the autograd graph behind it.
+        zero: the optimizer's state is shared among the ranks. In lockstep everything is, and activations are not
+            measured: among what a forward keeps are then weights that FSDP frees.
     """
     parameters = list({id(p): p for module in modules for p in module.parameters()}.values())
-    held, trained = (sum(p.numel() * p.element_size() for p in parameters if p.requires_grad or not only)
+    mine = [(p.requires_grad, p.to_local() if runtime.lockstep else p) for p in parameters]
+    held, trained = (sum(p.numel() * p.element_size() for train, p in mine if train or not only)
                      for only in (False, True))
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.eval()  # no dropout, so that random states stay as they are, and no router counts
-    one, two = (_saved_bytes(runtime, parameters, forward, torch.zeros(n, length, dtype=torch.int64))
-                for n in (1, min(2, rows)))
-    for module, mode in zip(modules, modes, strict=True):
-        module.train(mode)
-    activations = one + (rows - 1) * (two - one)
-    parts = {"parameters": held, "gradients": trained, "optimizer": 2 * trained, "activations": activations}
+    parts = {"parameters": held, "gradients": trained,
+             "optimizer": 2 * trained / (runtime.world_size if zero else 1)}
+    if not runtime.lockstep:
+        modes = [module.training for module in modules]
+        for module in modules:
+            module.eval()  # no dropout, so that random states stay as they are, and no router counts
+        one, two = (_saved_bytes(runtime, parameters, forward, torch.zeros(n, length, dtype=torch.int64))
+                    for n in (1, min(2, rows)))
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+        parts["activations"] = one + (rows - 1) * (two - one)
     cuda = runtime.device.type == "cuda"
     free = torch.cuda.mem_get_info(runtime.device)[0] if cuda else free_memory()
     # the parameters are there already
     short = free is not None and sum(parts.values()) - held > free
     shown = " + ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
-    return (f"memory of a step, temporary results apart: {shown} = {sum(parts.values()) / 1e6:.0f} MB"
+    apart = "activations and temporary results" if runtime.lockstep else "temporary results"
+    return (f"memory of a step, {apart} apart: {shown} = {sum(parts.values()) / 1e6:.0f} MB"
             + (f"; {free / 1e6:.0f} MB are free" if free is not None else "")
             + ("; too little: halve --batch_size and double --accumulation_steps" if short else ""))
 

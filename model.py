@@ -1069,6 +1069,14 @@ class Transformer(nn.Module):
         model.tie()
         return model
 
+    def with_weights(self, tensors: dict[str, Tensor]) -> "Transformer":
+        """A plain model of this shape that holds these tensors (named as in state_dict), not copies of them: what is
+        saved of a sharded model, whose own parameters are pieces."""
+        with torch.device("meta"):  # shapes only
+            model = Transformer(self.config)
+        model.load_state_dict(tensors, assign=True)
+        return model
+
     def new_cache(self, batch: int, slots: int) -> KVCache:
         """An empty KVCache that fits this model's shape, device and (autocast) dtype."""
         weight = self.model.embed_tokens.weight
@@ -1126,6 +1134,8 @@ class Transformer(nn.Module):
     def _decoder(self):
         """(model to decode with, autocast context). Under autocast every matrix would be cast again for every token;
         a twin whose Linear weights are cast once, and which shares everything else, gives the same numbers."""
+        if hasattr(self, "unshard"):  # FSDP: weights come and go with every forward, there is nothing to share
+            return self, nullcontext
         device = self.model.embed_tokens.weight.device.type
         dtype = autocast_dtype(device)
         needs_eval = self.training and self.config.dropout > 0

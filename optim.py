@@ -262,7 +262,7 @@ def is_hidden_matrix(name, p):
 
 
 def build(model, name, learning_rate, muon_learning_rate=None, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8,
-          dtype=None):
+          dtype=None, zero=False):
     """Optimizer over a module's trainable parameters; each group carries "initial_lr", the peak that a schedule scales.
 
     Args:
@@ -272,6 +272,7 @@ def build(model, name, learning_rate, muon_learning_rate=None, weight_decay=0.0,
         betas, eps: of AdamW and Schedule-Free; Lion and Sophia have their papers' own.
         weight_decay: on 2D weights only; norms and gains are not decayed.
         dtype: the run's autocast dtype; Muon's inner products run in it when it is bfloat16, else in the weights' own.
+        zero: AdamW only: each rank of the process group keeps and steps its share of the parameters (sharding.py).
     Raises: ValueError for an unknown name.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -294,7 +295,12 @@ def build(model, name, learning_rate, muon_learning_rate=None, weight_decay=0.0,
         return Muon(groups, betas=betas, eps=eps, ns_dtype=dtype if dtype == torch.bfloat16 else None)
     groups = [{k: v for k, v in g.items() if k != "algorithm"} for g in groups]
     if name == "adamw":  # torch's own is one fused pass over the memory; Muon._adamw is the same formula to read
-        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=named[0][1].device.type in ("cuda", "cpu"))
+        options = dict(betas=betas, eps=eps, fused=named[0][1].device.type in ("cuda", "cpu"))
+        if zero:
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # not every build of torch has it
+
+            return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
+        return torch.optim.AdamW(groups, **options)
     if name == "schedulefree":
         return ScheduleFree(groups, betas=betas, eps=eps)
     return {"lion": Lion, "sophia": Sophia}[name](groups)

@@ -5,7 +5,7 @@ Objective, over all target tokens t of one optimizer step (all micro-batches, al
 Text is compared in bits per byte, loss * tokens / (ln 2 * bytes), because a loss per token depends on the tokenizer.
 
 What is here: packed windows in random order, bf16 autocast, Muon, accumulation, DDP, exact resume. What is not: the
-data format (dataset.py), the optimizer's mathematics (optim.py).
+data format (dataset.py), the optimizer's mathematics (optim.py), ZeRO and FSDP (sharding.py).
 
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), Radford et al. 2019 (GPT-2), Yang et al. 2025 (Qwen3, arXiv:2505.09388).
 
@@ -29,6 +29,7 @@ import common
 import logs
 import metrics
 import optim
+import sharding
 from dataset import PretrainData, expand_paths
 from model import MOE_BLOCK, PRESETS, ModelConfig, Transformer, row_uniforms, token_logprobs
 from tokenizer import Tokenizer
@@ -67,6 +68,7 @@ def parse_args(argv=None):
                   "recompute activations in the backward pass: less memory, about 30%% slower")
     cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.02, warmup_steps=0.1,
                        unserved=())
+    cli.sharding_flags(parser)
     cli.run_flags(parser, save_weight="pretrain", eval_interval=250, save_interval=500)
     parser.add_argument("--length_warmup", type=cli.positive(float, zero=True, below=1.001), default=0.8,
                         help="share of the steps in which rows are shorter, 1/8 of --max_seq_len at first; 0 = none")
@@ -177,13 +179,18 @@ def main(args):
         raise ValueError(f"token id {tokenizer.max_id} >= vocabulary {model.config.vocab_size} of {args.from_weight}; "
                          f"tokenizer and model do not match; use the tokenizer saved with the model")
     model.gradient_checkpointing = bool(args.gradient_checkpointing)
-    model = model.to(runtime.device, torch.float64 if runtime.dtype == torch.float64 else torch.float32)
+    zero, fsdp = sharding.modes(args, runtime)
+    # FSDP takes the model from main memory block by block: as a whole it need not fit the card
+    model = model.to("cpu" if fsdp else runtime.device,
+                     torch.float64 if runtime.dtype == torch.float64 else torch.float32)
+    if fsdp:
+        sharding.shard(model, model.model.layers, runtime)
     runtime.print(f"model {args.preset}: {model.num_parameters() / 1e6:.2f}M parameters, "
                   f"{model.flops_per_token(args.max_seq_len) / 1e6:.0f} MFLOP a token")
 
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
-                            dtype=runtime.dtype)
+                            dtype=runtime.dtype, zero=zero)
     max_steps = common.count_steps(args, len(data), runtime.world_size)
     budget = common.Budget(args.max_minutes)
     nonfinite = common.NonFinite(runtime)
@@ -191,7 +198,7 @@ def main(args):
     eta = common.Eta(runtime, lambda: smaller_preset(model, args.max_seq_len))
     runtime.print(common.memory_line(
         runtime, [model], args.batch_size, args.max_seq_len,
-        lambda ids: model(ids, target_mask=torch.ones_like(ids), sum_targets=True)))
+        lambda ids: model(ids, target_mask=torch.ones_like(ids), sum_targets=True), zero))
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of samples drawn so far by all ranks together: the order is a function of it, not of
@@ -199,10 +206,10 @@ def main(args):
     progress = {"step": 0, "position": 0, "max_steps": max_steps}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        sharding.load_full_state(model, optimizer, state["model"], state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
         progress = state["progress"]
+        del state  # twice the size of the weights, or more
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
@@ -217,16 +224,18 @@ def main(args):
 
     def save(finished, final=None):
         """Write out/<save_weight>; called by all ranks at the same step."""
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "scaler": runtime.scaler.state_dict(), "progress": progress}
+        weights, moments = sharding.full_state(model, optimizer, runtime)
+        state = {"model": weights, "optimizer": moments, "scaler": runtime.scaler.state_dict(), "progress": progress}
         facts = {"stage": "pretrain", "key": key, "parents": [str(p) for p in origin],
                  "tokenizer": tokenizer.fingerprint, "data": [str(f) for f in files], "seed": args.seed,
                  "progress": progress, "metrics": final or {}, "conditions": conditions}
-        return checkpoint.save(runtime, args, [model, tokenizer], state, facts, finished)
+        holder = model.with_weights(weights) if fsdp and runtime.is_main else model
+        return checkpoint.save(runtime, args, [holder, tokenizer], state, facts, finished)
 
     # -- 6. Compile and DDP (last, so that everything above sees the plain module) -------------------------------------
     wrapped = model
-    if runtime.world_size > 1:
+    ddp = runtime.world_size > 1 and not fsdp
+    if ddp:
         wrapped = DistributedDataParallel(model, device_ids=[runtime.local_rank] if runtime.device.type == "cuda"
                                           else None)
     if args.use_compile:
@@ -267,9 +276,10 @@ def main(args):
         for micro, batch in enumerate(batches):
             ids = batch["ids"].to(runtime.device, non_blocking=True)  # [B, T]
             mask = batch["mask"].to(runtime.device, non_blocking=True)  # [B, T], 1 on target tokens
-            # gradients travel between ranks only with the last micro-batch
+            # with DDP gradients travel between ranks only with the last micro-batch; FSDP sends them after each, for a
+            # rank that waited would have to hold those of the whole model
             last = micro == len(batches) - 1
-            with contextlib.nullcontext() if last or runtime.world_size == 1 else wrapped.no_sync():
+            with contextlib.nullcontext() if last or not ddp else wrapped.no_sync():
                 with runtime.autocast():
                     # the sum of the targets' log-probabilities instead of logits [B, T, V], and the rows' balance [B]
                     logp, balance = wrapped(ids, token_mask=mask.bool(), target_mask=mask, sum_targets=True,
@@ -286,7 +296,8 @@ def main(args):
             balance_sum = balance_sum + aux.detach()
 
         runtime.scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        grad_norm = sharding.whole(grad_norm).item()  # with FSDP over the slices of all ranks
         loss_value, balance_value = (x / targets for x in runtime.sum(nll_sum, balance_sum))
         if not nonfinite.skip(step, loss_value, grad_norm, lr):
             runtime.scaler.step(optimizer)
@@ -313,9 +324,10 @@ def main(args):
         if done or (args.eval_interval and step % args.eval_interval == 0):
             val_loss, bits = evaluate(model, held_out, args, runtime)
             log.log(step, val_loss=val_loss, bits_per_byte=bits)
+            text = sample_text(model, tokenizer, held_out)  # by every rank: with FSDP no rank can do it alone
             if runtime.is_main:
                 logs.say(f"step {step}: held-out loss {val_loss:.3f}{log.expected(step, 'val_loss')}, {bits:.3f} "
-                         f"bits per byte | {sample_text(model, tokenizer, held_out)}")
+                         f"bits per byte | {text}")
                 log.judge()
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
@@ -338,6 +350,7 @@ def main(args):
 
 def sample_text(model, tokenizer, data, max_new_tokens=40):
     """A greedy continuation of the beginning of a held-out window, to see with one's own eyes what has been learnt."""
+    model.eval()  # every step calls train() again
     prompt = data.batch([0])["ids"][0, :12].tolist()
     ids = [token for _, token in model.generate([prompt], max_new_tokens, temperature=0.0,
                                                 stop_ids=tokenizer.stop_ids(chat=False))]

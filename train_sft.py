@@ -31,6 +31,7 @@ import common
 import logs
 import metrics
 import optim
+import sharding
 from dataset import PretrainData, PromptData, SFTData, expand_paths, join_windows
 from model import Transformer, row_uniforms, token_logprobs
 from tokenizer import Tokenizer
@@ -56,6 +57,7 @@ def parse_args(argv=None):
                   "recompute activations in the backward pass: less memory, about 30%% slower")
     cli.optim_flags(parser, batch_size=8, learning_rate=2e-3, muon_learning_rate=0.01, warmup_steps=0.05,
                        unserved=())
+    cli.sharding_flags(parser)
     cli.run_flags(parser, save_weight="sft", eval_interval=250, save_interval=500)
     parser.add_argument("--eval_batches", type=cli.positive(int), default=16, help="held-out batches per evaluation")
     parser.add_argument("--eval_prompts", type=cli.positive(int, zero=True), default=600,
@@ -143,12 +145,17 @@ def main(args):
         raise ValueError(f"--max_seq_len {args.max_seq_len} is above the model's max_position_embeddings "
                          f"{model.config.max_position_embeddings}; rows must fit the context; shorten the rows")
     model.gradient_checkpointing = bool(args.gradient_checkpointing)
-    model = model.to(runtime.device, torch.float64 if runtime.dtype == torch.float64 else torch.float32)
+    zero, fsdp = sharding.modes(args, runtime)
+    # FSDP takes the model from main memory block by block: as a whole it need not fit the card
+    model = model.to("cpu" if fsdp else runtime.device,
+                     torch.float64 if runtime.dtype == torch.float64 else torch.float32)
+    if fsdp:
+        sharding.shard(model, model.model.layers, runtime)
     runtime.print(f"model from {parent}: {model.num_parameters() / 1e6:.2f}M parameters")
 
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
-                            dtype=runtime.dtype)
+                            dtype=runtime.dtype, zero=zero)
     max_steps = common.count_steps(args, len(data), runtime.world_size)
     budget = common.Budget(args.max_minutes)
     nonfinite = common.NonFinite(runtime)
@@ -156,17 +163,18 @@ def main(args):
     eta = common.Eta(runtime)
     runtime.print(common.memory_line(
         runtime, [model], args.batch_size + bool(replay) * args.replay_rows, args.max_seq_len,
-        lambda ids: model(ids, documents=torch.zeros_like(ids), target_mask=torch.ones_like(ids), sum_targets=True)))
+        lambda ids: model(ids, documents=torch.zeros_like(ids), target_mask=torch.ones_like(ids), sum_targets=True),
+        zero))
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of rows drawn so far by all ranks together: the order does not depend on the rank count
     progress = {"step": 0, "position": 0, "max_steps": max_steps}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        sharding.load_full_state(model, optimizer, state["model"], state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
         progress = state["progress"]
+        del state  # twice the size of the weights, or more
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
@@ -182,16 +190,18 @@ def main(args):
 
     def save(finished, final=None):
         """Write out/<save_weight>; called by all ranks at the same step."""
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "scaler": runtime.scaler.state_dict(), "progress": progress}
+        weights, moments = sharding.full_state(model, optimizer, runtime)
+        state = {"model": weights, "optimizer": moments, "scaler": runtime.scaler.state_dict(), "progress": progress}
         facts = {"stage": "sft", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
                  "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {},
                  "conditions": conditions}
-        return checkpoint.save(runtime, args, [model, tokenizer], state, facts, finished)
+        holder = model.with_weights(weights) if fsdp and runtime.is_main else model
+        return checkpoint.save(runtime, args, [holder, tokenizer], state, facts, finished)
 
     # -- 6. Compile and DDP (last, so that everything above sees the plain module) -------------------------------------
     wrapped = model
-    if runtime.world_size > 1:
+    ddp = runtime.world_size > 1 and not fsdp
+    if ddp:
         device_ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=device_ids)
     if args.use_compile:
@@ -237,9 +247,10 @@ def main(args):
             ids = batch["ids"].to(runtime.device, non_blocking=True)                # [B, T]
             mask = batch["mask"].to(runtime.device, non_blocking=True)              # [B, T], 1 on trained tokens
             documents = batch["documents"].to(runtime.device, non_blocking=True)    # [B, T], -1 on padding
-            # gradients travel between ranks only with the last micro-batch
+            # with DDP gradients travel between ranks only with the last micro-batch; FSDP sends them after each, for a
+            # rank that waited would have to hold those of the whole model
             last = micro == len(batches) - 1
-            with contextlib.nullcontext() if last or runtime.world_size == 1 else wrapped.no_sync():
+            with contextlib.nullcontext() if last or not ddp else wrapped.no_sync():
                 with runtime.autocast():
                     # the sum of the trained tokens' log-probabilities, and the rows' balance [B]
                     logp, balance = wrapped(ids, documents=documents, token_mask=documents >= 0, target_mask=mask,
@@ -254,7 +265,8 @@ def main(args):
             balance_sum = balance_sum + aux.detach()
 
         runtime.scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        grad_norm = sharding.whole(grad_norm).item()  # with FSDP over the slices of all ranks
         nll_value, balance_value = runtime.sum(nll_sum, balance_sum)
         loss_value = nll_value / max(targets, 1)
         if not nonfinite.skip(step, loss_value, grad_norm, lr):

@@ -427,3 +427,49 @@ def test_resume_without_state_starts_fresh_and_says_so(tmp_path, capsys):
     save(tmp_path, 9, finished=True, flags={"keep_resume": 0})
     assert decide(tmp_path, from_resume=1) == "fresh"
     assert "holds no resume state: starting fresh" in capsys.readouterr().out
+
+
+def started(monkeypatch, count, limit=3):
+    """The environment of a process that torchrun has started for the (count + 1)th time."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(limit))
+
+
+@pytest.mark.parametrize("flags", [{}, {"overwrite": 1}, {"if_needed": 1}, {"from_resume": 1}])
+def test_restarted_run_resumes_by_itself(tmp_path, monkeypatch, flags):
+    started(monkeypatch, 0)
+    assert decide(tmp_path, **flags) == "fresh"
+    started(monkeypatch, 1)
+    assert decide(tmp_path, **flags) == "fresh", "it failed before its first save"
+    save(tmp_path, 5)
+    assert decide(tmp_path, **flags) == "resume"
+    assert checkpoint.earlier_choice(run_args(tmp_path, **flags))["dtype"] == "float32"
+    save(tmp_path, 9, finished=True)
+    assert decide(tmp_path, **flags) == "skip", "it failed behind the end"
+
+
+def test_restart_leaves_alone_what_its_first_start_did_not_go_on_with(tmp_path, monkeypatch):
+    save(tmp_path, 5)
+    started(monkeypatch, 0)
+    assert decide(tmp_path, overwrite=1) == "fresh"
+    started(monkeypatch, 1)
+    assert decide(tmp_path, overwrite=1) == "fresh", "the older run is still there"
+    assert checkpoint.earlier_choice(run_args(tmp_path, overwrite=1)) == {}
+    save(tmp_path, 2)
+    assert decide(tmp_path, overwrite=1) == "resume", "now it is this run's"
+    started(monkeypatch, 0)
+    for count in (0, 1):
+        started(monkeypatch, count)
+        with pytest.raises(ValueError, match="already holds"):
+            decide(tmp_path)
+    started(monkeypatch, 0)
+    assert decide(tmp_path, from_resume=1) == "resume"
+    started(monkeypatch, 1)
+    assert decide(tmp_path) == "resume", "the mark is gone"
+
+
+def test_launches_without_restarts_mark_nothing(tmp_path, monkeypatch):
+    save(tmp_path, 5)
+    started(monkeypatch, 0, limit=0)
+    assert decide(tmp_path, overwrite=1) == "fresh"
+    assert not (tmp_path / "run" / checkpoint.EARLIER).exists()

@@ -289,3 +289,15 @@ def test_optimizer_that_a_stage_cannot_serve_is_refused(name, optimizer, capsys)
     assert field == f"error: --optimizer {optimizer}"
     assert rule == cli.UNSERVED[optimizer]
     assert fix.startswith("give one of muon, adamw, lion") and optimizer not in fix
+
+
+@pytest.mark.parametrize("name", ["train_pretrain", "train_sft"])
+@pytest.mark.parametrize("words, message", [
+    ("--zero 1", "--zero 1 with --optimizer muon; only AdamW's state is shared; give --optimizer adamw, or leave"),
+    ("--fsdp 1 --optimizer lion", "--fsdp 1 with --optimizer lion; only AdamW's state is shared; give"),
+    ("--zero 1 --fsdp 1 --optimizer adamw", "--zero 1 with --fsdp 1; FSDP shares the optimizer's state as well; give"),
+])
+def test_sharing_that_cannot_be_is_refused(name, words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(name).parse_args(words.split())
+    assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -380,6 +380,11 @@ def test_shares_of_all_ranks_put_together_are_the_list(monkeypatch):
         assert all(runtime.unshard(share) == items for runtime, share in zip(ranks, shares, strict=True))
 
 
+def test_in_lockstep_every_rank_takes_everything():
+    runtime = common.Runtime(torch.device("cpu"), torch.float32, 1, 2, lockstep=True)
+    assert runtime.shard([1, 2, 3]) == runtime.unshard([1, 2, 3]) == [1, 2, 3]
+
+
 @pytest.mark.parametrize("words, expected", [
     ("--seed 1", "python train.py --seed 1 --from_resume 1"),
     ("--overwrite 1 --seed 1", "python train.py --seed 1 --from_resume 1"),
@@ -517,6 +522,13 @@ def test_memory_of_a_step_is_what_a_forward_keeps(kind, rows, monkeypatch):
                                         round(8 * count / 1e6))
     assert activations == pytest.approx(kept / 1e6, rel=0.02, abs=0.5) and activations >= 2 * rows
     assert abs(total - held - gradients - state - activations) <= 2 and text.endswith("; 9000 MB are free")
+
+
+def test_zero_counts_this_ranks_share_of_the_optimizer(monkeypatch):
+    monkeypatch.setattr(common, "free_memory", lambda: None)
+    model, runtime = torch.nn.Linear(1000, 1000, bias=False), common.Runtime(torch.device("cpu"), torch.float32, 0, 4)
+    text = common.memory_line(runtime, [model], 1, 4, lambda ids: model(torch.ones(1, 1000)), zero=True)
+    assert "parameters 4 + gradients 4 + optimizer 2 + activations 0 = 10 MB" in text
 
 
 def test_too_little_memory_is_said_before_the_first_step(monkeypatch):

@@ -1,8 +1,12 @@
-"""Proves that the number of processes does not change what is computed: two gloo processes equal one with the same
-global batch, accumulation equals a larger batch, and nothing hangs.
+"""Proves that the number of processes, and what they share (ZeRO, FSDP), does not change what is computed: two and four
+gloo processes equal one with the same global batch, accumulation equals a larger batch, a run may go on in another way,
+and nothing hangs.
 
     python -m pytest tests/test_ddp.py
+    python -m pytest tests/test_ddp.py -m "slow or not slow"      # every case with two and with four processes
 """
+import argparse
+import functools
 import importlib
 import os
 import shutil
@@ -22,11 +26,16 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import common
 import logs
+import sharding
 
 ROOT = Path(common.__file__).parent
 gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo backend")
 
-# name of the case: script, kind of model, flags. A micro-step of two processes with 2 rows each is one of 4 rows alone.
+# FSDP2 runs on CPUs from torch 2.7 on
+no_fsdp = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch has no FSDP2 on CPUs")
+
+# name of the case: script, kind of model, flags. A micro-step of two processes with 2 rows each, or of four with one,
+# is one of 4 rows alone.
 CASES = {
     "pretrain dense": ("train_pretrain", "dense", []),
     "pretrain moe": ("train_pretrain", "moe", []),
@@ -39,7 +48,29 @@ CASES = {
     "pretrain schedulefree": ("train_pretrain", "moe", ["--optimizer", "schedulefree"]),
     "pretrain sophia": ("train_pretrain", "dense", ["--optimizer", "sophia", "--hessian_interval", "3"]),
     "sft sophia": ("train_sft", "shared", ["--optimizer", "sophia", "--hessian_interval", "2"]),
+    "pretrain fp32": ("train_pretrain", "dense", ["--dtype", "float32"]),
+    "reward moe": ("train_reward", "moe", []),
+    "dpo shared": ("train_dpo", "shared", []),
+    "pretrain dense zero": ("train_pretrain", "dense", ["--optimizer", "adamw", "--zero", "1"]),
+    "pretrain moe zero": ("train_pretrain", "moe", ["--optimizer", "adamw", "--zero", "1"]),
+    "sft shared zero": ("train_sft", "shared", ["--optimizer", "adamw", "--zero", "1"]),
+    "pretrain dense fsdp": ("train_pretrain", "dense", ["--optimizer", "adamw", "--fsdp", "1"]),
+    "pretrain moe fsdp": ("train_pretrain", "moe", ["--optimizer", "adamw", "--fsdp", "1", "--gradient_checkpointing"]),
+    "sft dense fsdp": ("train_sft", "dense", ["--optimizer", "adamw", "--fsdp", "1"]),
+    "sft shared fsdp": ("train_sft", "shared", ["--optimizer", "adamw", "--fsdp", "1", "--weight_decay", "0.1"]),
 }
+# By default these run with four processes, and all others but SLOW with two; the rest is slow.
+FOUR = {"pretrain moe", "sft shared", "reward moe", "dpo shared", "sft shared zero", "pretrain dense fsdp"}
+SLOW = {"pretrain dense zero", "sft dense fsdp"}
+
+
+def marks(case, world):
+    """Marks of a case with so many processes."""
+    by_default = world == (4 if case in FOUR else 2) and case not in SLOW
+    return [no_fsdp] * ("fsdp" in case) + [pytest.mark.slow] * (not by_default)
+
+
+RUNS = [pytest.param(case, world, id=f"{case} {world}", marks=marks(case, world)) for case in CASES for world in (2, 4)]
 BALANCE = ["--router_aux_loss_coef", "0.1", "--router_bias_rate", "0.01"]  # large enough to show a wrong weighting
 
 
@@ -61,14 +92,32 @@ def no_curves():
         yield
 
 
-def worker(rank, jobs):
-    """One of two processes: runs every job's main(), with the environment that torchrun would give it."""
+def worker(rank, world, jobs):
+    """One of several processes: runs every job's main(), with the environment that torchrun would give it."""
     logs.plot_curves = nothing
     for module, argv, port in jobs:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         script = importlib.import_module(module)
         script.main(script.parse_args(argv))
+
+
+def launch(world, jobs):
+    """Run jobs, each a script's name and its flags, one after the other with so many processes."""
+    jobs = [(name, argv, free_port()) for name, argv in jobs]
+    context = torch.multiprocessing.spawn(worker, (world, jobs), nprocs=world, join=False)
+    deadline = time.monotonic() + 600
+    while not context.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"{world} processes hang")
+
+
+def alone(stage, name, *flags, **options):
+    """Run a script in this process."""
+    module, argv = stage(name, *flags, **options)
+    module.main(module.parse_args(argv))
 
 
 def dead_expert(folder, target):
@@ -83,34 +132,41 @@ def dead_expert(folder, target):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, model_folder, stage_of):
-    """results[case] -> (folder of the run with two processes, folder of the run with one)."""
-    jobs, made = [], {}
+def results(request, tmp_path_factory, model_folder, stage_of):
+    """results[case, processes] -> (folder of that run, folder of the run with one), for the selected tests."""
+    wanted = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    wanted = {(w.params["case"], w.params["world"]) for w in wanted if w and "case" in w.params}
+    wanted.add(("pretrain dead", 2))  # has a test of its own
+    jobs, made = {2: [], 4: []}, {}
     for case, (name, kind, flags) in CASES.items():
         tmp_path = tmp_path_factory.mktemp("ddp")
         parent = dead_expert(model_folder("shared"), tmp_path / "dead") if kind == "dead" else None
-        common_flags = ["--accumulation_steps", "2", "--max_steps", "4", *BALANCE, *flags]
+        balance = BALANCE if name in ("train_pretrain", "train_sft") else []
+        flags = ["--accumulation_steps", "2", "--max_steps", "5", *balance, *flags]
         options = dict(kind="dense" if parent else kind, parent=parent)
-        script, one = stage_of(tmp_path, name, *common_flags, "--batch_size", "4", "--save_weight", "one", **options)
-        _, two = stage_of(tmp_path, name, *common_flags, "--batch_size", "2", "--save_weight", "two", **options)
-        script.main(script.parse_args(one))
-        jobs.append((name, two, free_port()))
-        made[case] = (tmp_path / "out" / "two", tmp_path / "out" / "one")
-    context = torch.multiprocessing.spawn(worker, (jobs,), nprocs=2, join=False)
-    deadline = time.monotonic() + 600
-    while not context.join(timeout=5):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("two processes hang")
+        worlds = [world for world in (2, 4) if (case, world) in wanted]
+        for world in worlds:
+            jobs[world].append((name, stage_of(tmp_path, name, *flags, "--batch_size", str(4 // world),
+                                               "--save_weight", str(world), **options)[1]))
+            made[case, world] = (tmp_path / "out" / str(world), tmp_path / "out" / "one")
+        if worlds:
+            alone(functools.partial(stage_of, tmp_path), name, *flags, "--batch_size", "4", "--save_weight", "one",
+                  **options)
+    for world in (2, 4):
+        launch(world, jobs[world])
     return made
 
 
-def difference(first, second):
+def difference(first, second, dtype=torch.float64):
     """Largest difference between the weights of two checkpoints."""
     a, b = (load_file(folder / "model.safetensors") for folder in (first, second))
-    assert a.keys() == b.keys() and all(tensor.dtype == torch.float64 for tensor in a.values())
+    assert a.keys() == b.keys() and all(tensor.dtype == dtype for tensor in a.values())
     return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def resume_state(folder):
+    """What a run would go on from."""
+    return torch.load(folder / "resume" / "state.pt")
 
 
 def history(folder):
@@ -121,26 +177,87 @@ def history(folder):
 
 
 @gloo
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_equal_one_with_the_same_global_batch(results, case):
-    two, one = results[case]
-    assert difference(two, one) < 1e-9
+@pytest.mark.parametrize("case, world", RUNS)
+def test_several_processes_equal_one_with_the_same_global_batch(results, case, world):
+    several, one = results[case, world]
+    fp32 = case.endswith("fp32")
+    assert difference(several, one, torch.float32 if fp32 else torch.float64) < (1e-5 if fp32 else 1e-9)
     start = CASES[case][1]
     assert start == "dead" or difference_from_start(one) > 1e-4, "something was learnt"
-    assert history(two) == pytest.approx(history(one), rel=1e-6)
-    assert {"loss", "lr", "grad_norm", "val_loss"} <= {key for _, key in history(two)}
+    assert history(several) == pytest.approx(history(one), rel=1e-4 if fp32 else 1e-6)
+    assert {"loss", "lr", "grad_norm", "val_loss"} <= {key for _, key in history(several)}
+    if "zero" in case or "fsdp" in case:
+        assert_same_layout(resume_state(several), resume_state(one))
+
+
+def assert_same_layout(shared, plain):
+    """The saved state is that of one process: no trace of who held what."""
+    assert shared["optimizer"]["param_groups"] == plain["optimizer"]["param_groups"]
+    for a, b in [(shared["model"], plain["model"]), *((shared["optimizer"]["state"][i], entry)
+                                                      for i, entry in plain["optimizer"]["state"].items())]:
+        assert a.keys() == b.keys()
+        for name in a:
+            assert type(a[name]) is torch.Tensor and (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape)
+            assert (a[name] - b[name]).abs().max() < 1e-9
+    addresses = [state["model"]["lm_head.weight"].data_ptr() == state["model"]["model.embed_tokens.weight"].data_ptr()
+                 for state in (shared, plain)]
+    assert addresses == [True, True], "a tied weight is in the file once"
+
+
+@gloo
+@no_fsdp
+def test_shared_runs_resume_to_the_last_bit_and_in_any_other_way(stage, tmp_path):
+    """One launch for both, to spare the starts of processes."""
+    jobs, out = [], tmp_path / "out"
+    flags = ["--optimizer", "adamw", "--schedule", "constant", "--warmup_steps", "2", "--from_resume", "1"]
+    # an evaluation stands before the stop: it leaves FSDP's modules in another state than a step
+    for mode in ("zero", "fsdp"):
+        own = [*flags, f"--{mode}", "1", "--dtype", "float32", "--eval_interval", "2", "--save_weight"]
+        jobs += [("train_pretrain", stage("train_pretrain", *own, *others, kind="shared")[1])
+                 for others in ((f"{mode} cut", "--max_steps", "2"), (f"{mode} cut",), (f"{mode} whole",))]
+    # one process, then two with DDP, ZeRO and FSDP for a step each, then one again: as if it were one throughout
+    changing = functools.partial(stage, "train_sft", *flags, "--save_weight", "changing", "--max_steps", kind="moe")
+    alone(changing, "1", "--batch_size", "4")
+    jobs += [("train_sft", changing(*others)[1])
+             for others in (("2",), ("3", "--zero", "1"), ("4", "--fsdp", "1"), ("5", "--zero", "1"), ("6",))]
+    launch(2, jobs)
+    alone(changing, "7", "--batch_size", "4", "--fsdp", "1")  # alone --fsdp does nothing
+    alone(stage, "train_sft", *flags, "--max_steps", "7", "--batch_size", "4", "--save_weight", "one", kind="moe")
+    assert difference(out / "changing", out / "one") < 1e-9
+    assert history(out / "changing")[7, "loss"] == pytest.approx(history(out / "one")[7, "loss"], rel=1e-9)
+    for mode in ("zero", "fsdp"):
+        cut, whole = out / f"{mode} cut", out / f"{mode} whole"
+        assert difference(cut, whole, torch.float32) == 0 and history(cut) == history(whole)
+        entries = [resume_state(folder)["optimizer"]["state"] for folder in (cut, whole)]
+        assert all(torch.equal(entries[0][i][name], value) for i in entries[1] for name, value in entries[1][i].items())
+
+
+def test_one_process_shares_nothing_and_says_so(capsys):
+    runtime = common.Runtime(torch.device("cpu"), torch.float32)
+    args = argparse.Namespace(zero=0, fsdp=1)
+    assert sharding.modes(args, runtime) == (False, False)
+    assert "one process has nobody to share with" in capsys.readouterr().out
+    runtime.world_size = 2
+    assert sharding.modes(args, runtime) == (False, True)
+    assert capsys.readouterr().out == ""
+
+
+def test_fsdp_on_a_cpu_with_an_old_torch_is_refused(monkeypatch):
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
+    with pytest.raises(ValueError, match="--fsdp 1 on the CPU with torch .*; FSDP2 runs there from torch 2.7 on; "):
+        sharding.shard(None, [], common.Runtime(torch.device("cpu"), torch.float32))
 
 
 def difference_from_start(folder):
     """How far a run has moved its weights."""
     parent = Path(checkpoint.read_minillm(folder)["parents"][0])
     a, b = load_file(folder / "model.safetensors"), load_file(parent / "model.safetensors")
-    return max((a[name] - b[name]).abs().max().item() for name in a)
+    return max((a[name] - b[name]).abs().max().item() for name in a.keys() & b.keys())  # a score head is new
 
 
 @gloo
 def test_dead_expert_neither_hangs_nor_moves(results):
-    two, _ = results["pretrain dead"]
+    two, _ = results["pretrain dead", 2]
     before = load_file(Path(checkpoint.read_minillm(two)["parents"][0]) / "model.safetensors")
     after = load_file(two / "model.safetensors")
     dead = [name for name in after if ".experts.0." in name]
@@ -177,8 +294,7 @@ def test_micro_batches_have_unequal_token_counts(stage, name):
 
 FAILING = """
 import os
-import checkpoint
-import cli
+import signal
 import common
 import optim
 import train_pretrain
@@ -187,8 +303,10 @@ real = optim.set_lr
 
 def failing(optimizer, scale):
     failing.steps += 1
-    if os.environ["RANK"] == "1" and failing.steps == 4:
+    if os.environ["RANK"] == "1" and failing.steps == 4 and not os.path.exists(os.environ["MARK"]):
         open(os.environ["MARK"], "w").close()
+        if "TORCHELASTIC_MAX_RESTARTS" in os.environ and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
+            os.kill(os.getpid(), signal.SIGKILL)
         raise ValueError("injected failure; a test did it; nothing to fix")
     return real(optimizer, scale)
 
@@ -198,16 +316,14 @@ common.run(train_pretrain.main, train_pretrain.parse_args)
 """
 
 
-@gloo
-def test_failing_rank_ends_the_launch_and_one_process_can_go_on(stage, tmp_path):
-    """The real launcher; rank 1 fails in step 4. Then a single process with the doubled batch resumes from step 2."""
+def torchrun(tmp_path, argv, *options):
+    """(exit code, output, seconds from the failure to the end) of FAILING under the real launcher, whose rank 1 fails
+    in step 4: by an error, or by kill -9 where restarts are allowed."""
     mark = tmp_path / "failed"
     (tmp_path / "failing.py").write_text(FAILING)
-    flags = ["--max_steps", "6", "--save_interval", "2"]
-    _, argv = stage("train_pretrain", *flags, "--save_weight", "broken")
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MARK": str(mark)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *options, "--master_port",
                str(free_port()), str(tmp_path / "failing.py"), *argv]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                start_new_session=True, text=True)
@@ -216,12 +332,33 @@ def test_failing_rank_ends_the_launch_and_one_process_can_go_on(stage, tmp_path)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    assert time.time() - mark.stat().st_mtime < 60, text
-    assert process.returncode != 0
+    return process.returncode, text, time.time() - mark.stat().st_mtime
+
+
+@gloo
+@pytest.mark.parametrize("mode", [[], pytest.param(["--optimizer", "adamw", "--fsdp", "1"],
+                                                   marks=[pytest.mark.slow, no_fsdp])], ids=["ddp", "fsdp"])
+def test_failing_rank_ends_the_launch_and_one_process_can_go_on(stage, tmp_path, mode):
+    """Then a single process with the doubled batch resumes from step 2."""
+    flags = ["--max_steps", "6", "--save_interval", "2", *mode]
+    code, text, seconds = torchrun(tmp_path, stage("train_pretrain", *flags, "--save_weight", "broken")[1])
+    assert seconds < 60 and code != 0, text
     assert "rank 1: error: injected failure" in text
     assert checkpoint.read_minillm(tmp_path / "out" / "broken")["progress"]["step"] == 2
-    module, argv = stage("train_pretrain", *flags, "--batch_size", "4", "--save_weight", "broken", "--from_resume", "1")
-    module.main(module.parse_args(argv))
-    module, argv = stage("train_pretrain", *flags, "--batch_size", "4", "--save_weight", "whole")
-    module.main(module.parse_args(argv))
+    alone(stage, "train_pretrain", *flags, "--batch_size", "4", "--save_weight", "broken", "--from_resume", "1")
+    alone(stage, "train_pretrain", *flags, "--batch_size", "4", "--save_weight", "whole")
     assert difference(tmp_path / "out" / "broken", tmp_path / "out" / "whole") < 1e-9
+
+
+@gloo
+def test_killed_rank_is_started_again_and_the_run_goes_on_by_itself(stage, tmp_path):
+    """With --overwrite 1 over an older run, and with a fixed port, whose store still has the addresses of the dead."""
+    flags = ["--max_steps", "6", "--save_interval", "2"]
+    alone(stage, "train_pretrain", *flags, "--batch_size", "4", "--save_weight", "whole")
+    shutil.copytree(tmp_path / "out" / "whole", tmp_path / "out" / "broken")
+    argv = stage("train_pretrain", *flags, "--save_weight", "broken", "--overwrite", "1")[1]
+    code, text, _ = torchrun(tmp_path, argv, "--max-restarts", "1")
+    assert code == 0, text
+    assert text.count("resumed at step 2 of 6") == 1, text
+    assert difference(tmp_path / "out" / "broken", tmp_path / "out" / "whole") < 1e-9
+    assert history(tmp_path / "out" / "broken") == pytest.approx(history(tmp_path / "out" / "whole"), rel=1e-6)

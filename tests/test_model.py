@@ -701,3 +701,13 @@ def test_loading_leaves_the_global_random_state_alone(tmp_path):
     state = torch.get_rng_state()
     Transformer.from_pretrained(tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", ["dense", "shared"])
+def test_model_with_other_weights_is_saved_as_one_of_its_own(model_folder, tmp_path, kind):
+    model = Transformer.from_pretrained(model_folder(kind))
+    weights = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    other = model.with_weights(weights)
+    other.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path).state_dict()
+    assert again.keys() == weights.keys() and all(torch.equal(again[name], weights[name]) for name in weights)

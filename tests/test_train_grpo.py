@@ -330,7 +330,8 @@ def test_two_half_batches_equal_one_batch(run):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_process_with_twice_the_batch(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_equal_one_with_the_same_global_batch(world, run, tmp_path, monkeypatch):
     """Groups, scores and update are shared by the ranks; what comes out must not depend on their number. A script of
     three lines brings the reward rule of this file along."""
     flags = ["--dtype=float64", "--beta=0.1", "--updates_per_rollout=2"]
@@ -343,8 +344,8 @@ def test_two_processes_equal_one_process_with_twice_the_batch(run, tmp_path, mon
     script.write_text("import train_grpo\ntrain_grpo.reward_correct = lambda answer, item: float(answer.ids[0] < 150)\n"
                       "train_grpo.main(train_grpo.parse_args())\n")
     monkeypatch.setenv("PYTHONPATH", str(Path(train_grpo.__file__).parent))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script,
-                    *flags, "--batch_size=2", "--save_weight=two"], check=True)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world),
+                    script, *flags, f"--batch_size={4 // world}", "--save_weight=two"], check=True)
     one, two = weights(run, "one"), weights(run, "two")
     for name, value in one.items():
         assert (value - two[name]).abs().max() < 1e-9, name

@@ -399,14 +399,16 @@ def test_two_half_batches_equal_one_batch(run):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_process_with_twice_the_batch(run):
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_equal_one_with_the_same_global_batch(world, run):
     """Rollout, scores and update are shared by the ranks; what comes out must not depend on their number."""
     run("--dtype", "float64", "--save_weight", "one", "--batch_size", "4")
     flags = [f"--{name}={value}" for name, value in vars(run.arguments()).items()
              if isinstance(value, (int, float, str)) and name not in ("dtype", "batch_size", "save_weight")]
     flags += ["--data_path", *run.arguments().data_path, "--val_path", *run.arguments().val_path]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    train_ppo.__file__, *flags, "--dtype=float64", "--batch_size=2", "--save_weight=two"], check=True)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world),
+                    train_ppo.__file__, *flags, "--dtype=float64", f"--batch_size={4 // world}", "--save_weight=two"],
+                   check=True)
     one, two = state(run, "one"), state(run, "two")
     for part in ("model", "best"):
         for name, value in one[part].items():
