@@ -3,7 +3,9 @@ bit-equal to those of a run that was never stopped.
 
     python -m pytest tests/test_resume.py
 """
+import contextlib
 import functools
+import importlib
 import json
 import os
 import signal
@@ -286,6 +288,94 @@ def test_signal_in_the_last_step_loses_nothing(run, name):
     assert run(name, "broken", "--from_resume", "1") == final
     assert_same_run(whole, run.out / "broken")
     assert checkpoint.read_minillm(run.out / "broken")["finished"]
+
+
+# -- Another number of processes ---------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def recording():
+    """List that gets the samples which the loop of a training script draws: indices of windows, rows or pairs; in PPO
+    and GRPO the numbers of the sampled answers, which say for which prompt they are."""
+    drawn, begun = [], []
+    lr_scale, position_batch, complete = common.lr_scale, dataset.TokenData.position_batch, metrics.complete
+
+    def begin(*inputs):  # what is drawn before is no step: the pairs that DPO's reference scores
+        begun.append(1)
+        return lr_scale(*inputs)
+
+    def batch(self, start, count):
+        indices = position_batch(self, start, count)
+        drawn.extend(indices.tolist() if begun and self.kind != "prompt" else ())
+        return indices
+
+    def answers(*inputs, **options):
+        drawn.extend(number for number in options.get("row_seeds", ()) if number < train_ppo.EVAL_ROWS)
+        return complete(*inputs, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "lr_scale", begin)
+        patch.setattr(dataset.TokenData, "position_batch", batch)
+        patch.setattr(metrics, "complete", answers)
+        patch.setattr(train_grpo, "reward_correct", by_sum)
+        patch.setattr(logs, "plot_curves", lambda folder: None)
+        yield drawn
+
+
+def drawn_by(name, argv):
+    """Samples that a run in this process draws."""
+    module = importlib.import_module(name)
+    with recording() as drawn:
+        module.main(module.parse_args(argv))
+    return drawn
+
+
+def one_of_two(rank, jobs):
+    """One of two processes: runs all jobs and writes down what it draws."""
+    for name, argv, port, record in jobs:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        Path(f"{record}.{rank}").write_text(json.dumps(drawn_by(name, argv)))
+
+
+@pytest.fixture(scope="module")
+def changing(tmp_path_factory, stage_of):
+    """changing[name] -> (folder, samples) of a run with one, two and again one process, two steps each; and of one that
+    did the six steps alone. The step's batch stays as large."""
+    made, jobs = {}, []
+    for name in STAGES:
+        folder = tmp_path_factory.mktemp("changing")
+
+        def argv(processes, steps, *flags, name=name, folder=folder):
+            return stage_of(folder, name, *STAGES[name], "--batch_size", str(4 // processes), "--max_steps", str(steps),
+                            "--schedule", "constant", "--warmup_steps", "0", *flags)[1]
+
+        made[name] = folder, argv, drawn_by(name, argv(1, 2))
+        jobs.append((name, argv(2, 4, "--from_resume", "1"), free_port(), str(folder / "drawn")))
+    context = torch.multiprocessing.spawn(one_of_two, (jobs,), nprocs=2, join=False)
+    deadline = time.monotonic() + 600
+    while not context.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("two processes hang")
+    runs = {}
+    for name, (folder, argv, drawn) in made.items():
+        for rank in range(2):
+            drawn += json.loads((folder / f"drawn.{rank}").read_text())
+        drawn += drawn_by(name, argv(1, 6, "--from_resume", "1"))
+        alone = drawn_by(name, argv(1, 6, "--save_weight", "alone"))
+        runs[name] = (folder / "out" / "run", drawn), (folder / "out" / "alone", alone)
+    return runs
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo backend")
+@pytest.mark.parametrize("name", STAGES)
+def test_one_two_and_again_one_process_lose_no_sample_and_see_none_twice(changing, name):
+    (folder, drawn), (alone, expected) = changing[name]
+    assert len(expected) == 24 and Counter(drawn) == Counter(expected)
+    if name not in NAMES:  # there an epoch has as many samples as these steps draw; here it has not
+        assert sorted(expected) == list(range(24))
+    states = [torch.load(path / "resume" / "state.pt")["model"] for path in (folder, alone)]
+    assert all((states[0][key] - value).abs().max() < 1e-9 for key, value in states[1].items())
 
 
 # -- Other ends and beginnings -----------------------------------------------------------------------------------------
