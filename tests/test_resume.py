@@ -249,6 +249,15 @@ def test_resume_is_exact_at_and_around_an_epoch_boundary(run, name):
         assert_same_run(whole, run.out / f"broken{kill}")
 
 
+def test_killed_run_with_a_live_reference_equals_uninterrupted_run(run):
+    """DPO with the frozen model in memory instead of a table in the checkpoint."""
+    flags = ["--save_interval", "2", "--reference", "live"]
+    whole, final = run.whole("train_dpo", *flags)
+    assert run("train_dpo", "broken", *flags, kill=3) is None
+    assert run("train_dpo", "broken", *flags, "--from_resume", "1") == final
+    assert_same_run(whole, run.out / "broken")
+
+
 # -- Signals -----------------------------------------------------------------------------------------------------------
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
