@@ -333,6 +333,11 @@ def saved_step(folder):
         return 0
 
 
+def changed_at(path):
+    """When a folder was changed last; None where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 @pytest.mark.slow
 @posix
 @pytest.mark.parametrize("name", STAGES)
@@ -345,14 +350,15 @@ def test_kill_nine_at_random_moments_never_loses_a_run(hunted, tmp_path, name):
     while kills < KILLS:
         folder, before = f"run{lineages}", 0
         lineages += 1
-        for _ in range(4):  # then it may finish
+        for _ in range(3):  # then it may finish
             process = start(folder, wait=draw.random() < 0.9)
-            process.join(draw.uniform(0, 0.4) * seconds)
+            unfinished = changed_at(out / f"{folder}.tmp")
+            process.join(draw.uniform(0, 0.6) * seconds)
             alive = process.exitcode is None
             process.kill()
             process.join()
             kills += alive
-            between += (out / f"{folder}.tmp").exists() or not (out / folder).exists() and before > 0
+            between += changed_at(out / f"{folder}.tmp") not in (None, unfinished)
             now = saved_step(out / folder)
             assert now >= before, "a checkpoint that was there is gone"
             progress, before = [*progress, now], now
