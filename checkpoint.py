@@ -10,12 +10,14 @@ Sources: tmp + fsync + rename is the usual way to replace a file atomically (POS
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import pickle
 import shutil
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -24,11 +26,14 @@ from safetensors import SafetensorError
 FORMAT_VERSION = 1  # of our checkpoint folders; part of every stage key, so that a new layout redoes old stages
 # Flags that cannot change what a run computes: they are left out of the stage key, and resume may change them freely.
 FREE_FLAGS = {"accumulation_steps", "batch_size", "cache_dir", "debug", "device", "dtype", "epochs", "eval_batches",
-              "eval_interval", "eval_prompts", "from_resume", "fsdp", "if_needed", "keep_resume", "log_interval",
-              "max_minutes", "max_steps", "overwrite", "save_dir", "save_interval",
-              "save_weight", "show_batch", "threads", "tracker", "use_compile", "use_wandb", "zero"}
-# ... but these do change the result of a whole stage, so the key keeps them although resume allows them.
-KEY_FLAGS = {"max_steps", "epochs", "max_minutes", "accumulation_steps", "batch_size"}
+              "eval_interval", "eval_prompts", "from_resume", "fsdp", "if_needed", "keep_resume", "learning_rate",
+              "log_interval", "max_minutes", "max_steps", "muon_learning_rate", "overwrite", "save_dir",
+              "save_interval", "save_weight", "show_batch", "threads", "tracker", "use_compile", "use_wandb",
+              "value_learning_rate", "zero"}
+# ... but these do change the result of a whole stage, so the key keeps them although resume allows them: a run that
+# was stopped because its loss was not finite goes on at a lower rate.
+KEY_FLAGS = {"max_steps", "epochs", "max_minutes", "accumulation_steps", "batch_size", "learning_rate",
+             "muon_learning_rate", "value_learning_rate"}
 # Empty file in a checkpoint that a launch with --max-restarts found and did not go on with: nor do its restarts.
 EARLIER = "of_an_earlier_run"
 
@@ -53,24 +58,31 @@ def atomic_folder(path):
             if file.is_file():
                 _fsync(file)
         _fsync(tmp)
+        if path.exists() and _damage(path, resume=True):
+            shutil.rmtree(path)  # the one before is the only good one: it stays until the new one is in place
+        elif path.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(path, previous)
+        os.replace(tmp, path)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
-    if path.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        os.replace(path, previous)
-    os.replace(tmp, path)
     _fsync(path.parent)
 
 
 def _fsync(path):
-    """Force a file's or folder's content to the disk (Windows cannot do it for folders, nor needs it)."""
-    with contextlib.suppress(OSError, PermissionError):
+    """Force a file's or folder's content to the disk. Raises OSError when the disk says that it is not there."""
+    try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        # some disks report only now that they are full or broken; other errors say that the system knows no fsync here
+        # (Windows for folders)
+        if error.errno in (errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.EIO)):
+            raise
 
 
 def find(save_dir, name):
@@ -108,9 +120,9 @@ def _previous(path):
     return Path(f"{path}.previous")
 
 
-def _damage(path):
-    """Why a checkpoint folder cannot be used, or ''. Sizes were written beside the weights, so a cut file is seen
-    without reading it."""
+def _damage(path, resume=False):
+    """Why a checkpoint folder cannot be used, or ''. Sizes and checksums were written beside the weights: flipped bits
+    make no error when they are loaded, only a worse model. The state in resume/ is read only on demand."""
     facts = read_minillm(path)
     if not facts and (path / "minillm.json").exists():
         return "minillm.json is unreadable"
@@ -120,17 +132,30 @@ def _damage(path):
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, not {size}"
+    for name, crc in facts.get("crc32", {}).items():
+        if (resume or not name.startswith("resume")) and _crc32(path / name) != crc:
+            return f"{name} has other bytes than were written"
     return ""
 
 
+def _crc32(path):
+    """Checksum of a file's content, at several GB/s; torch.load and safetensors look at none."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
 def write_minillm(folder, facts):
-    """Write minillm.json: what made this checkpoint (stage, parents, hashes, versions, seed, metrics) and the size of
-    every file."""
+    """Write minillm.json: what made this checkpoint (stage, parents, hashes, versions, seed, metrics), the size of
+    every file and the checksum of those that hold tensors."""
     folder = Path(folder)
     files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()
              and f.name != "minillm.json"}
     content = {"format": FORMAT_VERSION, "torch": torch.__version__, "written": time.strftime("%Y-%m-%dT%H:%M:%S"),
-               **facts, "files": files}
+               **facts, "files": files, "crc32": {name: _crc32(folder / name) for name in files
+                                                  if name.endswith((".safetensors", ".pt"))}}
     (folder / "minillm.json").write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str),
                                          encoding="utf-8")
 
@@ -173,7 +198,7 @@ def save(runtime, args, parts, state, facts, finished=False):
                 shutil.rmtree(_previous(folder), ignore_errors=True)
         except (OSError, RuntimeError, SafetensorError) as error:
             # a disk that fills up while writing: torch.save raises RuntimeError, safetensors its own class
-            last = read_minillm(folder).get("progress", {}).get("step", "none")
+            last = (read_minillm(folder) or read_minillm(_previous(folder))).get("progress", {}).get("step", "none")
             print(f"checkpoint not written to {folder}: {error}. Training goes on; last good checkpoint: step {last}",
                   flush=True)
             written = False
@@ -214,21 +239,18 @@ def _rng_state():
 def load_resume(runtime, args):
     """Resume state of out/<save_weight>, with this rank's random state restored. Raises ValueError naming changed
     flags that matter."""
-    folder = find(args.save_dir, args.save_weight)
-    try:
-        # with FSDP each rank needs a slice only: mapped, the file is not in memory once for every rank
-        state = torch.load(folder / "resume" / "state.pt", map_location="cpu", weights_only=True,
-                           mmap=bool(getattr(args, "fsdp", 0)))
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0][:100] or type(error).__name__
-        raise ValueError(f"{folder}/resume/state.pt cannot be read ({reason}); the run "
-                         f"cannot be resumed; start it again with --overwrite 1") from None
+    # with FSDP each rank needs a slice only: mapped, the file is not in memory once for every rank
+    folder, state = _load_state(find(args.save_dir, args.save_weight), mmap=bool(getattr(args, "fsdp", 0)))
     now = _plain(args)
-    changed = [f"--{name}: was {old!r}, is {now[name]!r}" for name, old in state["args"].items()
-               if name not in FREE_FLAGS and name in now and now[name] != old]
-    if changed:
-        raise ValueError(f"cannot resume {folder} with changed flags ({'; '.join(changed)}); the result would be "
-                         f"neither run's; give the old values, or start again with --overwrite 1")
+    changed = {name: f"--{name}: was {old!r}, is {now[name]!r}" for name, old in state["args"].items()
+               if name in now and now[name] != old}
+    refused = [words for name, words in changed.items() if name not in FREE_FLAGS]
+    if refused:
+        raise ValueError(f"cannot resume {folder} with changed flags ({'; '.join(refused)}); the result would be "
+                         f"neither run's; give the old values, or start again with --overwrite 1. A resume may change "
+                         f"--{', --'.join(sorted(FREE_FLAGS & now.keys()))}")
+    if KEY_FLAGS & changed.keys():
+        runtime.print(f"going on with changed flags: {'; '.join(changed[n] for n in changed if n in KEY_FLAGS)}")
     runtime.started -= read_minillm(folder).get("seconds", 0)
     rng = state["rng"]
     if len(rng) == runtime.world_size:
@@ -239,6 +261,25 @@ def load_resume(runtime, args):
         runtime.print(f"resuming with {runtime.world_size} process(es), saved with {len(rng)}: no sample is lost or "
                       f"repeated, but dropout draws differ")
     return state
+
+
+def _load_state(folder, mmap):
+    """(folder, content of its resume/state.pt); the predecessor's where this one is damaged. Raises ValueError when
+    there is none."""
+    reason = _damage(folder, resume=True)
+    if not reason:
+        try:
+            return folder, torch.load(folder / "resume" / "state.pt", map_location="cpu", weights_only=True, mmap=mmap)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, LookupError, TypeError) as error:
+            reason = str(error).split("\n")[0][:100] or type(error).__name__
+    previous = _previous(folder)
+    # after --overwrite 1 the one before is of another run
+    inputs = {read_minillm(f).get("key", "").split("-")[-1] for f in (folder, previous)}
+    if (previous / "resume" / "state.pt").is_file() and len(inputs) == 1:
+        print(f"{folder}/resume/state.pt cannot be read ({reason}); using {previous} instead", flush=True)
+        return _load_state(previous, mmap)
+    raise ValueError(f"{folder}/resume/state.pt cannot be read ({reason}); the run cannot be resumed; start it again "
+                     "with --overwrite 1")
 
 
 def _plain(args):
@@ -346,9 +387,14 @@ def _decide(args, key):
     try:
         folder = find(args.save_dir, args.save_weight)
     except FileNotFoundError:
+        if folder.is_dir() and any(folder.iterdir()):
+            return ValueError(f"{folder} holds files, but no checkpoint; a run would replace the whole folder; give "
+                              "another --save_weight")
         return "fresh", f"nothing to resume in {folder}: starting fresh" if args.from_resume else ""
     except ValueError as error:
-        return "fresh", f"{error}: starting fresh"
+        if args.if_needed or args.overwrite:
+            return "fresh", f"{error}: starting fresh"
+        return ValueError(f"{error} with --overwrite 1, or give another --save_weight")
     facts = read_minillm(folder)
     resumable = (folder / "resume" / "state.pt").is_file()
     same = facts.get("key") == key

@@ -530,7 +530,8 @@ class NonFinite:
                            f"{self.runtime.dtype}: step skipped ({self.in_a_row} in a row; {cause})")
         if self.in_a_row >= self.limit:
             raise ValueError(f"loss or gradient was not finite in {self.limit} steps in a row, last at step {step}; "
-                             f"training cannot go on; resume with a lower --learning_rate ({cause})")
+                             "training cannot go on, the last checkpoint is untouched; go on from it with "
+                             f"--from_resume 1 and a lower --learning_rate ({cause})")
         return True
 
 

@@ -277,7 +277,7 @@ class MetricLog:
         path, tmp = self.folder / "metrics.jsonl", self.folder / "metrics.tmp"
         tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
         os.replace(tmp, path)
-        self.file = open(path, "a", encoding="utf-8")
+        self.file, self.waiting = open(path, "ab", buffering=0), b""  # unbuffered: a killed run leaves its last line
         if tracker != "none":
             interrupt = signal.getsignal(signal.SIGINT)
             self.tracker = self._harmless(lambda: open_tracker(tracker, self.folder, first_step))
@@ -303,8 +303,15 @@ class MetricLog:
             say(f"tracker off ({reason}); metrics.jsonl has every number; install or repair it, or give --tracker none")
 
     def _write(self, row):
-        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.file.flush()  # a killed run must leave its last line
+        """Append a line. On a full disk it waits for the next one: that is no reason to lose a training."""
+        silent = bool(self.waiting)
+        self.waiting += json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting):]
+        except OSError as error:
+            if not silent:
+                say(f"{self.folder}/metrics.jsonl cannot be written ({error}); its lines wait until there is room")
 
     def count(self, tokens):
         """Add tokens to the throughput that the next rate() reports."""
@@ -352,7 +359,10 @@ class MetricLog:
             self.file.close()
             if self.tracker:
                 self._harmless(self.tracker[1])
-            plot_curves(self.folder)
+            try:
+                plot_curves(self.folder)
+            except OSError as error:
+                say(f"{self.folder}/curves.png was not drawn ({error}); metrics.jsonl has its numbers")
 
 
 def _short(value):

@@ -313,6 +313,14 @@ def set_lr(optimizer, scale):
     return optimizer.param_groups[-1]["lr"]
 
 
+def load_state(optimizer, state):
+    """load_state_dict() that keeps the peaks of this start's flags: a resume may change its rates."""
+    peaks = [group["initial_lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["initial_lr"] = peak
+
+
 def to_gradient_point(optimizer):
     """Move the weights to where the gradients of this step belong: Schedule-Free's y; for all others they are there."""
     if isinstance(optimizer, ScheduleFree):

@@ -97,7 +97,10 @@ def load_full_state(model, optimizer, weights, state):
         return
     spread = {i: {key: _like(value, parameters[i]) for key, value in values.items()}
               for i, values in state["state"].items()}
-    optimizer.load_state_dict(state | {"state": spread})
+    # the peaks are those of this start's flags: a resume may change its rates
+    groups = [group | {"initial_lr": mine["initial_lr"]}
+              for group, mine in zip(state["param_groups"], optimizer.param_groups, strict=True)]
+    optimizer.load_state_dict({"state": spread, "param_groups": groups})
 
 
 def _like(full, mine):

@@ -513,7 +513,7 @@ def main(args):
         team.both.load_state_dict(state["model"])
         best.load_state_dict(state["best"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            optim.load_state(optimizer, saved)
         runtime.scaler.load_state_dict(state["scaler"])
         progress = state["progress"]
         if not args.max_minutes:

@@ -269,9 +269,11 @@ def main(args):
         grad_norm = sharding.whole(grad_norm).item()  # with FSDP over the slices of all ranks
         nll_value, balance_value = runtime.sum(nll_sum, balance_sum)
         loss_value = nll_value / max(targets, 1)
-        if not nonfinite.skip(step, loss_value, grad_norm, lr):
+        skipped = nonfinite.skip(step, loss_value, grad_norm, lr)
+        if not skipped:
             runtime.scaler.step(optimizer)
-            model.update_router_bias(args.router_bias_rate, runtime.reduce)
+        # a skipped step moves nothing, but its visits must not count in the next one
+        model.update_router_bias(0.0 if skipped else args.router_bias_rate, runtime.reduce)
         runtime.scaler.update()  # also after a skipped step: unscale_ may be called once between two updates
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1

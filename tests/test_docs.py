@@ -161,6 +161,13 @@ def test_files_named_in_a_page_exist(page):
     assert not [name for name in named if not (ROOT / name).is_file()]
 
 
+@each_guide
+def test_tests_named_in_a_page_exist(page):
+    there = {name for file in (ROOT / "tests").glob("test_*.py")
+             for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.M)}
+    assert not set(re.findall(r"`(test_\w+)`", prose(GUIDES[page]))) - there
+
+
 def tree_paths(text):
     """Paths that a drawn tree names. A line is a name, or some, then a remark; what stands deeper is inside."""
     rows = [re.match(r"([\s│├└─|`+-]*)(.*)", line).groups() for line in text.split("\n") if line.strip()]

@@ -3,63 +3,124 @@ bit-equal to those of a run that was never stopped.
 
     python -m pytest tests/test_resume.py
 """
+import contextlib
+import functools
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
+import torch.multiprocessing
+from conftest import by_sum
 from safetensors.torch import load_file
+from test_ddp import free_port
 
 import checkpoint
 import common
+import dataset
 import logs
-import optim
+import metrics
+import train_grpo
+import train_ppo
 from model import Transformer
 
 ROOT = Path(common.__file__).parent
 NAMES = ["train_pretrain", "train_sft"]
+# all stages, with the flags that bring a state of their own into play
+STAGES = {"train_pretrain": [], "train_sft": [], "train_reward": [], "train_dpo": [],
+          "train_ppo": ["--adaptive_kl", "2"], "train_grpo": ["--updates_per_rollout", "2", "--beta", "0.1"]}
 STEPS = 6
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Killed(BaseException):
     """Stands for kill -9: no script catches it."""
 
 
-@pytest.fixture
-def run(stage, monkeypatch, tmp_path):
-    """run(name, folder, *flags, kill=None, stop=None) -> final metrics, or None when it was killed before step `kill`
-    or stopped by a signal after step `stop`."""
-    seen = {}
+class Moment:
+    """Where a run ends before its time. As a context it watches the run from the start."""
 
-    def dying(optimizer, scale):
-        seen["begun"] += 1
-        if seen["begun"] > seen["kill"]:
+    def __init__(self, kill=99, inside=None, behind=False, signals=(99,)):
+        """kill: dies when it begins the step after this one. inside: (step, n), dies in the n-th backward pass of that
+        step. behind: dies when the last checkpoint is whole. signals: (step, signals that come while it is done)."""
+        self.kill, self.inside, self.behind, self.signals = kill, inside, behind, signals
+        self.begun = self.passes = 0
+
+    def step(self, real, *inputs):
+        """In place of common.lr_scale(), which every script calls once at the beginning of a step."""
+        self.begun, self.passes = self.begun + 1, 0
+        if self.begun > self.kill:
             raise Killed
-        return real(optimizer, scale)
+        for number in self.signals[1:] if self.begun == self.signals[0] else ():
+            os.kill(os.getpid(), number)
+        return real(*inputs)
 
-    real = optim.set_lr
-    monkeypatch.setattr(optim, "set_lr", dying)
-    monkeypatch.setattr(common.StopSignal, "__init__", lambda self: None)
-    monkeypatch.setattr(common.StopSignal, "stop",
-                        lambda self, runtime: signal.SIGTERM if seen["begun"] == seen["stop"] else 0)
+    def backward(self, real, *inputs):
+        """In place of torch.Tensor.backward()."""
+        self.passes += 1
+        if (self.begun, self.passes) == self.inside:
+            raise Killed
+        return real(*inputs)
 
-    monkeypatch.setattr(logs, "plot_curves", lambda folder: None)  # a second each; test_logs.py draws some
+    def end(self, folder):
+        """In place of logs.plot_curves(), the last thing a run does; also saves its second."""
+        if self.behind:
+            raise Killed
 
-    def start(name, folder, *flags, kill=99, stop=None, **options):
-        seen.update(begun=0, kill=kill, stop=stop)
-        module, argv = stage(name, "--dtype", "float32", "--max_steps", str(STEPS), "--save_weight", folder,
-                             "--accumulation_steps", "2", *flags, **options)
-        try:
-            return module.main(module.parse_args(argv))
-        except (Killed, common.Interrupted):
-            return None
 
-    return start
+def leave_at_once(code):
+    """In place of os._exit(), which would end pytest."""
+    raise Killed
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Runs that were never stopped, each made once: what -> (folder, final metrics)."""
+    return {}
+
+
+@pytest.fixture
+def run(stage, stage_of, monkeypatch, tmp_path, tmp_path_factory, finished):
+    """run(name, folder, *flags, **moment) -> final metrics, or None when it was killed or stopped at this Moment.
+    run.whole(name, *flags) -> (folder, final metrics) of a run that was never stopped."""
+    monkeypatch.setattr(train_grpo, "reward_correct", by_sum)
+    monkeypatch.setattr(os, "_exit", leave_at_once)
+    before = [signal.signal(number, signal.SIG_DFL) for number in SIGNALS]  # SIG_DFL: pytest may run under nohup
+
+    def start(name, folder, *flags, made=stage, rows=24, kind="dense", parent=None, **moment):
+        module, argv = made(name, "--dtype", "float32", "--max_steps", str(STEPS), "--save_weight", folder,
+                            "--accumulation_steps", "2", *STAGES[name], *flags, rows=rows, kind=kind, parent=parent)
+        now = Moment(**moment)
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "lr_scale", functools.partial(now.step, common.lr_scale))
+            patch.setattr(torch.Tensor, "backward", functools.partialmethod(
+                lambda tensor, real, *inputs: now.backward(real, tensor, *inputs), torch.Tensor.backward))
+            patch.setattr(logs, "plot_curves", now.end)
+            try:
+                return module.main(module.parse_args(argv))
+            except (Killed, common.Interrupted):
+                return None
+
+    def whole(name, *flags, **options):
+        what = (name, flags, str(options))
+        if what not in finished:
+            folder = tmp_path_factory.mktemp("whole")
+            final = start(name, "run", *flags, made=functools.partial(stage_of, folder), **options)
+            finished[what] = (folder / "out" / "run", final)
+        return finished[what]
+
+    start.whole, start.out = whole, tmp_path / "out"
+    yield start
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -77,16 +138,16 @@ def dropped_folder(model_folder, tmp_path):
     return folder
 
 
-def lines(out, name):
-    """Logged lines without what a clock decides."""
-    return [{key: value for key, value in row.items() if key != "tokens_per_s"}
-            for row in logs.read_metrics(out / "logs" / name)]
+def lines(folder):
+    """Logged lines of a run without what a clock decides."""
+    return [{key: value for key, value in row.items() if key != "tokens_per_s" and not key.startswith("time_")}
+            for row in logs.read_metrics(folder.parent / "logs" / folder.name)]
 
 
 def same(a, b):
-    """Whether two nested states are bit-equal."""
+    """Whether two nested states are equal bit by bit (NaN as well: DPO's table has it where nothing was asked)."""
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and a.numpy().tobytes() == b.numpy().tobytes()
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
@@ -94,14 +155,49 @@ def same(a, b):
     return a == b
 
 
-def assert_same_run(out, first, second):
-    weights = [load_file(out / name / "model.safetensors") for name in (first, second)]
-    assert same(*weights)
-    states = [torch.load(out / name / "resume" / "state.pt") for name in (first, second)]
-    for part in ("model", "optimizer", "scaler", "progress", "rng"):
-        assert same(states[0][part], states[1][part]), part
-    assert lines(out, first) == lines(out, second)
-    assert [row["step"] for row in lines(out, second) if "loss" in row] == list(range(1, STEPS + 1))
+def assert_same_run(first, second, steps=STEPS):
+    """Weights, whole resume state (optimizer, random numbers, best policy, tables ...) and logged lines are equal."""
+    assert same(*(load_file(folder / "model.safetensors") for folder in (first, second)))
+    states = [torch.load(folder / "resume" / "state.pt") for folder in (first, second)]
+    assert states[0].keys() == states[1].keys() and {"model", "rng", "progress"} < states[0].keys()
+    for part in states[0].keys() - {"args"}:
+        assert same(states[0][part], states[1][part]), f"{second.name}: {part}"
+    assert lines(first) == lines(second)
+    assert [row["step"] for row in lines(second) if "lr" in row] == list(range(1, steps + 1))
+
+
+MOMENTS = {"in the first step": dict(kill=1), "in an accumulation window": dict(inside=(4, 2)),
+           "in the last step": dict(inside=(STEPS, 1)), "behind the last save": dict(behind=True)}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("name", STAGES)
+def test_killed_stage_equals_uninterrupted_stage(run, name, moment):
+    """Saved after steps 2 and 4: what came later is done again, in the first case everything."""
+    flags = ["--save_interval", "2", "--eval_interval", "2"]
+    whole, final = run.whole(name, *flags)
+    assert run(name, "broken", *flags, **MOMENTS[moment]) is None
+    assert run(name, "broken", *flags, "--from_resume", "1") == final
+    assert_same_run(whole, run.out / "broken")
+    assert all(row["grad_norm"] for row in lines(whole) if "lr" in row), "something was learnt in every step"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_run_killed_after_its_first_step_goes_on_from_there(run, name, capsys):
+    whole, final = run.whole(name, "--save_interval", "1")
+    assert run(name, "broken", "--save_interval", "1", kill=1) is None
+    assert run(name, "broken", "--save_interval", "1", "--from_resume", "1") == final
+    assert f"resumed at step 1 of {STEPS}" in capsys.readouterr().out
+    assert_same_run(whole, run.out / "broken")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_same_seed_gives_the_same_log_line_by_line_and_another_seed_another(run, name):
+    whole, final = run.whole(name, "--save_interval", "2", "--eval_interval", "2")
+    assert run(name, "again", "--save_interval", "2", "--eval_interval", "2") == final
+    assert_same_run(whole, run.out / "again")
+    run(name, "other", "--save_interval", "2", "--eval_interval", "2", "--seed", "7")
+    assert len(lines(run.out / "other")) == len(lines(whole)) and lines(run.out / "other") != lines(whole)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "lion", "sophia", "schedulefree"])
@@ -109,13 +205,12 @@ def assert_same_run(out, first, second):
 def test_killed_run_equals_uninterrupted_run(run, dropped_folder, tmp_path, name, optimizer):
     # a curvature estimate in steps 1 and 4: the resumed run begins between them
     flags = ["--save_interval", "2", "--eval_interval", "2", "--optimizer", optimizer, "--hessian_interval", "3"]
-    whole = run(name, "whole", *flags, parent=dropped_folder)
+    run(name, "whole", *flags, parent=dropped_folder)
     # dies at the start of step 4 of 6, when step 3 is done and logged but only step 2 is saved
     assert run(name, "broken", *flags, kill=3, parent=dropped_folder) is None
-    assert len([row for row in lines(tmp_path / "out", "broken") if "loss" in row]) == 3
-    again = run(name, "broken", *flags, "--from_resume", "1", parent=dropped_folder)
-    assert_same_run(tmp_path / "out", "whole", "broken")
-    assert again == whole
+    assert len([row for row in lines(run.out / "broken") if "loss" in row]) == 3
+    run(name, "broken", *flags, "--from_resume", "1", parent=dropped_folder)
+    assert_same_run(run.out / "whole", run.out / "broken")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,7 +220,7 @@ def test_curvature_estimate_leaves_the_step_itself_alone(run, dropped_folder, tm
         # a rate too small for fp32: all steps see the same weights
         run(name, optimizer, "--optimizer", optimizer, "--learning_rate", "1e-30", "--hessian_interval", "1",
             parent=dropped_folder)
-    found = [[(row["loss"], row["grad_norm"]) for row in lines(tmp_path / "out", o) if "loss" in row]
+    found = [[(row["loss"], row["grad_norm"]) for row in lines(run.out / o) if "loss" in row]
              for o in ("lion", "sophia")]
     assert found[0] == found[1] and len(found[0]) == STEPS
 
@@ -136,44 +231,163 @@ def test_killed_moe_run_equals_uninterrupted_run(run, tmp_path, name, kind):
     run(name, "whole", "--save_interval", "2", kind=kind)
     run(name, "broken", "--save_interval", "2", kill=3, kind=kind)
     run(name, "broken", "--save_interval", "2", "--from_resume", "1", kind=kind)
-    assert_same_run(tmp_path / "out", "whole", "broken")
+    assert_same_run(run.out / "whole", run.out / "broken")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_resume_is_exact_at_and_around_an_epoch_boundary(run, tmp_path, name, capsys):
+@pytest.mark.parametrize("name", STAGES)
+def test_resume_is_exact_at_and_around_an_epoch_boundary(run, name):
     """An epoch ends inside a step, exactly behind one, or inside a micro-batch: wherever, no sample is lost."""
-    flags = ["--batch_size", "1", "--accumulation_steps", "2", "--save_interval", "1", "--max_seq_len", "48"]
-    run(name, "whole", *flags, rows=7)
-    text = json.loads((tmp_path / "out" / "logs" / "whole" / "dataset_stats.json").read_text())["train"]
-    samples = text.get("windows") or text.get("rows")
-    assert samples and samples < 2 * STEPS, "the run is longer than an epoch"
-    for kill in (2, 3, 4):
-        folder = f"broken{kill}"
-        run(name, folder, *flags, kill=kill, rows=7)
-        run(name, folder, *flags, "--from_resume", "1", rows=7)
-        assert_same_run(tmp_path / "out", "whole", folder)
+    flags = ["--batch_size", "1", "--save_interval", "1", "--max_seq_len", "48"]
+    rows = 4 if name == "train_grpo" else 7  # GRPO draws one prompt a step, in groups of two answers
+    whole, _ = run.whole(name, *flags, rows=rows)
+    stats = json.loads((whole.parent / "logs" / "run" / "dataset_stats.json").read_text())["train"]
+    samples = stats.get("windows") or stats.get("rows") or stats["used"]
+    assert samples < checkpoint.read_minillm(whole)["progress"]["position"], "the run is longer than an epoch"
+    for kill in (2, 3, 4) if name in NAMES else (3,):
+        run(name, f"broken{kill}", *flags, kill=kill, rows=rows)
+        run(name, f"broken{kill}", *flags, "--from_resume", "1", rows=rows)
+        assert_same_run(whole, run.out / f"broken{kill}")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_signal_saves_and_prints_the_command_that_goes_on(run, tmp_path, name, capsys):
-    run(name, "whole")
-    assert run(name, "broken", stop=3) is None
+def test_killed_run_with_a_live_reference_equals_uninterrupted_run(run):
+    """DPO with the frozen model in memory instead of a table in the checkpoint."""
+    flags = ["--save_interval", "2", "--reference", "live"]
+    whole, final = run.whole("train_dpo", *flags)
+    assert run("train_dpo", "broken", *flags, kill=3) is None
+    assert run("train_dpo", "broken", *flags, "--from_resume", "1") == final
+    assert_same_run(whole, run.out / "broken")
+
+
+# -- Signals -----------------------------------------------------------------------------------------------------------
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+
+
+@posix
+@pytest.mark.parametrize("name, signals", [
+    ("train_pretrain", ["SIGINT"]), ("train_pretrain", ["SIGTERM"]), ("train_pretrain", ["SIGHUP"]),
+    ("train_sft", ["SIGTERM", "SIGTERM"]), ("train_reward", ["SIGINT", "SIGHUP"]), ("train_dpo", ["SIGINT"]),
+    ("train_ppo", ["SIGHUP"]), ("train_grpo", ["SIGTERM"])], ids=lambda value: " ".join([value] * isinstance(value, str)
+                                                                                     or value))
+def test_signal_finishes_the_step_saves_and_prints_the_command_that_goes_on(run, name, signals, capsys):
+    """Real signals, in the middle of step 3; a second one that is no Ctrl-C changes nothing."""
+    whole, final = run.whole(name)
+    assert run(name, "broken", signals=(3, *(getattr(signal, word) for word in signals))) is None
     text = capsys.readouterr().out
     assert "saved at step 3. Go on with: python " in text and text.rstrip().endswith("--from_resume 1")
-    run(name, "broken", "--from_resume", "1")
-    assert_same_run(tmp_path / "out", "whole", "broken")
+    assert run(name, "broken", "--from_resume", "1") == final
+    assert_same_run(whole, run.out / "broken")
 
 
+@posix
 @pytest.mark.parametrize("name", NAMES)
-def test_signal_in_the_last_step_loses_nothing(run, tmp_path, name):
-    whole = run(name, "whole")
-    run(name, "broken", stop=STEPS)
-    again = run(name, "broken", "--from_resume", "1")
-    assert_same_run(tmp_path / "out", "whole", "broken")
-    assert checkpoint.read_minillm(tmp_path / "out" / "broken")["finished"]
-    assert again["val_loss"] == whole["val_loss"]
+def test_second_ctrl_c_harms_nothing(run, name):
+    whole, final = run.whole(name, "--save_interval", "1")
+    assert run(name, "broken", "--save_interval", "1", signals=(3, signal.SIGINT, signal.SIGINT)) is None
+    assert checkpoint.read_minillm(run.out / "broken")["progress"]["step"] == 2
+    assert run(name, "broken", "--save_interval", "1", "--from_resume", "1") == final
+    assert_same_run(whole, run.out / "broken")
 
 
+@posix
+@pytest.mark.parametrize("name", STAGES)
+def test_signal_in_the_last_step_loses_nothing(run, name):
+    whole, final = run.whole(name)
+    assert run(name, "broken", signals=(STEPS, signal.SIGTERM)) is None
+    assert not checkpoint.read_minillm(run.out / "broken")["finished"]
+    assert run(name, "broken", "--from_resume", "1") == final
+    assert_same_run(whole, run.out / "broken")
+    assert checkpoint.read_minillm(run.out / "broken")["finished"]
+
+
+# -- Another number of processes ---------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def recording():
+    """List that gets the samples which the loop of a training script draws: indices of windows, rows or pairs; in PPO
+    and GRPO the numbers of the sampled answers, which say for which prompt they are."""
+    drawn, begun = [], []
+    lr_scale, position_batch, complete = common.lr_scale, dataset.TokenData.position_batch, metrics.complete
+
+    def begin(*inputs):  # what is drawn before is no step: the pairs that DPO's reference scores
+        begun.append(1)
+        return lr_scale(*inputs)
+
+    def batch(self, start, count):
+        indices = position_batch(self, start, count)
+        drawn.extend(indices.tolist() if begun and self.kind != "prompt" else ())
+        return indices
+
+    def answers(*inputs, **options):
+        drawn.extend(number for number in options.get("row_seeds", ()) if number < train_ppo.EVAL_ROWS)
+        return complete(*inputs, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "lr_scale", begin)
+        patch.setattr(dataset.TokenData, "position_batch", batch)
+        patch.setattr(metrics, "complete", answers)
+        patch.setattr(train_grpo, "reward_correct", by_sum)
+        patch.setattr(logs, "plot_curves", lambda folder: None)
+        yield drawn
+
+
+def drawn_by(name, argv):
+    """Samples that a run in this process draws."""
+    module = importlib.import_module(name)
+    with recording() as drawn:
+        module.main(module.parse_args(argv))
+    return drawn
+
+
+def one_of_two(rank, jobs):
+    """One of two processes: runs all jobs and writes down what it draws."""
+    for name, argv, port, record in jobs:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        Path(f"{record}.{rank}").write_text(json.dumps(drawn_by(name, argv)))
+
+
+@pytest.fixture(scope="module")
+def changing(tmp_path_factory, stage_of):
+    """changing[name] -> (folder, samples) of a run with one, two and again one process, two steps each; and of one that
+    did the six steps alone. The step's batch stays as large."""
+    made, jobs = {}, []
+    for name in STAGES:
+        folder = tmp_path_factory.mktemp("changing")
+
+        def argv(processes, steps, *flags, name=name, folder=folder):
+            return stage_of(folder, name, *STAGES[name], "--batch_size", str(4 // processes), "--max_steps", str(steps),
+                            "--schedule", "constant", "--warmup_steps", "0", *flags)[1]
+
+        made[name] = folder, argv, drawn_by(name, argv(1, 2))
+        jobs.append((name, argv(2, 4, "--from_resume", "1"), free_port(), str(folder / "drawn")))
+    context = torch.multiprocessing.spawn(one_of_two, (jobs,), nprocs=2, join=False)
+    deadline = time.monotonic() + 600
+    while not context.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("two processes hang")
+    runs = {}
+    for name, (folder, argv, drawn) in made.items():
+        for rank in range(2):
+            drawn += json.loads((folder / f"drawn.{rank}").read_text())
+        drawn += drawn_by(name, argv(1, 6, "--from_resume", "1"))
+        alone = drawn_by(name, argv(1, 6, "--save_weight", "alone"))
+        runs[name] = (folder / "out" / "run", drawn), (folder / "out" / "alone", alone)
+    return runs
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo backend")
+@pytest.mark.parametrize("name", STAGES)
+def test_one_two_and_again_one_process_lose_no_sample_and_see_none_twice(changing, name):
+    (folder, drawn), (alone, expected) = changing[name]
+    assert len(expected) == 24 and Counter(drawn) == Counter(expected)
+    if name not in NAMES:  # there an epoch has as many samples as these steps draw; here it has not
+        assert sorted(expected) == list(range(24))
+    states = [torch.load(path / "resume" / "state.pt")["model"] for path in (folder, alone)]
+    assert all((states[0][key] - value).abs().max() < 1e-9 for key, value in states[1].items())
+
+
+# -- Other ends and beginnings -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", NAMES)
 def test_finished_run_can_be_made_longer(run, tmp_path, name):
     flags = ["--schedule", "constant", "--warmup_steps", "2"]
@@ -220,7 +434,7 @@ def test_kill_nine_in_the_middle_of_saving_loses_no_more_than_one_interval(stage
     module.main(module.parse_args(argv))
     _, argv = stage("train_pretrain", *flags, "--save_weight", "whole")
     module.main(module.parse_args(argv))
-    assert lines(tmp_path / "out", "whole") == lines(tmp_path / "out", "broken")
+    assert lines(tmp_path / "out" / "whole") == lines(tmp_path / "out" / "broken")
     weights = [load_file(tmp_path / "out" / folder / "model.safetensors") for folder in ("whole", "broken")]
     assert same(*weights)
 
@@ -235,6 +449,6 @@ def test_killed_run_with_replay_equals_uninterrupted_run(run, tmp_path):
     assert stats["replay"]["windows"] < 2 * STEPS, "the text is read more than once"
     run("train_sft", "broken", *flags, kill=3)
     assert run("train_sft", "broken", *flags, "--from_resume", "1") == whole
-    assert_same_run(tmp_path / "out", "whole", "broken")
+    assert_same_run(run.out / "whole", run.out / "broken")
     plain = run("train_sft", "plain", "--save_interval", "2")
     assert plain["val_loss"] != whole["val_loss"]

@@ -1,10 +1,9 @@
-"""Proves the DPO stage: the loss against numpy, ln 2 at the start, one step in any split of the batch, exact resume.
+"""Proves the DPO stage: the loss against numpy, ln 2 at the start, the match judged by a rule.
 
     python -m pytest tests/test_train_dpo.py
 """
 import json
 import math
-import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,21 +32,15 @@ def numpy_loss(pi_c, pi_r, ref_c, ref_r, beta, smoothing=0.0, loss_type="sigmoid
 
 @pytest.fixture
 def run(model_folder, tmp_path, monkeypatch):
-    """run(*flags) -> final metrics of a small run in tmp_path/out; run.stop_at = n sends a signal after step n."""
+    """run(*flags) -> final metrics of a small run in tmp_path/out."""
     kinds = ["wrong", "curt"]
     rows = [{"prompt": f"What is {a} + {b}?", "chosen": f"Sure! The answer is {a + b}.", "kind": kinds[b % 2],
              "rejected": str(a + b) if b % 2 else f"Sure! The answer is {a + b + 1}.", "answer": str(a + b),
              "check": "number", "lang": "en", "skill": "add"} for a in range(6) for b in range(6)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:24]))
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[24:]))
-    seen = {"steps": 0}
-
-    def stop_now(self, runtime):
-        seen["steps"] += 1
-        return signal.SIGTERM if seen["steps"] == start.stop_at else 0
 
     def start(*flags, folder=None):
-        seen["steps"] = 0
         base = ["--from_weight", str(folder or model_folder("dense")), "--data_path", str(tmp_path / "pairs.jsonl"),
                 "--val_path", str(tmp_path / "held.jsonl"), "--save_dir", str(tmp_path / "out"),
                 "--cache_dir", str(tmp_path / "cache"), "--max_seq_len", "96", "--dtype", "float32", "--threads", "1",
@@ -55,8 +48,7 @@ def run(model_folder, tmp_path, monkeypatch):
                 "--max_new_tokens", "8", "--learning_rate", "1e-3"]
         return train_dpo.main(train_dpo.parse_args([*base, *flags]))
 
-    start.stop_at, start.out, start.data = None, tmp_path / "out", tmp_path
-    monkeypatch.setattr(common.StopSignal, "stop", stop_now)
+    start.out, start.data = tmp_path / "out", tmp_path
     monkeypatch.setattr(common.StopSignal, "__init__", lambda self: None)
     monkeypatch.setattr(logs, "plot_curves", lambda folder: None)  # half a second each, and tested with logs.py
     return start
@@ -227,17 +219,6 @@ def test_match_is_judged_by_the_rule(run, tokenizer, plain, monkeypatch):
     assert (match["exact_match_before"], match["exact_match"]) == (1.0, 0.75)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_half_batches_equal_one_batch(run, optimizer):
-    shared = ["--dtype", "float64", "--max_steps", "2", "--optimizer", optimizer]
-    run(*shared, "--save_weight", "whole")
-    run(*shared, "--save_weight", "halves", "--batch_size", "2", "--accumulation_steps", "2")
-    whole, halves = (torch.load(run.out / name / "resume/state.pt", weights_only=True)["model"]
-                     for name in ("whole", "halves"))
-    for name in whole:
-        assert (whole[name] - halves[name]).abs().max() < 1e-9, name
-
-
 @pytest.mark.parametrize("kind, loss_type", [("dense", "ipo"), ("moe", "sigmoid"), ("shared", "sigmoid")])
 def test_live_reference_equals_precomputed_reference(run, model_folder, kind, loss_type):
     flags = ["--dtype", "float64", "--max_steps", "2", "--loss_type", loss_type]
@@ -247,21 +228,6 @@ def test_live_reference_equals_precomputed_reference(run, model_folder, kind, lo
                    for name in ("table", "live"))
     for name in table:
         assert (table[name] - live[name]).abs().max() < 1e-9, name
-
-
-@pytest.mark.parametrize("reference, stop_at", [("precomputed", 1), ("precomputed", 3), ("live", 2)])
-def test_resumed_run_equals_uninterrupted_run(run, reference, stop_at):
-    flags = ["--eval_interval", "2", "--reference", reference]
-    run(*flags)
-    expected, rows = weights(run), log_rows(run)
-    run.stop_at = stop_at
-    with pytest.raises(common.Interrupted):
-        run(*flags, "--overwrite", "1")
-    run.stop_at = None
-    run(*flags, "--from_resume", "1")
-    assert log_rows(run) == rows
-    for name, value in weights(run).items():
-        assert torch.equal(value, expected[name]), name
 
 
 def test_longer_resume_scores_the_missing_pairs(run):

@@ -1,10 +1,9 @@
 """Proves the GRPO stage: advantages and losses against numpy and hand examples, the reward rules, its update in any
-split of the batch, exact resume, honest refusals.
+split of the batch, honest refusals.
 
     python -m pytest tests/test_train_grpo.py
 """
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -180,16 +179,11 @@ def by_first_id(answer, item):
 
 @pytest.fixture
 def run(model_folder, tmp_path, monkeypatch):
-    """run(*flags) -> final metrics of a small run in tmp_path/out; run.stop_at = n sends a signal after step n."""
+    """run(*flags) -> final metrics of a small run in tmp_path/out."""
     rows = [{"conversations": [{"role": "user", "content": f"What is {a} + {b}?"}], "answer": str(a + b),
              "check": "number", "lang": "en", "skill": "add" if b % 2 else "odd"} for a in range(6) for b in range(6)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:26]))
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[26:]))
-    seen = {"steps": 0}
-
-    def stop_now(self, runtime):
-        seen["steps"] += 1
-        return signal.SIGTERM if seen["steps"] == start.stop_at else 0
 
     def arguments(*flags):
         base = ["--from_weight", str(model_folder("dense")), "--data_path", str(tmp_path / "train.jsonl"), "--val_path",
@@ -200,11 +194,9 @@ def run(model_folder, tmp_path, monkeypatch):
         return train_grpo.parse_args([*base, *flags])
 
     def start(*flags):
-        seen["steps"] = 0
         return train_grpo.main(arguments(*flags))
 
-    start.stop_at, start.out, start.arguments = None, tmp_path / "out", arguments
-    monkeypatch.setattr(common.StopSignal, "stop", stop_now)
+    start.out, start.arguments = tmp_path / "out", arguments
     monkeypatch.setattr(common.StopSignal, "__init__", lambda self: None)
     monkeypatch.setattr(logs, "plot_curves", lambda folder: None)  # half a second each
     monkeypatch.setattr(train_grpo, "reward_correct", by_first_id)
@@ -320,15 +312,6 @@ def test_later_updates_of_a_rollout_are_clipped(recorded):
     assert stats["clipfrac"] > 0
 
 
-def test_two_half_batches_equal_one_batch(run):
-    shared = ["--dtype", "float64", "--beta", "0.1"]
-    run(*shared, "--save_weight", "whole", "--batch_size", "8", "--accumulation_steps", "1")
-    run(*shared, "--save_weight", "halves")
-    whole, halves = weights(run, "whole"), weights(run, "halves")
-    for name in whole:
-        assert (whole[name] - halves[name]).abs().max() < 1e-9, name
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_equal_one_with_the_same_global_batch(world, run, tmp_path, monkeypatch):
@@ -374,22 +357,6 @@ def test_reward_rises(run):
     run("--max_steps", "16", "--batch_size", "32", "--learning_rate", "1e-2", "--num_generations", "8")
     rewards = [row["reward"] for row in log_rows(run) if "reward" in row]
     assert 0.2 < rewards[0] < 0.7 and sum(rewards[-3:]) / 3 > rewards[0] + 0.2
-
-
-@pytest.mark.parametrize("stop_at", [1, 2])
-def test_resumed_run_equals_uninterrupted_run(run, stop_at):
-    flags = ["--max_steps", "3", "--eval_interval", "2", "--updates_per_rollout", "2", "--beta", "0.1"]
-    run(*flags)
-    expected, rows = weights(run), log_rows(run)
-    run.stop_at = stop_at
-    with pytest.raises(common.Interrupted):
-        run(*flags, "--overwrite", "1")
-    assert not checkpoint.read_minillm(run.out / "grpo")["finished"]
-    run.stop_at = None
-    run(*flags, "--from_resume", "1")
-    assert log_rows(run) == rows
-    for name, value in weights(run).items():
-        assert torch.equal(value, expected[name]), name
 
 
 def test_a_reference_is_loaded_only_with_beta(run, monkeypatch):

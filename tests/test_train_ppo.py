@@ -1,11 +1,10 @@
 """Proves the PPO stage: its mathematics against numpy and hand examples, its networks row by row, its update in any
-split of the batch, exact resume, its stops and refusals.
+split of the batch, its stops and refusals.
 
     python -m pytest tests/test_train_ppo.py
 """
 import copy
 import json
-import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -259,18 +258,13 @@ def reward_folder(tokenizer, model_folder, tmp_path_factory):
 
 @pytest.fixture
 def run(model_folder, reward_folder, tmp_path, monkeypatch):
-    """run(*flags) -> final metrics of a small run in tmp_path/out; run.stop_at = n sends a signal after step n."""
+    """run(*flags) -> final metrics of a small run in tmp_path/out."""
     rows = [{"conversations": [{"role": "user", "content": f"What is {a} + {b}?"}], "answer": str(a + b),
              "check": "number", "lang": "en", "skill": "add"} for a in range(6) for b in range(6)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:26]))
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[26:]))
     styles = {"rude": ["ugh"], "polite_openers": ["sure"], "max_characters": 72}
     (tmp_path / "styles.json").write_text(json.dumps(styles))
-    seen = {"steps": 0}
-
-    def stop_now(self, runtime):
-        seen["steps"] += 1
-        return signal.SIGTERM if seen["steps"] == start.stop_at else 0
 
     def arguments(*flags):
         base = ["--from_weight", str(model_folder("dense")), "--reward_weight", str(reward_folder), "--data_path",
@@ -282,11 +276,9 @@ def run(model_folder, reward_folder, tmp_path, monkeypatch):
         return train_ppo.parse_args([*base, *flags])
 
     def start(*flags):
-        seen["steps"] = 0
         return train_ppo.main(arguments(*flags))
 
-    start.stop_at, start.out, start.arguments = None, tmp_path / "out", arguments
-    monkeypatch.setattr(common.StopSignal, "stop", stop_now)
+    start.out, start.arguments = tmp_path / "out", arguments
     monkeypatch.setattr(common.StopSignal, "__init__", lambda self: None)
     monkeypatch.setattr(logs, "plot_curves", lambda folder: None)  # half a second each
     return start
@@ -389,15 +381,6 @@ def test_micro_batches_give_the_gradient_of_the_whole(recorded):
     assert abs(results[0]["policy_loss"] - loss.item()) < 1e-9
 
 
-def test_two_half_batches_equal_one_batch(run):
-    shared = ["--dtype", "float64"]
-    run(*shared, "--save_weight", "whole")
-    run(*shared, "--save_weight", "halves", "--batch_size", "2", "--accumulation_steps", "2")
-    whole, halves = state(run, "whole")["model"], state(run, "halves")["model"]
-    for name in whole:
-        assert (whole[name] - halves[name]).abs().max() < 1e-9, name
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_equal_one_with_the_same_global_batch(world, run):
@@ -468,25 +451,6 @@ def test_reward_rises(run):
     final = run("--max_steps", "6", "--rollout_size", "32", "--batch_size", "16", "--learning_rate", "1e-2",
                 "--kl_limit", "100", "--target_kl", "0", "--eval_interval", "2", "--value_head", "reward")
     assert final["val_reward"] > final["before"] + 1.0 and final["best_step"] > 0
-
-
-@pytest.mark.parametrize("stop_at", [1, 2])
-def test_resumed_run_equals_uninterrupted_run(run, stop_at):
-    flags = ["--max_steps", "3", "--eval_interval", "2", "--adaptive_kl", "2"]
-    run(*flags)
-    expected, rows = state(run), log_rows(run)
-    run.stop_at = stop_at
-    with pytest.raises(common.Interrupted):
-        run(*flags, "--overwrite", "1")
-    assert not checkpoint.read_minillm(run.out / "ppo")["finished"]
-    run.stop_at = None
-    run(*flags, "--from_resume", "1")
-    assert log_rows(run) == rows
-    resumed = state(run)
-    assert resumed["progress"] == expected["progress"]
-    for part in ("model", "best"):
-        for name, value in expected[part].items():
-            assert torch.equal(value, resumed[part][name]), name
 
 
 def test_a_retrained_parent_cannot_be_resumed_against(run, reward_folder, tmp_path, monkeypatch):

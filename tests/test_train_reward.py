@@ -1,10 +1,9 @@
-"""Proves the reward stage: the loss against numpy, one step in any split of the batch, exact resume, honest reports.
+"""Proves the reward stage: the loss against numpy, packed scores, honest reports.
 
     python -m pytest tests/test_train_reward.py
 """
 import json
 import math
-import signal
 
 import numpy as np
 import pytest
@@ -28,29 +27,22 @@ def numpy_loss(chosen, rejected, margin=0.0, center_coef=0.0):
 
 @pytest.fixture
 def run(model_folder, tmp_path, monkeypatch):
-    """run(*flags) -> final metrics of a small run in tmp_path/out; run.stop_at = n sends a signal after step n."""
+    """run(*flags) -> final metrics of a small run in tmp_path/out."""
     kinds = ["wrong", "curt"]
     rows = [{"prompt": f"What is {a} + {b}?", "chosen": f"Sure! The answer is {a + b}.", "kind": kinds[b % 2],
              "rejected": str(a + b) if b % 2 else f"Sure! The answer is {a + b + 1}."}
             for a in range(6) for b in range(6)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:24]))
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[24:]))
-    seen = {"steps": 0}
-
-    def stop_now(self, runtime):
-        seen["steps"] += 1
-        return signal.SIGTERM if seen["steps"] == start.stop_at else 0
 
     def start(*flags, folder=None, pairs="pairs.jsonl"):
-        seen["steps"] = 0
         base = ["--from_weight", str(folder or model_folder("dense")), "--data_path", str(tmp_path / pairs),
                 "--val_path", str(tmp_path / "held.jsonl"), "--save_dir", str(tmp_path / "out"),
                 "--cache_dir", str(tmp_path / "cache"), "--max_seq_len", "96", "--dtype", "float32", "--threads", "1",
                 "--device", "cpu", "--batch_size", "4", "--max_steps", "4", "--log_interval", "1"]
         return train_reward.main(train_reward.parse_args([*base, *flags]))
 
-    start.stop_at, start.out = None, tmp_path / "out"
-    monkeypatch.setattr(common.StopSignal, "stop", stop_now)
+    start.out = tmp_path / "out"
     monkeypatch.setattr(common.StopSignal, "__init__", lambda self: None)
     monkeypatch.setattr(logs, "plot_curves", lambda folder: None)  # half a second each, and tested with logs.py
     return start
@@ -168,34 +160,6 @@ def test_scores_learn_to_separate_the_pairs(run, capsys):
     final = run("--max_steps", "30", "--learning_rate", "3e-3", "--optimizer", "adamw")
     assert final["accuracy_by_kind"]["curt"] == 1.0
     assert "Next: python train_ppo.py" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_half_batches_equal_one_batch(run, optimizer):
-    shared = ["--dtype", "float64", "--max_steps", "2", "--optimizer", optimizer]
-    run(*shared, "--save_weight", "whole")
-    run(*shared, "--save_weight", "halves", "--batch_size", "2", "--accumulation_steps", "2")
-    # the resume state: model.safetensors may hold a narrower type
-    whole, halves = (torch.load(run.out / name / "resume/state.pt", weights_only=True)["model"]
-                     for name in ("whole", "halves"))
-    for name in whole:
-        assert (whole[name] - halves[name]).abs().max() < 1e-9, name
-
-
-@pytest.mark.parametrize("stop_at", [1, 3])
-def test_resumed_run_equals_uninterrupted_run(run, stop_at):
-    flags = ["--eval_interval", "2"]
-    run(*flags)
-    expected, rows = weights(run), log_rows(run)
-    run.stop_at = stop_at
-    with pytest.raises(common.Interrupted):
-        run(*flags, "--overwrite", "1")
-    assert not checkpoint.read_minillm(run.out / "reward")["finished"]
-    run.stop_at = None
-    run(*flags, "--from_resume", "1")
-    assert log_rows(run) == rows
-    for name, value in weights(run).items():
-        assert torch.equal(value, expected[name]), name
 
 
 def test_resuming_a_finished_run_reports_again(run):
