@@ -29,6 +29,7 @@ import checkpoint
 import cli
 import common
 import logs
+import lora
 import metrics
 import optim
 from dataset import PretrainData, PromptData, SFTData, expand_paths, join_windows
@@ -54,6 +55,16 @@ def parse_args(argv=None):
                    help="step of the routing bias (router with shared experts)")
     cli.switch(g, "--gradient_checkpointing", 0,
                   "recompute activations in the backward pass: less memory, about 30%% slower")
+    g = parser.add_argument_group("LoRA")
+    g.add_argument("--lora_rank", type=cli.positive(int, zero=True), default=0,
+                   help="train adapters of this rank beside frozen weights, 0 = train all weights")
+    g.add_argument("--lora_alpha", type=cli.positive(int, zero=True), default=0,
+                   help="adapters count alpha / rank times, 0 = twice the rank")
+    g.add_argument("--lora_targets", nargs="+", default=[],
+                   help="layers to adapt, such as q_proj v_proj; left out: all in the blocks but routed experts")
+    g.add_argument("--lora_dropout", type=cli.positive(float, zero=True, below=1), default=0.0,
+                   help="share of an adapter's input that is dropped in training")
+    cli.switch(g, "--merge", 1, "save the merged model with adapter/ in it; 0: the adapters alone")
     cli.optim_flags(parser, batch_size=8, learning_rate=2e-3, muon_learning_rate=0.01, warmup_steps=0.05,
                        unserved=())
     cli.run_flags(parser, save_weight="sft", eval_interval=250, save_interval=500)
@@ -62,7 +73,11 @@ def parse_args(argv=None):
                         help="held-out questions answered for the exact match at the end (a fifth of them on the way)")
     parser.add_argument("--max_new_tokens", type=cli.positive(int), default=64, help="longest answer in evaluations")
     cli.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for flag in ("lora_alpha", "lora_targets", "lora_dropout"):
+        if getattr(args, flag) and not args.lora_rank:
+            parser.error(f"--{flag} without --lora_rank; there are no adapters when all weights are trained; give both")
+    return args
 
 
 def evaluate_loss(model, data, args, runtime):
@@ -145,6 +160,11 @@ def main(args):
     model.gradient_checkpointing = bool(args.gradient_checkpointing)
     model = model.to(runtime.device, torch.float64 if runtime.dtype == torch.float64 else torch.float32)
     runtime.print(f"model from {parent}: {model.num_parameters() / 1e6:.2f}M parameters")
+    trained = model  # what is saved and resumed
+    if args.lora_rank:
+        trained = lora.Adapters(model, args.lora_rank, args.lora_alpha or 2 * args.lora_rank, args.lora_targets,
+                                args.lora_dropout, parent, args.merge)
+        runtime.print(trained.summary())
 
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
@@ -163,7 +183,7 @@ def main(args):
     progress = {"step": 0, "position": 0, "max_steps": max_steps}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
-        model.load_state_dict(state["model"])
+        trained.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
         progress = state["progress"]
@@ -180,11 +200,11 @@ def main(args):
 
     def save(finished, final=None):
         """Write out/<save_weight>; called by all ranks at the same step."""
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+        state = {"model": trained.state_dict(), "optimizer": optimizer.state_dict(),
                  "scaler": runtime.scaler.state_dict(), "progress": progress}
         facts = {"stage": "sft", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
                  "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {}}
-        return checkpoint.save(runtime, args, [model, tokenizer], state, facts, finished)
+        return checkpoint.save(runtime, args, [trained, tokenizer], state, facts, finished)
 
     # -- 6. Compile and DDP (last, so that everything above sees the plain module) -------------------------------------
     wrapped = model
@@ -256,7 +276,8 @@ def main(args):
         loss_value = nll_value / max(targets, 1)
         if not nonfinite.skip(step, loss_value, grad_norm, lr):
             runtime.scaler.step(optimizer)
-            model.update_router_bias(args.router_bias_rate, runtime.reduce)
+            if not args.lora_rank:  # the routing bias is a part of the base
+                model.update_router_bias(args.router_bias_rate, runtime.reduce)
         runtime.scaler.update()  # also after a skipped step: unscale_ may be called once between two updates
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1
