@@ -38,8 +38,8 @@ PREFIX = "base_model.model."  # what peft's wrapper puts before the names of the
 # other field that is set changes it (DoRA, rank-stabilised scale, trained biases ...), and so may one that a later
 # peft invents: refused. Some ways to draw the first A and B (pissa, olora ...) change W as well.
 HARMLESS = {"r", "lora_alpha", "lora_dropout", "task_type", "base_model_name_or_path", "revision", "target_modules",
-            "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode", "auto_mapping",
-            "megatron_core", "qalora_group_size", "peft_version", "runtime_config"}
+            "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode",
+            "auto_mapping", "megatron_core", "qalora_group_size", "peft_version", "runtime_config"}
 PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
 
 
@@ -158,26 +158,31 @@ class Adapters:
         return merged
 
     def save_pretrained(self, folder):
-        """Write a checkpoint folder: the merged model and, in adapter/, what was added to it; or, without merge, the
-        adapters alone, beside the base's config.json, which says what kind of model they make."""
+        """Write a checkpoint folder: the merged model, or without merge only the base's config.json, which says what
+        kind of model it is; and in both cases adapter/, which peft opens."""
         folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         if self.merge:
             self.merged().save_pretrained(folder)
         for name in ("config.json", "generation_config.json") * (not self.merge):
             if (self.base / name).is_file():
                 shutil.copyfile(self.base / name, folder / name)
-        self._write(folder / "adapter" if self.merge else folder)
+        self.save_adapters(folder / "adapter")
 
-    def _write(self, folder):
-        """adapter_config.json and adapter_model.safetensors, as peft names them."""
+    def save_adapters(self, folder):
+        """Write adapter_config.json and adapter_model.safetensors, as peft names them."""
         folder.mkdir(parents=True, exist_ok=True)
+        linear = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
         last = sorted({name.rpartition(".")[2] for name in self.names})
         # peft adapts every layer whose name ends so; where that would be more than ours, full names say it exactly
-        exact = {name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)
-                 and name.rpartition(".")[2] in last} == set(self.names)
+        short = {name for name in linear if name.rpartition(".")[2] in last} == set(self.names)
+        # peft takes names of MLP layers in a model with experts for those of routed ones; names of weights it leaves
+        weights = [name for name in self.names if ".mlp." in name and any(".experts." in name for name in linear)]
         settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(self.base),
-                    "inference_mode": True, **self.settings, "target_modules": last if exact else self.names,
-                    "bias": "none"}
+                    "inference_mode": True, "bias": "none", **self.settings,
+                    "target_modules": last if short else [name for name in self.names if name not in weights]}
+        if weights and not short:  # dropout, which only training uses, is not known there
+            settings |= {"target_parameters": [f"{name}.weight" for name in weights], "lora_dropout": 0.0}
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         tensors = {PREFIX + name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -214,6 +219,9 @@ def read_settings(folder):
         raise ValueError(f"{path} is no JSON object ({error}); the file is damaged; restore it") from None
     wrong = [name for name, value in settings.items()
              if not (value in PLAIN[name] if name in PLAIN else name in HARMLESS or not value)]
+    # a layer's weight is the layer under another name; any other is a stack of experts
+    fused = [name for name in settings.get("target_parameters") or () if not name.endswith("_proj.weight")]
+    wrong += ["target_parameters"] * bool(fused)
     wrong += ["peft_type"] * ("peft_type" not in settings)
     wrong += [name for name in ("r", "lora_alpha") if not isinstance(settings.get(name), (int, float))]
     if wrong:
@@ -241,7 +249,7 @@ def read_adapters(folder):
     for key in sorted(tensors):
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_A\.weight", key)
         b = tensors.get(key.replace(".lora_A.", ".lora_B.")) if match else None
-        if b is not None and tensors[key].shape[:1] == b.shape[1:] == (settings["r"],):
+        if b is not None and tensors[key].ndim == 2 and tensors[key].shape[:1] == b.shape[1:] == (settings["r"],):
             pairs[match[1]] = tensors[key], b
     odd = sorted(tensors.keys() ^ {f"{PREFIX}{name}.lora_{factor}.weight" for name in pairs for factor in "AB"})
     if odd or not pairs:
@@ -261,19 +269,21 @@ def check_fit(shapes, pairs, folder, where):
                              "that one as the base")
 
 
-def base_of(folder):
-    """Folder of the model that a checkpoint is read from: the base that adapters alone (--merge 0) name, else the
-    checkpoint itself. Raises FileNotFoundError where the base is not there."""
-    folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        return folder
-    base = Path(read_settings(folder).get("base_model_name_or_path") or "")
-    # the path was written where the training ran; beside the adapters it may have moved
-    for place in (base, folder.parent / base.name, folder.parent.parent / base.name):
-        if base.name and (place / "config.json").is_file():
+def alone(folder):
+    """The adapter/ of a checkpoint that was saved without its model (--merge 0), else None."""
+    adapter = Path(folder) / "adapter"
+    return adapter if adapter.is_dir() and not any(Path(folder).glob("model*.safetensors")) else None
+
+
+def base_of(adapter):
+    """Folder of the model that a folder of adapters names. Raises FileNotFoundError where it is not there."""
+    named = Path(read_settings(adapter).get("base_model_name_or_path") or "?")
+    # the path was written where the training ran; a whole out/ may have moved since, and the base with it
+    for place in (named, Path(adapter).resolve().parents[1] / named.name):
+        if (place / "config.json").is_file():
             return place
-    raise FileNotFoundError(f"{folder} holds adapters for {base}, which is not there; adapters are no model without "
-                            "their base; bring it back, or name it: python lora.py merge --base ...")
+    raise FileNotFoundError(f"the base {named} of {adapter} is not there; adapters are no model without their base; "
+                            "bring it back, or give it: python lora.py merge --base ...")
 
 
 def merge_folders(base, adapter, output):

@@ -727,8 +727,8 @@ def read_tensors(folder: Path) -> dict[str, tuple[Path, tuple, str]]:
     """Name -> (file, shape, dtype) of every stored tensor, from the files' headers only."""
     found = {}
     for path in weight_files(folder):
-        need(path.is_file() or not (folder / "adapter_config.json").is_file(), f"{folder} holds adapters without the "
-             "model they belong to", "training starts from whole models", "merge them: python lora.py merge")
+        need(path.is_file() or not (folder / "adapter").is_dir(), f"{folder} holds adapters without the model they "
+             "belong to", "training starts from whole models", f"python lora.py merge --adapter {folder}/adapter ...")
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; the weights belong beside config.json; copy all files "
                                     "of the model")

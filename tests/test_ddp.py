@@ -39,6 +39,9 @@ CASES = {
     "pretrain schedulefree": ("train_pretrain", "moe", ["--optimizer", "schedulefree"]),
     "pretrain sophia": ("train_pretrain", "dense", ["--optimizer", "sophia", "--hessian_interval", "3"]),
     "sft sophia": ("train_sft", "shared", ["--optimizer", "sophia", "--hessian_interval", "2"]),
+    "lora dense": ("train_sft", "dense", ["--lora_rank", "2", "--gradient_checkpointing", "1"]),
+    "lora moe": ("train_sft", "moe", ["--lora_rank", "2"]),
+    "lora shared": ("train_sft", "shared", ["--lora_rank", "2", "--optimizer", "adamw"]),
 }
 BALANCE = ["--router_aux_loss_coef", "0.1", "--router_bias_rate", "0.01"]  # large enough to show a wrong weighting
 
