@@ -188,7 +188,7 @@ class Adapters:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
     @classmethod
-    def from_pretrained(cls, model, folder, merge=True):
+    def from_pretrained(cls, model, folder):
         """Put the adapters of a folder, ours or peft's, beside the layers of a model.
 
         Raises: FileNotFoundError, ValueError (damaged, of a kind that is not plain LoRA, for another model).
@@ -198,7 +198,7 @@ class Adapters:
                   if isinstance(module, nn.Linear)}
         check_fit({name: shapes.get(name) for name in pairs}, pairs, folder, "the model")
         self = cls(model, settings["r"], settings["lora_alpha"], list(pairs), settings.get("lora_dropout") or 0.0,
-                   settings.get("base_model_name_or_path") or "", merge)
+                   settings.get("base_model_name_or_path") or "")
         self.load_state_dict({f"{name}.lora_{factor}.weight": tensor for name, pair in pairs.items()
                               for factor, tensor in zip("AB", pair, strict=True)})
         return self
