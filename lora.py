@@ -198,7 +198,7 @@ class Adapters:
                   if isinstance(module, nn.Linear)}
         check_fit({name: shapes.get(name) for name in pairs}, pairs, folder, "the model")
         self = cls(model, settings["r"], settings["lora_alpha"], list(pairs), settings.get("lora_dropout") or 0.0,
-                   settings.get("base_model_name_or_path") or "")
+                   str(settings.get("base_model_name_or_path") or ""))
         self.load_state_dict({f"{name}.lora_{factor}.weight": tensor for name, pair in pairs.items()
                               for factor, tensor in zip("AB", pair, strict=True)})
         return self
@@ -220,7 +220,7 @@ def read_settings(folder):
     wrong = [name for name, value in settings.items()
              if not (value in PLAIN[name] if name in PLAIN else name in HARMLESS or not value)]
     # a layer's weight is the layer under another name; any other is a stack of experts
-    fused = [name for name in settings.get("target_parameters") or () if not name.endswith("_proj.weight")]
+    fused = [name for name in settings.get("target_parameters") or () if not str(name).endswith("_proj.weight")]
     wrong += ["target_parameters"] * bool(fused)
     wrong += ["peft_type"] * ("peft_type" not in settings)
     wrong += [name for name in ("r", "lora_alpha") if not isinstance(settings.get(name), (int, float))]
@@ -277,7 +277,7 @@ def alone(folder):
 
 def base_of(adapter):
     """Folder of the model that a folder of adapters names. Raises FileNotFoundError where it is not there."""
-    named = Path(read_settings(adapter).get("base_model_name_or_path") or "?")
+    named = Path(str(read_settings(adapter).get("base_model_name_or_path") or "?"))
     # the path was written where the training ran; a whole out/ may have moved since, and the base with it
     for place in (named, Path(adapter).resolve().parents[1] / named.name):
         if (place / "config.json").is_file():
