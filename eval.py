@@ -41,6 +41,7 @@ import checkpoint
 import cli
 import common
 import logs
+import lora
 import metrics
 from dataset import PreferenceData, conversation, expand_paths, pad_rows, preference, read_rows
 from generation import beam_search
@@ -212,8 +213,11 @@ def load(folder, args, runtime):
     facts = checkpoint.read_minillm(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
     kind = ScalarHead if is_reward(folder) else Transformer
-    model = kind.from_pretrained(folder, device=runtime.device,
+    adapter = lora.alone(folder)
+    model = kind.from_pretrained(lora.base_of(adapter) if adapter else folder, device=runtime.device,
                                  dtype=torch.float64 if runtime.dtype == torch.float64 else torch.float32)
+    if adapter:
+        model = lora.Adapters.from_pretrained(model, adapter).merged()
     if model.config.vocab_size <= tokenizer.max_id:
         raise ValueError(f"token id {tokenizer.max_id} >= vocabulary {model.config.vocab_size} in {folder}; tokenizer "
                          "and model do not match; use the tokenizer saved with the model")

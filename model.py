@@ -727,6 +727,8 @@ def read_tensors(folder: Path) -> dict[str, tuple[Path, tuple, str]]:
     """Name -> (file, shape, dtype) of every stored tensor, from the files' headers only."""
     found = {}
     for path in weight_files(folder):
+        need(path.is_file() or not (folder / "adapter").is_dir(), f"{folder} holds adapters without the model they "
+             "belong to", "training starts from whole models", f"python lora.py merge --adapter {folder}/adapter ...")
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; the weights belong beside config.json; copy all files "
                                     "of the model")
@@ -863,14 +865,16 @@ class _HeadLogprobs(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         """d log p / d logits = onehot - softmax."""
         h, weight, targets, norm = ctx.saved_tensors
-        grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=norm.dtype)
+        learns = ctx.needs_input_grad[1]  # not beside adapters: a frozen head's gradient is a third of the work
+        grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=norm.dtype) if learns else None
         for part in _pieces(h, weight):
             d = (h[part] @ weight.T).to(norm.dtype).sub_(norm[part, None]).exp_()  # [n,V] softmax
             d.mul_(-grad[part, None]).scatter_add_(1, targets[part, None], grad[part, None])
             d = d.to(h.dtype)
             grad_h[part] = d @ weight
-            grad_weight += d.T @ h[part]
-        return grad_h, grad_weight.to(weight.dtype), None
+            if learns:
+                grad_weight += d.T @ h[part]
+        return grad_h, grad_weight.to(weight.dtype) if learns else None, None
 
 
 class _HeadLogprobSum(torch.autograd.Function):

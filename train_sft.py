@@ -29,6 +29,7 @@ import checkpoint
 import cli
 import common
 import logs
+import lora
 import metrics
 import optim
 import sharding
@@ -55,6 +56,16 @@ def parse_args(argv=None):
                    help="step of the routing bias (router with shared experts)")
     cli.switch(g, "--gradient_checkpointing", 0,
                   "recompute activations in the backward pass: less memory, about 30%% slower")
+    g = parser.add_argument_group("LoRA")
+    g.add_argument("--lora_rank", type=cli.positive(int, zero=True), default=0,
+                   help="train adapters of this rank beside frozen weights, 0 = train all weights")
+    g.add_argument("--lora_alpha", type=cli.positive(int, zero=True), default=0,
+                   help="adapters count alpha / rank times, 0 = twice the rank")
+    g.add_argument("--lora_targets", nargs="+", default=[],
+                   help="layers to adapt, such as q_proj v_proj; left out: all in the blocks but routed experts")
+    g.add_argument("--lora_dropout", type=cli.positive(float, zero=True, below=1), default=0.0,
+                   help="share of an adapter's input that is dropped in training")
+    cli.switch(g, "--merge", 1, "save the merged model with adapter/ in it; 0: the adapters alone")
     cli.optim_flags(parser, batch_size=8, learning_rate=2e-3, muon_learning_rate=0.01, warmup_steps=0.05,
                        unserved=())
     cli.sharding_flags(parser)
@@ -64,7 +75,11 @@ def parse_args(argv=None):
                         help="held-out questions answered for the exact match at the end (a fifth of them on the way)")
     parser.add_argument("--max_new_tokens", type=cli.positive(int), default=64, help="longest answer in evaluations")
     cli.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for flag in ("lora_alpha", "lora_targets", "lora_dropout"):
+        if getattr(args, flag) and not args.lora_rank:
+            parser.error(f"--{flag} without --lora_rank; there are no adapters when all weights are trained; give both")
+    return args
 
 
 def evaluate_loss(model, data, args, runtime):
@@ -146,12 +161,20 @@ def main(args):
                          f"{model.config.max_position_embeddings}; rows must fit the context; shorten the rows")
     model.gradient_checkpointing = bool(args.gradient_checkpointing)
     zero, fsdp = sharding.modes(args, runtime)
+    if args.lora_rank and (zero or fsdp):
+        raise ValueError(f"--{'zero' if zero else 'fsdp'} 1 with --lora_rank {args.lora_rank}; adapters have little "
+                         "state to share, and their base is whole on every card; leave one of the flags out")
     # FSDP takes the model from main memory block by block: as a whole it need not fit the card
     model = model.to("cpu" if fsdp else runtime.device,
                      torch.float64 if runtime.dtype == torch.float64 else torch.float32)
     if fsdp:
         sharding.shard(model, model.model.layers, runtime)
     runtime.print(f"model from {parent}: {model.num_parameters() / 1e6:.2f}M parameters")
+    trained = model  # what is saved and resumed
+    if args.lora_rank:
+        trained = lora.Adapters(model, args.lora_rank, args.lora_alpha or 2 * args.lora_rank, args.lora_targets,
+                                args.lora_dropout, parent, args.merge)
+        runtime.print(trained.summary())
 
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
@@ -171,7 +194,7 @@ def main(args):
     progress = {"step": 0, "position": 0, "max_steps": max_steps}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
-        sharding.load_full_state(model, optimizer, state["model"], state["optimizer"])
+        sharding.load_full_state(trained, optimizer, state["model"], state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
         progress = state["progress"]
         del state  # twice the size of the weights, or more
@@ -190,12 +213,12 @@ def main(args):
 
     def save(finished, final=None):
         """Write out/<save_weight>; called by all ranks at the same step."""
-        weights, moments = sharding.full_state(model, optimizer, runtime)
+        weights, moments = sharding.full_state(trained, optimizer, runtime)
         state = {"model": weights, "optimizer": moments, "scaler": runtime.scaler.state_dict(), "progress": progress}
         facts = {"stage": "sft", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
                  "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {},
                  "conditions": conditions}
-        holder = model.with_weights(weights) if fsdp and runtime.is_main else model
+        holder = model.with_weights(weights) if fsdp and runtime.is_main else trained
         return checkpoint.save(runtime, args, [holder, tokenizer], state, facts, finished)
 
     # -- 6. Compile and DDP (last, so that everything above sees the plain module) -------------------------------------
@@ -272,8 +295,8 @@ def main(args):
         skipped = nonfinite.skip(step, loss_value, grad_norm, lr)
         if not skipped:
             runtime.scaler.step(optimizer)
-        # a skipped step moves nothing, but its visits must not count in the next one
-        model.update_router_bias(0.0 if skipped else args.router_bias_rate, runtime.reduce)
+        # a skipped step moves nothing, but its visits must not count in the next one; with LoRA the base stays as it is
+        model.update_router_bias(0.0 if skipped or args.lora_rank else args.router_bias_rate, runtime.reduce)
         runtime.scaler.update()  # also after a skipped step: unscale_ may be called once between two updates
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1

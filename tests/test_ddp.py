@@ -60,6 +60,9 @@ CASES = {
     "pretrain moe fsdp": ("train_pretrain", "moe", ["--optimizer", "adamw", "--fsdp", "1", "--gradient_checkpointing"]),
     "sft dense fsdp": ("train_sft", "dense", ["--optimizer", "adamw", "--fsdp", "1"]),
     "sft shared fsdp": ("train_sft", "shared", ["--optimizer", "adamw", "--fsdp", "1", "--weight_decay", "0.1"]),
+    "lora dense": ("train_sft", "dense", ["--lora_rank", "2", "--gradient_checkpointing", "1"]),
+    "lora moe": ("train_sft", "moe", ["--lora_rank", "2"]),
+    "lora shared": ("train_sft", "shared", ["--lora_rank", "2", "--optimizer", "adamw"]),
 }
 # By default these run with four processes, and all others but SLOW with two; the rest is slow.
 FOUR = {"pretrain moe", "sft shared", "reward moe", "dpo shared", "sft shared zero", "pretrain dense fsdp"}

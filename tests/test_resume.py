@@ -8,6 +8,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,6 +212,35 @@ def test_killed_run_equals_uninterrupted_run(run, dropped_folder, tmp_path, name
     assert len([row for row in lines(run.out / "broken") if "loss" in row]) == 3
     run(name, "broken", *flags, "--from_resume", "1", parent=dropped_folder)
     assert_same_run(run.out / "whole", run.out / "broken")
+
+
+@pytest.mark.parametrize("kind, optimizer", [("dense", "muon"), ("dense", "sophia"), ("dense", "schedulefree"),
+                                             ("moe", "adamw"), ("shared", "muon")])
+def test_killed_run_with_adapters_equals_uninterrupted_run(run, tmp_path, kind, optimizer):
+    """Also with dropout on the adapters. The frozen base is not in the resume state: it is read from the parent."""
+    flags = ["--save_interval", "2", "--lora_rank", "2", "--lora_dropout", "0.3", "--optimizer", optimizer,
+             "--hessian_interval", "3"]
+    whole = run("train_sft", "whole", *flags, kind=kind)
+    run("train_sft", "broken", *flags, kill=3, kind=kind)
+    assert run("train_sft", "broken", *flags, "--from_resume", "1", kind=kind) == whole
+    assert_same_run(tmp_path / "out", "whole", "broken")
+    files = [load_file(tmp_path / "out" / name / "adapter" / "adapter_model.safetensors")
+             for name in ("whole", "broken")]
+    assert same(*files)
+    state = torch.load(tmp_path / "out" / "broken" / "resume" / "state.pt", weights_only=True)
+    assert state["model"] and all(".lora_" in name for name in state["model"])
+
+
+def test_resume_with_adapters_refuses_another_base(run, model_folder, tmp_path):
+    shutil.copytree(model_folder(), tmp_path / "base")
+    flags = ["--save_interval", "2", "--lora_rank", "2"]
+    run("train_sft", "broken", *flags, kill=3, parent=tmp_path / "base")
+    model = Transformer.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.norm.weight.add_(0.01)
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="the checkpoint it started from have changed"):
+        run("train_sft", "broken", *flags, "--from_resume", "1", parent=tmp_path / "base")
 
 
 @pytest.mark.parametrize("name", NAMES)
