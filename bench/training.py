@@ -38,6 +38,7 @@ import optim  # noqa: E402
 from dataset import PretrainData, read_rows  # noqa: E402
 from model import ModelConfig, Transformer, token_logprobs  # noqa: E402
 from tokenizer import train  # noqa: E402
+from train_pretrain import row_parts  # noqa: E402
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -67,11 +68,11 @@ class Recipe:
     # "normal": 0.02 throughout; "gpt2": 0.02, and the projections into the residual stream smaller; "fan_in": as ours,
     # but the other matrices of the blocks from their width
     init: str = "ours"
-    short_until: float = 0.0  # this share of the run is trained on rows of a quarter of the length
+    length_warmup: float = 0.0  # rows are shorter in this share of the run, as train_pretrain.row_parts() says
 
 
 RECIPES = {
-    "minillm": Recipe(),
+    "minillm": Recipe(length_warmup=0.8),
     "nanogpt": Recipe(rows="crops", optimizer="adamw", learning_rate=1e-3, weight_decay=0.1, schedule="cosine",
                       warmup=0.05, floor=0.1, init="gpt2"),
     "minimind": Recipe(rows="documents", batch_size=32, optimizer="adamw", learning_rate=5e-4, betas=(0.9, 0.999),
@@ -91,6 +92,7 @@ class Rows:
         stream = data.tokens.items
         self.starts = np.flatnonzero(stream == data.tokenizer.bos_id)  # of the documents
         self.position = 0
+        self.shuffles = {}
 
     def batch(self, count, length):
         """(ids int64 [B,T], mask float [B,T], 1 on targets)."""
@@ -117,10 +119,10 @@ class Rows:
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
     def _shuffled(self, count, places):
-        """Entries `places` of a shuffle of `count` items, a new one each time round."""
-        if not hasattr(self, "shuffle") or len(self.shuffle) != count:
-            self.shuffle = self.draw.permutation(count)
-        return self.shuffle[places % count]
+        """Entries `places` of a shuffle of `count` items; there is one for each count."""
+        if count not in self.shuffles:
+            self.shuffles[count] = self.draw.permutation(count)
+        return self.shuffles[count][places % count]
 
 
 def build_model(recipe, config, seed):
@@ -148,6 +150,13 @@ def build_optimizer(recipe, model, dtype):
     return optimizer
 
 
+def seconds_of(function):
+    """Seconds that a call takes."""
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
 def run_recipe(recipe, config, data, held_out, limit, timed, evaluations, seed, dtype):
     """Train until `limit` (seconds of training when timed, else tokens read). Returns facts with the curve: a list of
     (tokens, seconds, bits per byte). Evaluations do not count as training time."""
@@ -170,8 +179,8 @@ def run_recipe(recipe, config, data, held_out, limit, timed, evaluations, seed, 
         if recipe.momentum_from:
             for group in optimizer.param_groups:
                 group["momentum"] = recipe.momentum - (recipe.momentum - recipe.momentum_from) * max(0, 1 - step / 300)
-        shorter = 4 if done < recipe.short_until else 1
-        length, count = 256 // shorter, recipe.batch_size * shorter
+        parts = row_parts(done, recipe.length_warmup)
+        length, count = 256 // parts, recipe.batch_size * parts
         batches = [rows.batch(count, length) for _ in range(recipe.accumulation_steps)]
         targets = sum(mask[:, 1:].sum().item() for _, mask in batches)
         for ids, mask in batches:
@@ -230,6 +239,11 @@ def compare_recipes(args, dtype):
         tokenizer, data, held_out = prepare(args, folder)
         config = ModelConfig.preset(args.preset, vocab_size=tokenizer.vocab_size)
         print(data.summary())
+        times = [seconds_of(lambda i=i: data.batch(data.position_batch(8 * i, 8))) for i in range(200)]
+        short = data.of_length(32)
+        more = [seconds_of(lambda i=i: short.batch(short.position_batch(64 * i, 64))) for i in range(200)]
+        print(f"making a batch takes {1e3 * statistics.median(times):.2f} ms with 8 rows of 256 tokens, "
+              f"{1e3 * statistics.median(more):.2f} ms with 64 of 32")
         print(f"{args.preset}, {sum(len(b['ids']) for b in held_out)} held-out documents, "
               + (f"{args.minutes} minutes each" if not args.tokens else f"{args.tokens} tokens each"), flush=True)
         for seed in args.seeds:
