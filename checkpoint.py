@@ -217,7 +217,7 @@ def load_resume(runtime, args):
     try:
         # with FSDP each rank needs a slice only: mapped, the file is not in memory once for every rank
         state = torch.load(folder / "resume" / "state.pt", map_location="cpu", weights_only=True,
-                           mmap=bool(getattr(args, "fsdp", 0)))
+                           mmap=runtime.lockstep)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n")[0][:100] or type(error).__name__
         raise ValueError(f"{folder}/resume/state.pt cannot be read ({reason}); the run "
