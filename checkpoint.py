@@ -240,7 +240,7 @@ def load_resume(runtime, args):
     """Resume state of out/<save_weight>, with this rank's random state restored. Raises ValueError naming changed
     flags that matter."""
     # with FSDP each rank needs a slice only: mapped, the file is not in memory once for every rank
-    folder, state = _load_state(find(args.save_dir, args.save_weight), mmap=bool(getattr(args, "fsdp", 0)))
+    folder, state = _load_state(find(args.save_dir, args.save_weight), mmap=runtime.lockstep)
     now = _plain(args)
     changed = {name: f"--{name}: was {old!r}, is {now[name]!r}" for name, old in state["args"].items()
                if name in now and now[name] != old}
