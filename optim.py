@@ -51,12 +51,14 @@ class Muon(torch.optim.Optimizer):
     """Muon and AdamW in one optimizer, chosen per group by group["algorithm"].
 
     Group keys: params, lr, algorithm "muon" (momentum, weight_decay) or "adamw" (betas, eps, weight_decay).
+    momentum_warmup: steps in which Muon's momentum rises from 0.85, where it is lower, to `momentum`: at first old
+    gradients say little about weights that have moved far (as Jordan's speed runs do; docs/experiments.md).
     """
 
-    def __init__(self, groups, momentum=0.95, betas=(0.9, 0.95), eps=1e-8, ns_dtype=None):
+    def __init__(self, groups, momentum=0.95, betas=(0.9, 0.95), eps=1e-8, ns_dtype=None, momentum_warmup=300):
         self.ns_dtype = ns_dtype
         super().__init__(groups, dict(lr=1e-3, weight_decay=0.0, algorithm="muon", momentum=momentum, betas=betas,
-                                      eps=eps))
+                                      eps=eps, momentum_warmup=momentum_warmup, step=0))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -67,6 +69,9 @@ class Muon(torch.optim.Optimizer):
 
     def _muon(self, params, group):
         """v <- mu v + (1 - mu) g;  W <- W - lr * sqrt(max(1, rows/cols)) * orth(mu v + (1 - mu) g)   (Nesterov)."""
+        left = max(0, group["momentum_warmup"] - group["step"]) / max(1, group["momentum_warmup"])  # of the warm-up
+        group["step"] += 1
+        mu = group["momentum"] - left * max(0.0, group["momentum"] - 0.85)
         by_shape = {}
         for p in params:
             by_shape.setdefault(p.shape, []).append(p)
@@ -77,8 +82,8 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 momentum = state["momentum"]
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                updates.append(torch.lerp(p.grad, momentum, group["momentum"]))
+                momentum.lerp_(p.grad, 1 - mu)
+                updates.append(torch.lerp(p.grad, momentum, mu))
             # same shapes in one batched product: fewer, larger matrix products
             batch = orthogonalize(torch.stack(updates), dtype=self.ns_dtype)  # [n, rows, columns]
             scale = max(1.0, shape[0] / shape[1]) ** 0.5  # keeps the change of outputs alike for tall matrices

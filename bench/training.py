@@ -58,7 +58,7 @@ class Recipe:
     muon_learning_rate: float = 0.02
     betas: tuple = (0.9, 0.95)
     momentum: float = 0.95
-    momentum_from: float = 0.0  # momentum rises from here within the first 300 steps; 0 = it is the same throughout
+    momentum_warmup: int = 300
     weight_decay: float = 0.0  # on matrices; with decay_all on everything
     decay_all: bool = False
     schedule: str = "linear"
@@ -146,7 +146,7 @@ def build_optimizer(recipe, model, dtype):
                             recipe.weight_decay, recipe.betas, dtype=dtype)
     for group in optimizer.param_groups:
         group["weight_decay"] = recipe.weight_decay if recipe.decay_all else group["weight_decay"]
-        group["momentum"] = recipe.momentum  # only Muon reads it
+        group |= {"momentum": recipe.momentum, "momentum_warmup": recipe.momentum_warmup}  # only Muon reads them
     return optimizer
 
 
@@ -176,9 +176,6 @@ def run_recipe(recipe, config, data, held_out, limit, timed, evaluations, seed, 
                     "seconds": round(seconds, 2), "bits_per_byte": curve[-1][2], "curve": curve}
         begin = time.perf_counter()
         optim.set_lr(optimizer, common.lr_scale(done * 1e6, 1e6, recipe.warmup, recipe.schedule, recipe.floor))
-        if recipe.momentum_from:
-            for group in optimizer.param_groups:
-                group["momentum"] = recipe.momentum - (recipe.momentum - recipe.momentum_from) * max(0, 1 - step / 300)
         parts = row_parts(done, recipe.length_warmup)
         length, count = 256 // parts, recipe.batch_size * parts
         batches = [rows.batch(count, length) for _ in range(recipe.accumulation_steps)]

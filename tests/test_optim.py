@@ -74,14 +74,18 @@ def slow_muon(weights, momenta, gradients, lr, decay, mu):
         weights[i] = weights[i] * (1 - lr * decay) - lr * max(1, rows / columns) ** 0.5 * x
 
 
-def test_muon_equals_a_slow_reference():
+@pytest.mark.parametrize("warmup", [0, 8])
+def test_muon_equals_a_slow_reference(warmup):
+    """With warm-up the momentum is 0.85 in the first step and rises evenly to 0.9."""
     ours = matrices()
     weights = [p.detach().clone() for p in ours]
     momenta = [torch.zeros_like(w) for w in weights]
-    optimizer = optim.Muon([dict(params=ours, lr=0.02, weight_decay=0.1, algorithm="muon")], momentum=0.9)
+    optimizer = optim.Muon([dict(params=ours, lr=0.02, weight_decay=0.1, algorithm="muon")], momentum=0.9,
+                           momentum_warmup=warmup)
     for step in range(20):
         give_gradients(ours, step)
-        slow_muon(weights, momenta, [p.grad for p in ours], lr=0.02, decay=0.1, mu=0.9)
+        mu = 0.85 + 0.05 * step / warmup if step < warmup else 0.9
+        slow_muon(weights, momenta, [p.grad for p in ours], lr=0.02, decay=0.1, mu=mu)
         optimizer.step()
     assert largest_difference(ours, weights) < 1e-6  # the 1e-7 in our norm guards against a zero gradient
 
@@ -92,7 +96,8 @@ def test_muon_equals_torch_muon(monkeypatch):
     import torch.optim._muon as theirs_module
     monkeypatch.setattr(theirs_module, "torch", types.SimpleNamespace(**{**vars(torch), "bfloat16": torch.float64}))
     ours, theirs = matrices(), matrices()
-    mine = optim.Muon([dict(params=ours, lr=0.02, weight_decay=0.1, algorithm="muon")], momentum=0.95)
+    mine = optim.Muon([dict(params=ours, lr=0.02, weight_decay=0.1, algorithm="muon")], momentum=0.95,
+                      momentum_warmup=0)
     reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="original")
     for step in range(20):
         give_gradients(ours, step, size=1e3)
