@@ -32,7 +32,7 @@ import train_dpo
 import train_grpo
 import train_ppo
 import train_reward
-from model import Transformer
+from model import MoE, Transformer
 
 ROOT = Path(common.__file__).parent
 # exactly one optimizer step in each step of PPO and GRPO as well
@@ -138,15 +138,18 @@ def test_step_that_is_not_finite_is_skipped_counted_and_explained(run, monkeypat
 @pytest.mark.parametrize("name", ["train_pretrain", "train_sft"])
 def test_resume_behind_a_skipped_step_is_exact(run, monkeypatch, name):
     """What the router counted in the skipped step must not count in the next one: it is in no checkpoint."""
-    poison = Poison(monkeypatch, name, "loss", {2})
+    poison, visits, real = Poison(monkeypatch, name, "loss", {1, 2}), [], MoE.update_bias
+    monkeypatch.setattr(MoE, "update_bias", lambda layer, rate, counts: visits.append(counts.sum()) or real(
+        layer, rate, counts))
 
     def dying(step):
         poison.before(step)
         if step == 3:
             raise KeyboardInterrupt
 
-    flags = ["--save_interval", "1", "--router_bias_rate", "0.1"]
+    flags = ["--save_interval", "1", "--router_bias_rate", "0.1", "--batch_size", "1"]
     run(name, "whole", *flags, before=poison.before, kind="shared")
+    assert max(visits) <= 64 * 2, "a row of 64 tokens, two experts each"
     with pytest.raises(KeyboardInterrupt):
         run(name, "broken", *flags, before=dying, kind="shared")
     run(name, "broken", *flags, "--from_resume", "1", kind="shared")
