@@ -78,11 +78,9 @@ class Muon(torch.optim.Optimizer):
         for shape, same in by_shape.items():
             updates = []
             for p in same:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                momentum = state["momentum"]
-                momentum.lerp_(p.grad, 1 - mu)
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - mu)
                 updates.append(torch.lerp(p.grad, momentum, mu))
             # same shapes in one batched product: fewer, larger matrix products
             batch = orthogonalize(torch.stack(updates), dtype=self.ns_dtype)  # [n, rows, columns]
