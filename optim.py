@@ -86,8 +86,7 @@ class Muon(torch.optim.Optimizer):
             batch = orthogonalize(torch.stack(updates), dtype=self.ns_dtype)  # [n, rows, columns]
             scale = max(1.0, shape[0] / shape[1]) ** 0.5  # keeps the change of outputs alike for tall matrices
             for p, update in zip(same, batch, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * scale)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
 
     def _adamw(self, params, group):
         """m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2;  W <- W - lr * (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)."""
