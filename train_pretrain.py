@@ -66,7 +66,7 @@ def parse_args(argv=None):
                    help="step of the routing bias (router with shared experts)")
     cli.switch(g, "--gradient_checkpointing", 0,
                   "recompute activations in the backward pass: less memory, about 30%% slower")
-    cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.02, warmup_steps=0.1,
+    cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.01, warmup_steps=0.1,
                        unserved=())
     cli.sharding_flags(parser)
     cli.run_flags(parser, save_weight="pretrain", eval_interval=250, save_interval=500)

@@ -55,7 +55,7 @@ class Recipe:
     accumulation_steps: int = 1
     optimizer: str = "muon"
     learning_rate: float = 4e-3
-    muon_learning_rate: float = 0.02
+    muon_learning_rate: float = 0.01
     betas: tuple = (0.9, 0.95)
     momentum: float = 0.95
     momentum_warmup: int = 300
