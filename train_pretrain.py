@@ -7,7 +7,8 @@ Text is compared in bits per byte, loss * tokens / (ln 2 * bytes), because a los
 What is here: packed windows in random order, bf16 autocast, Muon, accumulation, DDP, exact resume. What is not: the
 data format (dataset.py), the optimizer's mathematics (optim.py), ZeRO and FSDP (sharding.py).
 
-Papers: Vaswani et al. 2017 (arXiv:1706.03762), Radford et al. 2019 (GPT-2), Yang et al. 2025 (Qwen3, arXiv:2505.09388).
+Papers: Vaswani et al. 2017 (arXiv:1706.03762), Radford et al. 2019 (GPT-2), Yang et al. 2025 (Qwen3, arXiv:2505.09388),
+Li et al. 2021 (shorter rows at first, arXiv:2108.06084).
 
     python train_pretrain.py --preset nano --data_path out/data/pretrain.train.jsonl       # a laptop
     python train_pretrain.py --preset small --data_path "data/*.jsonl.gz" --epochs 2       # one GPU
