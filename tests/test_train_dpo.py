@@ -49,7 +49,7 @@ def run(model_folder, tmp_path, monkeypatch):
         return train_dpo.main(train_dpo.parse_args([*base, *flags]))
 
     start.out, start.data = tmp_path / "out", tmp_path
-    monkeypatch.setattr(common.StopSignal, "__init__", lambda self: None)
+    monkeypatch.setattr(common.StopSignal, "__init__", lambda self: setattr(self, "requested", 0))
     monkeypatch.setattr(logs, "plot_curves", lambda folder: None)  # half a second each, and tested with logs.py
     return start
 

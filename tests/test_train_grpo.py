@@ -197,7 +197,7 @@ def run(model_folder, tmp_path, monkeypatch):
         return train_grpo.main(arguments(*flags))
 
     start.out, start.arguments = tmp_path / "out", arguments
-    monkeypatch.setattr(common.StopSignal, "__init__", lambda self: None)
+    monkeypatch.setattr(common.StopSignal, "__init__", lambda self: setattr(self, "requested", 0))
     monkeypatch.setattr(logs, "plot_curves", lambda folder: None)  # half a second each
     monkeypatch.setattr(train_grpo, "reward_correct", by_first_id)
     return start

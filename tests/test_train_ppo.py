@@ -279,7 +279,7 @@ def run(model_folder, reward_folder, tmp_path, monkeypatch):
         return train_ppo.main(arguments(*flags))
 
     start.out, start.arguments = tmp_path / "out", arguments
-    monkeypatch.setattr(common.StopSignal, "__init__", lambda self: None)
+    monkeypatch.setattr(common.StopSignal, "__init__", lambda self: setattr(self, "requested", 0))
     monkeypatch.setattr(logs, "plot_curves", lambda folder: None)  # half a second each
     return start
 

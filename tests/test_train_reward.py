@@ -43,7 +43,7 @@ def run(model_folder, tmp_path, monkeypatch):
         return train_reward.main(train_reward.parse_args([*base, *flags]))
 
     start.out = tmp_path / "out"
-    monkeypatch.setattr(common.StopSignal, "__init__", lambda self: None)
+    monkeypatch.setattr(common.StopSignal, "__init__", lambda self: setattr(self, "requested", 0))
     monkeypatch.setattr(logs, "plot_curves", lambda folder: None)  # half a second each, and tested with logs.py
     return start
 
