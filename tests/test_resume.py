@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -33,7 +32,6 @@ import train_grpo
 import train_ppo
 from model import Transformer
 
-ROOT = Path(common.__file__).parent
 NAMES = ["train_pretrain", "train_sft"]
 # all stages, with the flags that bring a state of their own into play
 STAGES = {"train_pretrain": [], "train_sft": [], "train_reward": [], "train_dpo": [],
@@ -173,7 +171,9 @@ def assert_same_run(first, second, steps=STEPS):
     assert [row["step"] for row in lines(second) if "lr" in row] == list(range(1, steps + 1))
 
 
-MOMENTS = {"in the first step": dict(kill=1), "in an accumulation window": dict(inside=(4, 2)),
+FLAGS = ["--save_interval", "2", "--eval_interval", "2"]
+EACH = ["--save_interval", "1", "--eval_interval", "2"]  # the same run, saved after each step
+MOMENTS = {"in the second step": dict(kill=1), "in an accumulation window": dict(inside=(4, 2)),
            "in the last step": dict(inside=(STEPS, 1)), "behind the last save": dict(behind=True)}
 
 
@@ -181,29 +181,28 @@ MOMENTS = {"in the first step": dict(kill=1), "in an accumulation window": dict(
 @pytest.mark.parametrize("name", STAGES)
 def test_killed_stage_equals_uninterrupted_stage(run, name, moment):
     """Saved after steps 2 and 4: what came later is done again, in the first case everything."""
-    flags = ["--save_interval", "2", "--eval_interval", "2"]
-    whole, final = run.whole(name, *flags)
-    assert run(name, "broken", *flags, **MOMENTS[moment]) is None
-    assert run(name, "broken", *flags, "--from_resume", "1") == final
+    whole, final = run.whole(name, *FLAGS)
+    assert run(name, "broken", *FLAGS, **MOMENTS[moment]) is None
+    assert run(name, "broken", *FLAGS, "--from_resume", "1") == final
     assert_same_run(whole, run.out / "broken")
     assert all(row["grad_norm"] for row in lines(whole) if "lr" in row), "something was learnt in every step"
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_run_killed_after_its_first_step_goes_on_from_there(run, name, capsys):
-    whole, final = run.whole(name, "--save_interval", "1")
-    assert run(name, "broken", "--save_interval", "1", kill=1) is None
-    assert run(name, "broken", "--save_interval", "1", "--from_resume", "1") == final
+    whole, final = run.whole(name, *FLAGS)
+    assert run(name, "broken", *EACH, kill=1) is None
+    assert run(name, "broken", *EACH, "--from_resume", "1") == final
     assert f"resumed at step 1 of {STEPS}" in capsys.readouterr().out
     assert_same_run(whole, run.out / "broken")
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_same_seed_gives_the_same_log_line_by_line_and_another_seed_another(run, name):
-    whole, final = run.whole(name, "--save_interval", "2", "--eval_interval", "2")
-    assert run(name, "again", "--save_interval", "2", "--eval_interval", "2") == final
+    whole, final = run.whole(name, *FLAGS)
+    assert run(name, "again", *FLAGS) == final
     assert_same_run(whole, run.out / "again")
-    run(name, "other", "--save_interval", "2", "--eval_interval", "2", "--seed", "7")
+    run(name, "other", *FLAGS, "--seed", "7")
     assert len(lines(run.out / "other")) == len(lines(whole)) and lines(run.out / "other") != lines(whole)
 
 
@@ -306,31 +305,31 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals"
                                                                                      or value))
 def test_signal_finishes_the_step_saves_and_prints_the_command_that_goes_on(run, name, signals, capsys):
     """Real signals, in the middle of step 3; a second one that is no Ctrl-C changes nothing."""
-    whole, final = run.whole(name)
-    assert run(name, "broken", signals=(3, *(getattr(signal, word) for word in signals))) is None
+    whole, final = run.whole(name, *FLAGS)
+    assert run(name, "broken", *FLAGS, signals=(3, *(getattr(signal, word) for word in signals))) is None
     text = capsys.readouterr().out
     assert "saved at step 3. Go on with: python " in text and text.rstrip().endswith("--from_resume 1")
-    assert run(name, "broken", "--from_resume", "1") == final
+    assert run(name, "broken", *FLAGS, "--from_resume", "1") == final
     assert_same_run(whole, run.out / "broken")
 
 
 @posix
 @pytest.mark.parametrize("name", NAMES)
 def test_second_ctrl_c_harms_nothing(run, name):
-    whole, final = run.whole(name, "--save_interval", "1")
-    assert run(name, "broken", "--save_interval", "1", signals=(3, signal.SIGINT, signal.SIGINT)) is None
+    whole, final = run.whole(name, *FLAGS)
+    assert run(name, "broken", *EACH, signals=(3, signal.SIGINT, signal.SIGINT)) is None
     assert checkpoint.read_minillm(run.out / "broken")["progress"]["step"] == 2
-    assert run(name, "broken", "--save_interval", "1", "--from_resume", "1") == final
+    assert run(name, "broken", *EACH, "--from_resume", "1") == final
     assert_same_run(whole, run.out / "broken")
 
 
 @posix
 @pytest.mark.parametrize("name", STAGES)
 def test_signal_in_the_last_step_loses_nothing(run, name):
-    whole, final = run.whole(name)
-    assert run(name, "broken", signals=(STEPS, signal.SIGTERM)) is None
+    whole, final = run.whole(name, *FLAGS)
+    assert run(name, "broken", *FLAGS, signals=(STEPS, signal.SIGTERM)) is None
     assert not checkpoint.read_minillm(run.out / "broken")["finished"]
-    assert run(name, "broken", "--from_resume", "1") == final
+    assert run(name, "broken", *FLAGS, "--from_resume", "1") == final
     assert_same_run(whole, run.out / "broken")
     assert checkpoint.read_minillm(run.out / "broken")["finished"]
 
@@ -450,29 +449,6 @@ def test_full_disk_at_the_end_is_no_success(run, monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint, "_check_space", lambda *inputs: (_ for _ in ()).throw(OSError("disk is full")))
     with pytest.raises((ValueError, OSError)):
         run("train_pretrain", "full")
-
-
-def test_kill_nine_in_the_middle_of_saving_loses_no_more_than_one_interval(stage, tmp_path):
-    """A real process that saves at every step is killed at moments that nobody chose."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    flags = ["--save_interval", "1", "--dtype", "float32", "--max_steps", "40"]
-    module, argv = stage("train_pretrain", *flags, "--save_weight", "broken", "--from_resume", "1")
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_pretrain.py"), *argv], env=environment,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    record = tmp_path / "out" / "logs" / "broken" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if record.exists() and len(record.read_text().splitlines()) > 6:
-            break
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, "it was still training"
-    module.main(module.parse_args(argv))
-    _, argv = stage("train_pretrain", *flags, "--save_weight", "whole")
-    module.main(module.parse_args(argv))
-    assert lines(tmp_path / "out" / "whole") == lines(tmp_path / "out" / "broken")
-    weights = [load_file(tmp_path / "out" / folder / "model.safetensors") for folder in ("whole", "broken")]
-    assert same(*weights)
 
 
 def test_killed_run_with_replay_equals_uninterrupted_run(run, tmp_path):
