@@ -514,8 +514,8 @@ class NonFinite:
         self.total = self.in_a_row = 0
 
     def skip(self, step, loss, grad_norm, learning_rate):
-        """True when this step must not be applied. `loss` and `grad_norm` must be equal on all ranks. Raises after
-        `limit` in a row."""
+        """True when step `step` (0-based; messages count from 1, as metrics.jsonl does) must not be applied. `loss` and
+        `grad_norm` must be equal on all ranks. Raises ValueError after `limit` in a row."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row = 0
             return False
@@ -526,11 +526,11 @@ class NonFinite:
         self.in_a_row += 1
         half = self.runtime.dtype == torch.float16
         cause = "fp16 overflow: try --dtype bf16 or fp32" if half else "usual cause: the learning rate is too high"
-        self.runtime.print(f"step {step}: loss {loss}, gradient norm {grad_norm}, rate {learning_rate:.2e}, dtype "
+        self.runtime.print(f"step {step + 1}: loss {loss}, gradient norm {grad_norm}, rate {learning_rate:.2e}, dtype "
                            f"{self.runtime.dtype}: step skipped ({self.in_a_row} in a row; {cause})")
         if self.in_a_row >= self.limit:
-            raise ValueError(f"loss or gradient was not finite in {self.limit} steps in a row, last at step {step}; "
-                             "training cannot go on, the last checkpoint is untouched; go on from it with "
+            raise ValueError(f"loss or gradient was not finite in {self.limit} steps in a row, last at step "
+                             f"{step + 1}; training cannot go on, the last checkpoint is untouched; go on from it with "
                              f"--from_resume 1 and a lower --learning_rate ({cause})")
         return True
 

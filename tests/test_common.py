@@ -418,12 +418,12 @@ def test_nonfinite_step_is_skipped_counted_and_explained(capsys):
     assert not check.skip(1, 2.0, 1.0, 1e-3)
     assert check.skip(2, math.nan, 1.0, 1e-3)
     text = capsys.readouterr().out
-    assert all(words in text for words in ("step 2", "loss nan", "1.00e-03", "float32", "learning rate is too high"))
+    assert all(words in text for words in ("step 3", "loss nan", "1.00e-03", "float32", "learning rate is too high"))
     assert check.skip(3, 2.0, math.inf, 1e-3)
     assert not check.skip(4, 2.0, 1.0, 1e-3)
     assert check.skip(5, math.nan, 1.0, 1e-3) and check.skip(6, math.nan, 1.0, 1e-3)
     assert check.total == 4
-    with pytest.raises(ValueError, match="3 steps in a row, last at step 7.*--learning_rate"):
+    with pytest.raises(ValueError, match="3 steps in a row, last at step 8.*--learning_rate"):
         check.skip(7, math.nan, 1.0, 1e-3)
 
 

@@ -129,7 +129,7 @@ def test_step_that_is_not_finite_is_skipped_counted_and_explained(run, monkeypat
         assert not same(states[step]["model"], states[step + 1]["model"]), "other steps do move"
     assert all(tensor.isfinite().all() for tensor in states[6]["model"].values())
     said, = [line for line in capsys.readouterr().out.split("\n") if "step skipped" in line]
-    assert "step 2: loss " in said and "the learning rate is too high" in said
+    assert "step 3: loss " in said and "the learning rate is too high" in said
     row, = [row for row in lines(run.out / "run") if row["step"] == 3]
     assert row["grad_norm"] is None
     assert (row.get("loss", row.get("policy_loss")) is None) == (where == "loss"), "NaN is written as null"
@@ -166,7 +166,7 @@ def test_three_such_steps_in_a_row_end_the_run_and_a_lower_rate_goes_on(run, mon
     told = capsys.readouterr()
     assert codes == [2] and "Traceback" not in told.err
     message, = re.findall("error: .*", told.err)
-    assert "3 steps in a row, last at step 5" in message and "--from_resume 1 and a lower --learning_rate" in message
+    assert "3 steps in a row, last at step 6" in message and "--from_resume 1 and a lower --learning_rate" in message
     assert told.out.count("step skipped") == 3
     sound = run.states[4]["model"]  # saved in the middle of it; the third skipped step is not saved any more
     assert checkpoint.read_minillm(run.out / "run")["progress"]["step"] == 4
