@@ -72,7 +72,8 @@ class Recipe:
 
 
 RECIPES = {
-    "minillm": Recipe(length_warmup=0.8),
+    "minillm": Recipe(),
+    "minillm, shorter rows first": Recipe(length_warmup=0.8),
     "nanogpt": Recipe(rows="crops", optimizer="adamw", learning_rate=1e-3, weight_decay=0.1, schedule="cosine",
                       warmup=0.05, floor=0.1, init="gpt2"),
     "minimind": Recipe(rows="documents", batch_size=32, optimizer="adamw", learning_rate=5e-4, betas=(0.9, 0.999),
@@ -219,7 +220,8 @@ def prepare(args, folder):
 
 def variant(text):
     """(name, Recipe) of "minillm muon_learning_rate=0.01 rows=crops": a recipe with single fields changed."""
-    name, *changes = text.split()
+    first = next((i for i, word in enumerate(text.split()) if "=" in word), None)
+    name, changes = " ".join(text.split()[:first]), text.split()[first:] if first else []
     kinds = {field.name: field.type for field in dataclasses.fields(Recipe)}
     fields = {}
     for change in changes:
@@ -245,7 +247,7 @@ def compare_recipes(args, dtype):
               + (f"{args.minutes} minutes each" if not args.tokens else f"{args.tokens} tokens each"), flush=True)
         for seed in args.seeds:
             for text in args.recipes:
-                name, recipe = variant(text) if text not in RECIPES else (text, RECIPES[text])
+                name, recipe = variant(text)
                 facts = run_recipe(recipe, config, data, held_out, args.tokens or 60 * args.minutes, not args.tokens,
                                    args.evaluations, seed, dtype)
                 way = ", ".join(f"{tokens // 1000}k: {bits:.3f}" for tokens, _, bits in facts["curve"][:-1])

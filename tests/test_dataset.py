@@ -550,7 +550,13 @@ def test_fingerprint_names_content_tokenizer_and_row_length_but_not_the_order(ma
 
 def test_windows_of_another_length_need_no_new_tokens(make, count_builds):
     rows = documents(1, 30)
-    assert len(make(PretrainData, rows, 8)) > len(make(PretrainData, rows, 16)) and len(count_builds) == 1
+    short, whole = make(PretrainData, rows, 8), make(PretrainData, rows, 16)
+    assert len(short) > len(whole) and len(count_builds) == 1
+    before = whole.position_batch(0, 5).tolist()
+    view = whole.of_length(8)
+    assert len(view) == len(short) and (view.position_batch(3, 9) == short.position_batch(3, 9)).all()
+    assert torch.equal(view.batch([0, len(view) - 1])["ids"], short.batch([0, len(short) - 1])["ids"])
+    assert whole.position_batch(0, 5).tolist() == before and whole.batch([0])["ids"].shape == (1, 16)
 
 
 def cut(path):

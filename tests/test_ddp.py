@@ -50,6 +50,7 @@ CASES = {
     "pretrain schedulefree": ("train_pretrain", "moe", ["--optimizer", "schedulefree"]),
     "pretrain sophia": ("train_pretrain", "dense", ["--optimizer", "sophia", "--hessian_interval", "3"]),
     "sft sophia": ("train_sft", "shared", ["--optimizer", "sophia", "--hessian_interval", "2"]),
+    "pretrain short rows": ("train_pretrain", "moe", ["--length_warmup", "0.8"]),
     "pretrain fp32": ("train_pretrain", "dense", ["--dtype", "float32"]),
     "reward moe": ("train_reward", "moe", []),
     "dpo shared": ("train_dpo", "shared", []),

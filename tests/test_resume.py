@@ -31,6 +31,7 @@ import metrics
 import train_grpo
 import train_ppo
 from model import Transformer
+from train_pretrain import row_parts
 
 NAMES = ["train_pretrain", "train_sft"]
 # all stages, with the flags that bring a state of their own into play
@@ -332,6 +333,21 @@ def test_signal_in_the_last_step_loses_nothing(run, name):
     assert run(name, "broken", *FLAGS, "--from_resume", "1") == final
     assert_same_run(whole, run.out / "broken")
     assert checkpoint.read_minillm(run.out / "broken")["finished"]
+
+
+def test_killed_run_with_shorter_rows_equals_uninterrupted_run(run):
+    """Killed in step 4, saved behind step 2: rows of an eighth, a quarter and a half of the length come before."""
+    flags = ["--length_warmup", "0.8", "--save_interval", "2"]
+    whole = run("train_pretrain", "whole", *flags)
+    run("train_pretrain", "broken", *flags, kill=3)
+    assert run("train_pretrain", "broken", *flags, "--from_resume", "1") == whole
+    assert_same_run(run.out / "whole", run.out / "broken")
+    assert run("train_pretrain", "plain", "--save_interval", "2")["val_loss"] != whole["val_loss"]
+
+
+def test_rows_grow_in_thirds_of_their_share():
+    assert [row_parts(done / 10, 0.9) for done in range(11)] == [8, 8, 8, 4, 4, 4, 2, 2, 2, 1, 1]
+    assert {row_parts(done / 10, 0.0) for done in range(11)} == {1}
 
 
 # -- Another number of processes ---------------------------------------------------------------------------------------
