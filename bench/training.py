@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # in place of bench/, whose tokenizer.py has the name of the project's
+if Path(sys.path[0]).resolve() == ROOT / "bench":  # run as a script: bench/tokenizer.py must not hide the project's
+    sys.path[0] = str(ROOT)
 
 import common  # noqa: E402
 import metrics  # noqa: E402

@@ -18,13 +18,12 @@ BENCH = Path(__file__).parent.parent / "bench" / "training.py"
 
 @pytest.fixture(scope="module")
 def bench():
-    """bench/training.py as a module; a script changes sys.path[0], a test process must not."""
-    spec = importlib.util.spec_from_file_location("bench_training", BENCH)
+    """bench/training.py as a module; started as a script it changes sys.path, imported it must not."""
+    spec, before = importlib.util.spec_from_file_location("bench_training", BENCH), list(sys.path)
     module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        sys.modules[spec.name] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    assert sys.path == before
     return module
 
 

@@ -346,8 +346,8 @@ def test_killed_run_with_shorter_rows_equals_uninterrupted_run(run):
 
 
 def test_rows_grow_in_thirds_of_their_share():
-    assert [row_parts(done / 10, 0.9) for done in range(11)] == [8, 8, 8, 4, 4, 4, 2, 2, 2, 1, 1]
-    assert {row_parts(done / 10, 0.0) for done in range(11)} == {1}
+    assert [row_parts(done / 8, 0.75) for done in range(9)] == [8, 8, 4, 4, 2, 2, 1, 1, 1]
+    assert {row_parts(done / 8, 0.0) for done in range(9)} == {1}
 
 
 # -- Another number of processes ---------------------------------------------------------------------------------------
