@@ -299,16 +299,20 @@ def file_hash(path):
     return digest.hexdigest()[:16]
 
 
+def _made(parent, fact):
+    """How a parent checkpoint was made, as its minillm.json tells in `fact`, and how far it had come; the hashes of its
+    weights where nobody knows."""
+    facts = read_minillm(parent)
+    if fact in facts:
+        return [facts[fact], facts.get("progress", {}).get("step")]
+    return [file_hash(f) for f in sorted(Path(parent).glob("model*.safetensors"))]
+
+
 def stage_key(args, files=(), parents=()):
     """Hash of everything that decides a stage's result, as "flags-inputs": its flags and our format; the content of its
     input files and of its parent checkpoints (their own keys, or their weights where they come from elsewhere)."""
     flags = {k: v for k, v in _plain(args).items() if k in KEY_FLAGS or k not in FREE_FLAGS}
-    origin = []
-    for parent in parents:
-        facts = read_minillm(parent)  # its key says how it was made, its step how far it had come
-        origin.append([facts["key"], facts.get("progress", {}).get("step")] if "key" in facts
-                      else [file_hash(f) for f in sorted(Path(parent).glob("model*.safetensors"))])
-    parts = [FORMAT_VERSION, flags], [[file_hash(f) for f in files], origin]
+    parts = [FORMAT_VERSION, flags], [[file_hash(f) for f in files], [_made(parent, "key") for parent in parents]]
     return "-".join(hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()[:12]
                     for part in parts)
 
@@ -330,12 +334,8 @@ def conditions(runtime, args, stage, config, data, parents, steps):
     """
     shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
              if getattr(config, f.name) != f.default}
-    origin = []
-    for parent in parents:
-        facts = read_minillm(parent)
-        made = ([facts["conditions"], facts.get("progress", {}).get("step")] if "conditions" in facts
-                else [file_hash(f) for f in sorted(Path(parent).glob("model*.safetensors"))])
-        origin.append(hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12])
+    origin = [hashlib.sha256(json.dumps(_made(parent, "conditions"), sort_keys=True).encode()).hexdigest()[:12]
+              for parent in parents]
     # a step of PPO is a rollout, however many updates are made of it
     rows = getattr(args, "rollout_size", args.batch_size * args.accumulation_steps * runtime.world_size)
     found = {"stage": stage, "model": shape, "data": [d.fingerprint for d in data if d is not None], "parents": origin,

@@ -886,8 +886,9 @@ class _HeadLogprobSum(torch.autograd.Function):
         """h [N,D], weight [V,D], targets [N] -> sum of log p(targets), in fp32 at least."""
         wide = torch.promote_types(h.dtype, torch.float32)
         total = h.new_zeros((), dtype=wide)
+        learns = ctx.needs_input_grad[1]  # as in _HeadLogprobs: not beside adapters
         if any(ctx.needs_input_grad):
-            grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=wide)
+            grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=wide) if learns else None
             ctx.save_for_backward(grad_h, grad_weight)
         for part in _pieces(h, weight):
             logp = F.log_softmax((h[part] @ weight.T).to(wide), dim=-1)  # [n,V]
@@ -897,14 +898,15 @@ class _HeadLogprobSum(torch.autograd.Function):
                 d = logp.exp_().neg_().scatter_add_(1, index, torch.ones_like(index, dtype=wide))  # onehot - softmax
                 d = d.to(h.dtype)
                 grad_h[part] = d @ weight
-                grad_weight += d.T @ h[part]
+                if learns:
+                    grad_weight += d.T @ h[part]
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         """grad: the factor, a scalar."""
         grad_h, grad_weight = ctx.saved_tensors
-        return (grad_h * grad).to(grad_h.dtype), (grad_weight * grad).to(grad_h.dtype), None
+        return *(None if g is None else (g * grad).to(grad_h.dtype) for g in (grad_h, grad_weight)), None
 
 
 def _pieces(h: Tensor, weight: Tensor) -> list[slice]:

@@ -82,9 +82,9 @@ def full_state(model, optimizer, runtime):
     return weights, state
 
 
-def load_full_state(model, optimizer, weights, state):
+def load_full_state(model, optimizer, weights, state, load):
     """Inverse of full_state(): give each rank its share of whole weights and of AdamW's whole state. All ranks must
-    call it."""
+    call it. load: optim.load_state, which puts a state into an optimizer that is not ZeRO's."""
     model.load_state_dict({name: _like(weights[name], mine) for name, mine in model.state_dict().items()})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]  # numbered so in the state
     if hasattr(optimizer, "consolidate_state_dict"):
@@ -97,10 +97,7 @@ def load_full_state(model, optimizer, weights, state):
         return
     spread = {i: {key: _like(value, parameters[i]) for key, value in values.items()}
               for i, values in state["state"].items()}
-    # the peaks are those of this start's flags: a resume may change its rates
-    groups = [group | {"initial_lr": mine["initial_lr"]}
-              for group, mine in zip(state["param_groups"], optimizer.param_groups, strict=True)]
-    optimizer.load_state_dict({"state": spread, "param_groups": groups})
+    load(optimizer, state | {"state": spread})
 
 
 def _like(full, mine):

@@ -57,14 +57,14 @@ def parse_args(argv=None):
     g.add_argument("--reference", default="precomputed", choices=("precomputed", "live"),
                    help="score all pairs once before training, or keep a second model in memory (data seen once)")
     cli.switch(g, "--gradient_checkpointing", 0,
-                  "recompute activations in the backward pass: less memory, about 30%% slower")
+               "recompute activations in the backward pass: less memory, about 30%% slower")
     g = parser.add_argument_group("loss")
     g.add_argument("--loss_type", default="sigmoid", choices=("sigmoid", "ipo"), help="shape of the loss")
     g.add_argument("--beta", type=cli.positive(float), default=0.1, help="how strongly the reference holds back")
     g.add_argument("--label_smoothing", type=cli.positive(float, zero=True), default=0.0,
                    help="assumed share of swapped pairs, below 0.5 (sigmoid only)")
     cli.optim_flags(parser, batch_size=32, learning_rate=5e-5, muon_learning_rate=2e-4, warmup_steps=0.1,
-                       optimizer="adamw")
+                    optimizer="adamw")
     cli.run_flags(parser, save_weight="dpo", eval_interval=50, save_interval=100)
     parser.add_argument("--eval_batches", type=cli.positive(int), default=64, help="held-out batches per evaluation")
     parser.add_argument("--eval_prompts", type=cli.positive(int, zero=True), default=400,

@@ -63,8 +63,8 @@ def parse_args(argv=None):
     g.add_argument("--updates_per_rollout", type=whole, default=1,
                    help="optimizer steps on the same answers; from 2 on the clip acts")
     cli.optim_flags(parser, batch_size=48, learning_rate=1e-4, muon_learning_rate=4e-4, max_steps=20, warmup_steps=0,
-                       schedule="constant", accumulation_steps=8, optimizer="adamw",
-                       unserved=("sophia", "schedulefree"))
+                    schedule="constant", accumulation_steps=8, optimizer="adamw",
+                    unserved=("sophia", "schedulefree"))
     cli.run_flags(parser, save_weight="grpo", eval_interval=10, save_interval=10, log_interval=1)
     parser.add_argument("--eval_prompts", type=whole, default=128, help="held-out prompts per evaluation")
     parser.add_argument("--eval_samples", type=whole, default=4, help="sampled answers to each of them")

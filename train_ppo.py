@@ -83,8 +83,8 @@ def parse_args(argv=None):
     g.add_argument("--entropy_floor", type=from_0, default=0.1,
                    help="end the run when entropy falls below this share of the first rollout's")
     cli.optim_flags(parser, batch_size=32, learning_rate=1e-4, muon_learning_rate=4e-4, max_steps=10, warmup_steps=0,
-                       schedule="constant", accumulation_steps=2, optimizer="adamw",
-                       unserved=("sophia", "schedulefree"))
+                    schedule="constant", accumulation_steps=2, optimizer="adamw",
+                    unserved=("sophia", "schedulefree"))
     cli.run_flags(parser, save_weight="ppo", eval_interval=5, save_interval=5, log_interval=1)
     parser.add_argument("--eval_prompts", type=whole, default=128, help="held-out prompts per evaluation")
     return parser.parse_args(argv)

@@ -66,9 +66,9 @@ def parse_args(argv=None):
     g.add_argument("--router_bias_rate", type=cli.positive(float, zero=True), default=0.001,
                    help="step of the routing bias (router with shared experts)")
     cli.switch(g, "--gradient_checkpointing", 0,
-                  "recompute activations in the backward pass: less memory, about 30%% slower")
+               "recompute activations in the backward pass: less memory, about 30%% slower")
     cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.01, warmup_steps=0.1,
-                       unserved=())
+                    unserved=())
     cli.sharding_flags(parser)
     cli.run_flags(parser, save_weight="pretrain", eval_interval=250, save_interval=500)
     parser.add_argument("--length_warmup", type=cli.positive(float, zero=True, below=1.001), default=0.0,
@@ -208,7 +208,7 @@ def main(args):
     progress = {"step": 0, "position": 0, "max_steps": max_steps}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
-        sharding.load_full_state(model, optimizer, state["model"], state["optimizer"])
+        sharding.load_full_state(model, optimizer, state["model"], state["optimizer"], optim.load_state)
         runtime.scaler.load_state_dict(state["scaler"])
         progress = state["progress"]
         del state  # twice the size of the weights, or more

@@ -52,7 +52,7 @@ def parse_args(argv=None):
     g.add_argument("--center_coef", type=cli.positive(float, zero=True), default=0.001,
                    help="weight of the term that keeps scores near 0")
     cli.optim_flags(parser, batch_size=32, learning_rate=3e-4, muon_learning_rate=1e-3, warmup_steps=0.05,
-                       optimizer="adamw")
+                    optimizer="adamw")
     cli.run_flags(parser, save_weight="reward", eval_interval=100, save_interval=200)
     parser.add_argument("--eval_batches", type=cli.positive(int), default=64, help="held-out batches per evaluation")
     cli.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")

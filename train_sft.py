@@ -55,7 +55,7 @@ def parse_args(argv=None):
     g.add_argument("--router_bias_rate", type=cli.positive(float, zero=True), default=0.001,
                    help="step of the routing bias (router with shared experts)")
     cli.switch(g, "--gradient_checkpointing", 0,
-                  "recompute activations in the backward pass: less memory, about 30%% slower")
+               "recompute activations in the backward pass: less memory, about 30%% slower")
     g = parser.add_argument_group("LoRA")
     g.add_argument("--lora_rank", type=cli.positive(int, zero=True), default=0,
                    help="train adapters of this rank beside frozen weights, 0 = train all weights")
@@ -67,7 +67,7 @@ def parse_args(argv=None):
                    help="share of an adapter's input that is dropped in training")
     cli.switch(g, "--merge", 1, "save the merged model with adapter/ in it; 0: the adapters alone")
     cli.optim_flags(parser, batch_size=8, learning_rate=2e-3, muon_learning_rate=0.01, warmup_steps=0.05,
-                       unserved=())
+                    unserved=())
     cli.sharding_flags(parser)
     cli.run_flags(parser, save_weight="sft", eval_interval=250, save_interval=500)
     parser.add_argument("--eval_batches", type=cli.positive(int), default=16, help="held-out batches per evaluation")
@@ -194,7 +194,7 @@ def main(args):
     progress = {"step": 0, "position": 0, "max_steps": max_steps}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
-        sharding.load_full_state(trained, optimizer, state["model"], state["optimizer"])
+        sharding.load_full_state(trained, optimizer, state["model"], state["optimizer"], optim.load_state)
         runtime.scaler.load_state_dict(state["scaler"])
         progress = state["progress"]
         del state  # twice the size of the weights, or more

@@ -85,6 +85,15 @@ RECIPES = {
 }
 
 
+def padded(pieces, length, pad_id):
+    """Pieces of a token stream as rows: (ids int64 [B,T], mask float [B,T], 1 on targets)."""
+    ids = np.full((len(pieces), length), pad_id, np.int64)  # [B,T]
+    mask = np.zeros(ids.shape, np.float32)  # [B,T]
+    for row, piece in enumerate(pieces):
+        ids[row, : len(piece)], mask[row, 1 : len(piece)] = piece, 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
 class Rows:
     """Training rows of a token stream in the order a recipe wants them."""
 
@@ -112,13 +121,8 @@ class Rows:
             windows = (len(stream) - 1) // (length - 1)
             chosen = places % windows if self.recipe.order == "text" else self._shuffled(windows, places)
             starts = chosen * (length - 1)
-        ids = np.full((count, length), self.data.tokenizer.pad_id, np.int64)  # [B,T]
-        mask = np.zeros(ids.shape, np.float32)  # [B,T]
-        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            piece = stream[start : min(end, start + length)]
-            ids[row, : len(piece)] = piece
-            mask[row, 1 : len(piece)] = 1
-        return torch.from_numpy(ids), torch.from_numpy(mask)
+        pieces = [stream[start : min(end, start + length)] for start, end in zip(starts, ends, strict=True)]
+        return padded(pieces, length, self.data.tokenizer.pad_id)
 
     def _shuffled(self, count, places):
         """Entries `places` of a shuffle of `count` items; there is one for each count."""
@@ -209,13 +213,9 @@ def prepare(args, folder):
     documents = [rest.tokens.items[start:end][:256] for start, end in zip(starts, starts[1:], strict=False)]
     held_out = []
     for low in range(0, len(documents), 32):
-        pieces = documents[low : low + 32]
-        ids = np.full((len(pieces), 256), tokenizer.pad_id, np.int64)  # [B,T]
-        mask = np.zeros(ids.shape, np.float32)
-        for row, piece in enumerate(pieces):
-            ids[row, : len(piece)], mask[row, 1 : len(piece)] = piece, 1
-        size = (rest.byte_lengths[ids] * (mask > 0)).sum(1)
-        held_out.append({"ids": torch.from_numpy(ids), "mask": torch.from_numpy(mask), "bytes": torch.from_numpy(size)})
+        ids, mask = padded(documents[low : low + 32], 256, tokenizer.pad_id)
+        size = (rest.byte_lengths[ids.numpy()] * (mask.numpy() > 0)).sum(1)
+        held_out.append({"ids": ids, "mask": mask, "bytes": torch.from_numpy(size)})
     return tokenizer, data, held_out
 
 

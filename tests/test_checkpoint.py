@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_args
+from conftest import cut, flip, run_args
 
 import checkpoint
 import common
@@ -98,16 +98,6 @@ def test_missing_checkpoint_is_answered_with_what_there_is(tmp_path):
     assert "'sft' not found" in str(error.value) and "there are: run;" in str(error.value)
     with pytest.raises(FileNotFoundError, match="there are: none; train that stage first"):
         checkpoint.find(tmp_path / "empty", "sft")
-
-
-def cut(file):
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 DAMAGES = [(flip, "model.safetensors", "model.safetensors has other bytes than were written"),

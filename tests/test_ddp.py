@@ -218,8 +218,7 @@ def test_shared_runs_resume_to_the_last_bit_and_in_any_other_way(stage, tmp_path
     flags = ["--optimizer", "adamw", "--schedule", "constant", "--warmup_steps", "2", "--from_resume", "1"]
     # an evaluation stands before the stop: it leaves FSDP's modules in another state than a step
     for mode in ("zero", "fsdp"):
-        own = [*flags, f"--{mode}", "1", "--dtype", "float32", "--eval_interval", "2", "--length_warmup", "0",
-               "--save_weight"]
+        own = [*flags, f"--{mode}", "1", "--dtype", "float32", "--eval_interval", "2", "--save_weight"]
         jobs += [("train_pretrain", stage("train_pretrain", *own, *others, kind="shared")[1])
                  for others in ((f"{mode} cut", "--max_steps", "2"), (f"{mode} cut",), (f"{mode} whole",))]
     # one process, then two with DDP, ZeRO and FSDP for a step each, then one again: as if it were one throughout

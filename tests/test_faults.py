@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import by_sum
+from conftest import by_sum, cut, flip
 from safetensors.torch import load_file
 from test_resume import STAGES, assert_same_run, lines, same
 
@@ -222,17 +222,6 @@ def test_disk_that_is_full_for_a_while_costs_neither_training_nor_a_line_of_the_
 
 
 # -- Damaged checkpoints -----------------------------------------------------------------------------------------------
-def cut(file):
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def flip(file):
-    """Change one bit in the middle, where the numbers are: neither torch.load nor safetensors would notice."""
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 16
-    file.write_bytes(content)
-
-
 @pytest.mark.parametrize("harm", [cut, flip])
 @pytest.mark.parametrize("file", ["model.safetensors", "resume/state.pt"])
 def test_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(run, capsys, harm, file):

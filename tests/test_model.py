@@ -588,6 +588,20 @@ def test_head_on_targets_only_equals_all_logits(monkeypatch, kind, pieces):
         assert model(ids, target_mask=mask, sum_targets=True) == total
 
 
+@pytest.mark.parametrize("summed", [False, True])
+def test_frozen_head_gets_no_gradient_and_changes_none(summed):
+    """Beside adapters, whose base is frozen."""
+    model, ids, mask = make_model("untied", torch.float64), random_ids(2, 9), torch.ones(2, 9)
+    found = []
+    for learns in (True, False):
+        model.zero_grad()
+        model.lm_head.requires_grad_(learns)
+        model(ids, target_mask=mask, sum_targets=summed).sum().backward()
+        assert (model.lm_head.weight.grad is not None) == learns
+        found.append(model.model.embed_tokens.weight.grad.clone())
+    assert torch.equal(*found) and found[0].any()
+
+
 def test_sum_of_no_target_is_zero_with_gradients_of_zero():
     model = make_model()
     model(random_ids(2, 5), target_mask=torch.zeros(2, 5), sum_targets=True).backward()

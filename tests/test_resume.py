@@ -144,12 +144,6 @@ def lines(folder):
             for row in logs.read_metrics(folder.parent / "logs" / folder.name)]
 
 
-def unscheduled(name):
-    """Flags without which a step would depend on --max_steps."""
-    rows = ["--length_warmup", "0"] if name == "train_pretrain" else []
-    return ["--schedule", "constant", "--warmup_steps", "2", *rows]
-
-
 def same(a, b):
     """Whether two nested states are equal bit by bit (NaN as well: DPO's table has it where nothing was asked)."""
     if isinstance(a, torch.Tensor):
@@ -406,7 +400,7 @@ def changing(tmp_path_factory, stage_of):
 
         def argv(processes, steps, *flags, name=name, folder=folder):
             return stage_of(folder, name, *STAGES[name], "--batch_size", str(4 // processes), "--max_steps", str(steps),
-                            *unscheduled(name), *flags)[1]
+                            "--schedule", "constant", "--warmup_steps", "0", *flags)[1]
 
         made[name] = folder, argv, drawn_by(name, argv(1, 2))
         jobs.append((name, argv(2, 4, "--from_resume", "1"), free_port(), str(folder / "drawn")))
@@ -441,7 +435,7 @@ def test_one_two_and_again_one_process_lose_no_sample_and_see_none_twice(changin
 # -- Other ends and beginnings -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", NAMES)
 def test_finished_run_can_be_made_longer(run, tmp_path, name):
-    flags = unscheduled(name)
+    flags = ["--schedule", "constant", "--warmup_steps", "2"]
     run(name, "whole", *flags)
     run(name, "short", *flags, "--max_steps", "3")
     run(name, "short", *flags, "--from_resume", "1")
