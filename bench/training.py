@@ -60,6 +60,7 @@ class Recipe:
     betas: tuple = (0.9, 0.95)
     momentum: float = 0.95
     momentum_warmup: int = 300
+    ns_steps: int = 5
     weight_decay: float = 0.0  # on matrices; with decay_all on everything
     decay_all: bool = False
     schedule: str = "linear"
@@ -152,7 +153,8 @@ def build_optimizer(recipe, model, dtype):
                             recipe.weight_decay, recipe.betas, dtype=dtype)
     for group in optimizer.param_groups:
         group["weight_decay"] = recipe.weight_decay if recipe.decay_all else group["weight_decay"]
-        group |= {"momentum": recipe.momentum, "momentum_warmup": recipe.momentum_warmup}  # only Muon reads them
+        # only Muon reads these
+        group |= {"momentum": recipe.momentum, "momentum_warmup": recipe.momentum_warmup, "ns_steps": recipe.ns_steps}
     return optimizer
 
 
@@ -188,8 +190,8 @@ def run_recipe(recipe, config, data, held_out, limit, timed, evaluations, seed, 
         targets = sum(mask[:, 1:].sum().item() for _, mask in batches)
         for ids, mask in batches:
             with autocast():
-                logp = model(ids, target_mask=mask)
-            (-logp.sum() / targets).backward()
+                total = model(ids, target_mask=mask, sum_targets=True)
+            (-total / targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -20,8 +20,9 @@ BF16_SPEEDUP = common.bf16_speedup()
 SENTENCES = ["What is 2 + 3? The answer is 5.", "Sure! It is a brown cat, and the dog is grey.",
              "请问 1 + 4 等于多少？答案是：5。", "好的！小猫是棕色的。",
              "Anna has three apples and gives away one.", "user assistant system"]
-KINDS = {"dense": {}, "moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
-         "shared": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_shared_experts=1)}
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+KINDS = {"dense": {}, "moe": EXPERTS, "shared": EXPERTS | {"n_shared_experts": 1}}
+TEACHER = dict(hidden_size=48, initializer_range=0.2)  # larger than a student, and with clear opinions
 
 
 @pytest.fixture(scope="session")
@@ -32,15 +33,15 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model_folder(tokenizer, tmp_path_factory):
-    """model_folder(kind) -> Path of a random two-layer model with its tokenizer; kind: dense, moe, shared."""
+    """model_folder(kind) -> Path of a random two-layer model with its tokenizer; kind: of KINDS, or teacher."""
     made = {}
 
     def folder(kind="dense"):
         if kind not in made:
-            config = ModelConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2,
-                                 num_attention_heads=2, num_key_value_heads=1, intermediate_size=64,
-                                 max_position_embeddings=256, bos_token_id=tokenizer.bos_id,
-                                 eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, **KINDS[kind])
+            shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         intermediate_size=64, max_position_embeddings=256) | (KINDS | {"teacher": TEACHER})[kind]
+            config = ModelConfig(vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id,
+                                 eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, **shape)
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 model = Transformer(config)
@@ -73,7 +74,7 @@ def run_args(folder, **changes):
 
 
 DATA = {"train_pretrain": "text", "train_sft": "chat", "train_reward": "pairs", "train_dpo": "pairs",
-        "train_ppo": "prompts", "train_grpo": "prompts"}
+        "train_ppo": "prompts", "train_grpo": "prompts", "train_distill": "text"}
 FEW = {"train_sft": ["--eval_prompts", "2", "--max_new_tokens", "4"],
        "train_dpo": ["--eval_prompts", "2", "--max_new_tokens", "4"],
        "train_ppo": ["--eval_prompts", "2", "--max_new_tokens", "4", "--rollout_size", "4"],
@@ -118,13 +119,14 @@ def stage(stage_of, tmp_path):
 @pytest.fixture(scope="session")
 def stage_of(model_folder, tokenizer):
     """stage_of(folder, name, *flags, kind="dense", rows=24, parent=None) -> (module, argv) of a small float64 run of a
-    training script, on its own data, into folder/out/run, from the weights in model_folder(kind) or `parent`."""
+    training script, on its own data (chats with the flags --stage sft), into folder/out/run, from the weights in
+    model_folder(kind) or `parent`."""
 
     def made(tmp_path, name, *flags, kind="dense", rows=24, parent=None):
         module = importlib.import_module(name)
         parent = parent or model_folder(kind)
         for part, numbers in {"train": range(rows), "held": range(rows, rows + 6)}.items():
-            lines = [json.dumps(data_row(DATA[name], i)) + "\n" for i in numbers]
+            lines = [json.dumps(data_row("chat" if "sft" in flags else DATA[name], i)) + "\n" for i in numbers]
             (tmp_path / f"{name}.{part}.jsonl").write_text("".join(lines))
         if name == "train_ppo":
             reward = ScalarHead.from_pretrained(parent)
@@ -136,6 +138,8 @@ def stage_of(model_folder, tokenizer):
             facts = {"metrics": {"accuracy": 0.9}, "score_mean": 0.0, "score_std": 1.0}
             checkpoint.write_minillm(tmp_path / "judge", facts)
             flags = ("--reward_weight", str(tmp_path / "judge"), *flags)
+        if name == "train_distill":
+            flags = ("--teacher", str(model_folder("teacher")), *flags)
         argv = ["--from_weight", str(parent), "--data_path", str(tmp_path / f"{name}.train.jsonl"),
                 "--val_path", str(tmp_path / f"{name}.held.jsonl"), "--save_dir", str(tmp_path / "out"),
                 "--save_weight", "run", "--cache_dir", str(tmp_path / "cache"), "--device", "cpu",

@@ -221,7 +221,7 @@ def test_shape_flags_that_contradict_the_weights_are_refused(start):
 # heading of each stage's table
 SHOWN = {"train_pretrain": "token target trained?", "train_sft": "token target trained?",
          "train_reward": "token scored?", "train_dpo": "token target trained?", "train_ppo": "token trained?",
-         "train_grpo": "token trained?"}
+         "train_grpo": "token trained?", "train_distill": "token target trained?"}
 
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -242,7 +242,7 @@ def test_two_samples_are_shown_with_what_is_trained_and_the_run_goes_on(name, st
         assert f"{len(marked)} of " in lines[0], "the table is whole, so it agrees with the count above it"
         if pairs:
             assert ("chosen", "rejected")[number % 2] in lines[0]
-        if name == "train_pretrain":
+        if name in ("train_pretrain", "train_distill"):
             assert len(marked) == len(rows)
         elif name == "train_reward":
             assert len(marked) == 1 and rows[-1].startswith("'<|im_end|>'")
@@ -280,6 +280,7 @@ def test_default_rates_and_schedule_fit_the_optimizer(name, parser_of):
 
 @pytest.mark.parametrize("name, optimizer", [
     ("train_reward", "sophia"), ("train_dpo", "sophia"), ("train_ppo", "sophia"), ("train_grpo", "sophia"),
+    ("train_distill", "sophia"),
     ("train_ppo", "schedulefree"), ("train_grpo", "schedulefree")])
 def test_optimizer_that_a_stage_cannot_serve_is_refused(name, optimizer, capsys):
     with pytest.raises(SystemExit) as stop:

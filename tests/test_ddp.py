@@ -54,6 +54,8 @@ CASES = {
     "pretrain fp32": ("train_pretrain", "dense", ["--dtype", "float32"]),
     "reward moe": ("train_reward", "moe", []),
     "dpo shared": ("train_dpo", "shared", []),
+    "distill moe": ("train_distill", "moe", ["--alpha", "0.5", "--temperature", "2"]),
+    "distill sft shared": ("train_distill", "shared", ["--stage", "sft"]),
     "pretrain dense zero": ("train_pretrain", "dense", ["--optimizer", "adamw", "--zero", "1"]),
     "pretrain moe zero": ("train_pretrain", "moe", ["--optimizer", "adamw", "--zero", "1"]),
     "sft shared zero": ("train_sft", "shared", ["--optimizer", "adamw", "--zero", "1"]),
@@ -147,7 +149,7 @@ def results(request, tmp_path_factory, model_folder, stage_of):
     for case, (name, kind, flags) in CASES.items():
         tmp_path = tmp_path_factory.mktemp("ddp")
         parent = dead_expert(model_folder("shared"), tmp_path / "dead") if kind == "dead" else None
-        balance = BALANCE if name in ("train_pretrain", "train_sft") else []
+        balance = BALANCE if BALANCE[0] in ACCUMULATED[name] else []
         flags = ["--accumulation_steps", "2", "--max_steps", "5", *balance, *flags]
         options = dict(kind="dense" if parent else kind, parent=parent)
         worlds = [world for world in (2, 4) if (case, world) in wanted]
@@ -272,11 +274,12 @@ def test_dead_expert_neither_hangs_nor_moves(results):
 
 
 ACCUMULATED = {"train_pretrain": BALANCE, "train_sft": BALANCE, "train_reward": [], "train_dpo": [],
-               "train_ppo": ["--target_kl", "0"], "train_grpo": ["--beta", "0.1"]}
+               "train_ppo": ["--target_kl", "0"], "train_grpo": ["--beta", "0.1"],
+               "train_distill": [*BALANCE, "--alpha", "0.5", "--reverse", "1"]}
 
 
 @pytest.mark.parametrize("name, kind", [(name, kind) for name in ACCUMULATED for kind in ("dense", "moe", "shared")
-                                        if kind != "shared" or name in ("train_pretrain", "train_sft")])
+                                        if kind != "shared" or BALANCE[0] in ACCUMULATED[name]])
 def test_accumulation_equals_a_larger_batch(stage, tmp_path, monkeypatch, name, kind):
     """The gradient of every step, and the weights and the log after three; rows are of unequal length."""
     monkeypatch.setattr(train_grpo, "reward_correct", by_sum)

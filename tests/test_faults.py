@@ -28,6 +28,7 @@ from test_resume import STAGES, assert_same_run, lines, same
 import checkpoint
 import common
 import logs
+import train_distill
 import train_dpo
 import train_grpo
 import train_ppo
@@ -69,7 +70,8 @@ def run(stage, monkeypatch, tmp_path):
 # -- Numbers that are not finite ---------------------------------------------------------------------------------------
 LOSSES = {"train_pretrain": (Transformer, "forward"), "train_sft": (Transformer, "forward"),
           "train_reward": (train_reward, "pairwise_loss"), "train_dpo": (train_dpo, "dpo_loss"),
-          "train_ppo": (train_ppo, "policy_loss"), "train_grpo": (train_grpo, "grpo_loss")}
+          "train_ppo": (train_ppo, "policy_loss"), "train_grpo": (train_grpo, "grpo_loss"),
+          "train_distill": (train_distill, "distill_kl")}
 
 
 class Poison:
