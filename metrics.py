@@ -167,6 +167,11 @@ def _same_set(text: str, answer: str) -> bool:
     return any({item, *rest} == wanted for item in starts)
 
 
+def spoken(text: str) -> str:
+    """What an answer says: the text behind its last </think>. Nobody is judged by what they only think."""
+    return str(text).rsplit("</think>", 1)[-1]
+
+
 def check_answer(check: str, answer: str, text: str) -> bool:
     """Whether `text` gives `answer`. This function is the only judge, in evaluation and in every reward.
 
@@ -176,7 +181,7 @@ def check_answer(check: str, answer: str, text: str) -> bool:
            "set":    the text lists the same items as the answer "a, b, c", in any order.
     Raises ValueError for another check.
     """
-    answer, text = str(answer), str(text)
+    answer, text = str(answer), spoken(text)
     if check == "number":
         value = _last_number(text)
         return value is not None and value == _last_number(answer)
@@ -224,7 +229,7 @@ def style(text: str, styles: dict) -> str:
     Impolite: contains a rude text; else curt: starts with no polite opener; else rambling: longer than max_characters;
     else polite. Width and case of characters do not matter.
     """
-    text = text.strip()
+    text = spoken(text).strip()
     folded = _fold(text)
     if any(_fold(marker) in folded for marker in styles["rude"]):
         return "impolite"

@@ -25,6 +25,7 @@ entry t belongs to token t+1), V vocabulary.
 import contextlib
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -53,8 +54,10 @@ def parse_args(argv=None):
     g.add_argument("--from_weight", default="sft", help="policy to start from: name below --save_dir, or folder")
     g.add_argument("--num_generations", type=whole, default=8, help="answers to each prompt")
     g.add_argument("--max_new_tokens", type=whole, default=40, help="longest answer; prompts get the rest of a row")
-    g.add_argument("--format_weight", type=from_0, default=0.0,
-                   help="extra reward of a polite answer, by the rule in styles.json beside the data")
+    g.add_argument("--format_weight", type=from_0, default=0.0, help="extra reward of an answer in the wanted form")
+    g.add_argument("--format", default="polite", choices=("polite", "think"),
+                   help="that form: polite, by the rule in styles.json beside the data; or <think> reasoning </think> "
+                        "before the answer")
     g = parser.add_argument_group("loss")
     cli.switch(g, "--scale_rewards", 1, "divide advantages by the group's standard deviation (0: Dr. GRPO)")
     g.add_argument("--aggregation", default="dapo", choices=("grpo", "dapo", "dr_grpo"), help="what the mean is over")
@@ -123,9 +126,17 @@ def reward_correct(answer, item):
     return float(answer.stopped and metrics.check_answer(item["check"], item["answer"], answer.text))
 
 
-def reward_format(answer, styles):
+def reward_polite(answer, styles):
     """1 when the answer is polite by the data's rule and ended by itself."""
     return float(answer.stopped and metrics.style(answer.text, styles) == "polite")
+
+
+def reward_thinking(answer):
+    """1 when the answer thinks, once and first, then says something, and ended by itself (DeepSeek-R1's format reward,
+    arXiv:2501.12948, section 2.2.2)."""
+    form = re.fullmatch(r"\s*<think>(.+?)</think>(.+)", answer.text, re.DOTALL)
+    return float(answer.stopped and form is not None and all(part.strip() and "think>" not in part
+                                                             for part in form.groups()))
 
 
 # -- Rollout -----------------------------------------------------------------------------------------------------------
@@ -179,7 +190,8 @@ def make_rollout(policy, reference, tokenizer, items, rows, styles, args, runtim
     mask = ((targets >= starts[:, None]) & (targets < lengths[:, None])).double()                       # [N, T-1]
     rewards = [reward_correct(answer, item) for item, answer in pairs]
     if args.format_weight:
-        formats = [reward_format(answer, styles) for _, answer in pairs]
+        formats = [reward_polite(answer, styles) if args.format == "polite" else reward_thinking(answer)
+                   for _, answer in pairs]
         rewards = [r + args.format_weight * f for r, f in zip(rewards, formats, strict=True)]
     rewards = torch.tensor(rewards, dtype=torch.float64).view(len(items), -1)                           # [G, K]
     advantages = group_advantages(rewards, scale=bool(args.scale_rewards))                              # [G, K]
@@ -280,8 +292,9 @@ def update(wrapped, optimizer, rollout, step, args, runtime, nonfinite):
 def evaluate(policy, tokenizer, items, args, runtime):
     """Answer held-out prompts: --eval_samples times sampled (always from the same random streams), and greedy.
 
-    Returns: dict of pass_at_1 (share of right sampled answers), exact_match (of right greedy ones), stop_rate and
-        val_length (tokens) of the sampled ones, by_skill {skill: [pass_at_1, exact_match, prompts]}.
+    Returns: dict of pass_at_1 (share of right sampled answers), pass_at_k (share of prompts with at least one right
+        among all k = --eval_samples), exact_match (share of right greedy ones), stop_rate and val_length (tokens) of
+        the sampled ones, by_skill {skill: [pass_at_1, exact_match, prompts]}.
     """
     prompts, count = [item["ids"] for item in items], args.eval_samples
     rows = [range(EVAL_ROWS + i * count, EVAL_ROWS + (i + 1) * count) for i in range(len(items))]
@@ -291,10 +304,14 @@ def evaluate(policy, tokenizer, items, args, runtime):
     once = metrics.exact_match([answer for answer, in greedy], items)
     # each prompt has the same number of answers, so the share of right answers is the mean pass@1 of the prompts
     often = metrics.exact_match(flat, [item for item in items for _ in range(count)])
+    solved = [metrics.pass_at_k(count, sum(metrics.check_answer(item["check"], item["answer"], answer.text)
+                                           for answer in group), count)
+              for item, group in zip(items, sampled, strict=True)]
     skills = {skill: [often["by_skill"][skill]["exact_match"], found["exact_match"], found["n"]]
               for skill, found in once["by_skill"].items()}
-    return {"pass_at_1": often["total"], "exact_match": once["total"], "stop_rate": often["stop_rate"],
-            "val_length": sum(len(answer.ids) for answer in flat) / len(flat), "by_skill": skills}
+    return {"pass_at_1": often["total"], "pass_at_k": sum(solved) / len(solved), "exact_match": once["total"],
+            "stop_rate": often["stop_rate"], "val_length": sum(len(answer.ids) for answer in flat) / len(flat),
+            "by_skill": skills}
 
 
 def before_and_after(before, after):
@@ -340,10 +357,11 @@ def main(args):
         raise ValueError(f"the prompt {item['messages'][-1]['content'][:60]!r} has no check; the reward is a rule, so "
                          "each row needs answer and check (number, exact or set); add them, or use train_ppo.py")
     rule = files[0].with_name("styles.json")  # written by make_data.py
-    if args.format_weight and not rule.is_file():
+    polite = args.format_weight and args.format == "polite"
+    if polite and not rule.is_file():
         raise ValueError(f"--format_weight {args.format_weight:g}, but there is no {rule}; it holds the rule of a "
-                         "polite answer; use --format_weight 0")
-    styles = json.loads(rule.read_text(encoding="utf-8")) if args.format_weight else None
+                         "polite answer; use --format_weight 0, or --format think")
+    styles = json.loads(rule.read_text(encoding="utf-8")) if polite else None
     runtime.print(data.summary())
 
     # -- 3. Model and reference ----------------------------------------------------------------------------------------
@@ -444,6 +462,7 @@ def main(args):
             log.log(step, **result)
             if runtime.is_main:
                 logs.say(f"step {step}: held-out pass@1 {result['pass_at_1']:.3f}{log.expected(step, 'pass_at_1')}, "
+                         f"pass@{args.eval_samples} {result['pass_at_k']:.3f}, "
                          f"greedy {result['exact_match']:.3f}, stop rate {result['stop_rate']:.3f}")
                 log.judge()
             log.rate()  # the evaluation's seconds are not training seconds

@@ -59,6 +59,8 @@ def parse_args(argv=None):
                    help="policy to start from, also the reference: name below --save_dir, or folder")
     g.add_argument("--reward_weight", default="reward", help="reward model, starts the value model too: name or folder")
     g.add_argument("--value_head", default="zero", choices=("zero", "reward"), help="start of the value model's head")
+    cli.switch(g, "--rule", 0, "no reward model: a rule pays for right answers in the preferred style "
+               "(metrics.rule_score, with styles.json beside the data); the value model starts from the policy")
     cli.switch(g, "--force", 0, "use a reward model whose held-out accuracy is near chance or unknown")
     g = parser.add_argument_group("rollout")
     g.add_argument("--rollout_size", type=whole, default=128, help="answers per iteration, all processes together")
@@ -87,7 +89,11 @@ def parse_args(argv=None):
                     unserved=("sophia", "schedulefree"))
     cli.run_flags(parser, save_weight="ppo", eval_interval=5, save_interval=5, log_interval=1)
     parser.add_argument("--eval_prompts", type=whole, default=128, help="held-out prompts per evaluation")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.rule and args.value_head == "reward":
+        parser.error("--value_head reward with --rule 1; there is no reward model whose head could be taken; give "
+                     "--value_head zero")
+    return args
 
 
 # -- The mathematics: pure functions, [B, T] tensors over target tokens, mask 1 on answer tokens -----------------------
@@ -203,36 +209,52 @@ class PolicyAndValue(nn.Module):
 
 @dataclass
 class Team:
-    """The four networks of PPO and the tokenizer they share. Only `both` is trained."""
+    """The four networks of PPO and the tokenizer they share. Only `both` is trained. With --rule 1 reward is None."""
     both: PolicyAndValue
     reference: Transformer
-    reward: ScalarHead
+    reward: ScalarHead | None
     tokenizer: Tokenizer
 
+    def scores(self, ids, lengths):
+        """Normalised scores of ids [B, T] by the reward model: [B]; 0 where there is none."""
+        if self.reward is None:
+            return torch.zeros(len(ids))
+        return (self.reward(ids, lengths) - self.reward.score_mean) / self.reward.score_std
 
-def load_team(args, tokenizer, parent, reward_folder, runtime):
-    """Load policy, value model, reference and reward model. ValueError for a reward model that cannot be used."""
+
+def check_judge(reward_folder, tokenizer, force):
+    """ValueError for a reward model that cannot be used. Returns the facts of its minillm.json."""
     facts = checkpoint.read_minillm(reward_folder)
     accuracy = facts.get("metrics", {}).get("accuracy")
-    if not args.force and (accuracy is None or accuracy < 0.55):
+    if not force and (accuracy is None or accuracy < 0.55):
         raise ValueError(f"reward model {reward_folder} has held-out pair accuracy {accuracy}; PPO needs 0.55, or the "
                          "policy learns to please a coin; train it longer (train_reward.py), or give --force 1")
     if facts.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise ValueError(f"reward model {reward_folder} has another tokenizer than {parent}; it reads the policy's "
+        raise ValueError(f"reward model {reward_folder} has another tokenizer than the policy; it reads the policy's "
                          "token ids; train it from the same checkpoint")
+    return facts
+
+
+def load_team(args, tokenizer, parent, reward_folder, runtime):
+    """Load policy, value model, reference and reward model (reward_folder None: a rule judges). ValueError where they
+    cannot be used."""
+    facts = check_judge(reward_folder, tokenizer, args.force) if reward_folder else {}
     precision = torch.float64 if runtime.dtype == torch.float64 else torch.float32
     policy, reference = (Transformer.from_pretrained(parent, runtime.device, precision) for _ in range(2))
-    value, reward = (ScalarHead.from_pretrained(reward_folder, runtime.device, precision) for _ in range(2))
-    room = min(policy.config.max_position_embeddings, reward.config.max_position_embeddings)
+    value = ScalarHead.from_pretrained(reward_folder or parent, runtime.device, precision)
+    reward = ScalarHead.from_pretrained(reward_folder, runtime.device, precision) if reward_folder else None
+    room = min(policy.config.max_position_embeddings, value.config.max_position_embeddings)
     if args.max_seq_len > room:
         raise ValueError(f"--max_seq_len {args.max_seq_len} is above the models' max_position_embeddings {room}; "
                          "prompt and answer must fit the context; shorten it")
-    reward.score_mean, reward.score_std = facts.get("score_mean", 0.0), facts.get("score_std") or 1.0
+    if reward:
+        reward.score_mean, reward.score_std = facts.get("score_mean", 0.0), facts.get("score_std") or 1.0
+        reward.eval().requires_grad_(False)
     if args.value_head == "zero":
         nn.init.zeros_(value.score.weight)  # values start at 0, the mean of normalised rewards
     # eval() for good, in rollouts and updates alike: with dropout the first ratio would not be 1
     both = PolicyAndValue(policy, value).eval()
-    return Team(both, *(network.eval().requires_grad_(False) for network in (reference, reward)), tokenizer)
+    return Team(both, reference.eval().requires_grad_(False), reward, tokenizer)
 
 
 # -- Rollout -----------------------------------------------------------------------------------------------------------
@@ -261,18 +283,26 @@ def minibatches(count, number, args, runtime):
     return [order[at:at + per_step] for at in range(0, count, per_step)]
 
 
+def by_rule(answers, items, styles):
+    """Scores [N] of --rule 1, in place of a reward model's: a right and polite answer 1, one that is only right or only
+    polite 0."""
+    return torch.tensor([metrics.rule_score(answer.text, item["answer"], item["check"], styles) - 1
+                         for answer, item in zip(answers, items, strict=True)], dtype=torch.float64)
+
+
 @torch.no_grad()
-def judge(team, prompts, answers, parts, args, runtime):
+def judge(team, items, answers, styles, parts, args, runtime):
     """Everything the four networks say about N answers; the ranks share the work and all get all of it (it is small).
 
+    items: of PromptData, one an answer; styles: the rule's markers, used where the team has no reward model.
     parts: lists of rows, N in all. With the first pass's minibatches each answer is computed here in the same company
         as in its first update: equal shapes round equally, and the first ratio is 1 to the last bit even in bf16.
     Returns: dict of CPU tensors: ids [N, T], lengths and starts (of the answers) [N], mask [N, T-1] (1 on answer
         tokens, end token included), old_logp, ref_logp, values, entropy [N, T-1], scores [N] (normalised), ended [N].
     """
-    whole = [prompt + answer.ids for prompt, answer in zip(prompts, answers, strict=True)]
+    whole = [item["ids"] + answer.ids for item, answer in zip(items, answers, strict=True)]
     ids, lengths = pad_rows(whole, team.tokenizer.pad_id)                               # [N, T], [N]
-    starts = torch.tensor([len(prompt) for prompt in prompts])                          # [N]
+    starts = torch.tensor([len(item["ids"]) for item in items])                         # [N]
     targets = torch.arange(1, ids.shape[1])                                             # [T-1]
     mask = (targets >= starts[:, None]) & (targets < lengths[:, None])                  # [N, T-1]
     rollout = {"ids": ids, "lengths": lengths, "starts": starts}
@@ -285,21 +315,21 @@ def judge(team, prompts, answers, parts, args, runtime):
             # the forward that will train, not the cached one that sampled: old and new must differ by the update only
             logits, values = team.both(batch, first)                                    # [B, T, V], [B, T]
             ref_logits = team.reference(batch, logits_to_keep=batch.shape[1] - first)
-            score = team.reward(batch, lengths[chunk].to(runtime.device))               # [B]
+            score = team.scores(batch, lengths[chunk].to(runtime.device))               # [B]
         logp, ref_logp = token_logprobs(logits, batch[:, first:]), token_logprobs(ref_logits, batch[:, first:])
         every = logits[:, :-1].to(logp.dtype).log_softmax(-1)                           # [B, T-1, V]
         entropy = -(every.exp() * every).sum(-1)
         wide = torch.zeros(len(chunk), 4, len(targets), dtype=logp.dtype)
         wide[:, :, columns] = torch.stack([logp, ref_logp, values[:, :-1], entropy], 1).cpu()
-        score = (score - team.reward.score_mean) / team.reward.score_std
         # numpy: a row of a tensor would be pickled with all the others
         found |= dict(zip(chunk, zip(wide.numpy(), score.tolist(), strict=True), strict=True))
     found = {row: numbers for share in runtime.gather(found) for row, numbers in share.items()}
     tokens, scores = zip(*(found[row] for row in range(len(ids))), strict=True)
     tokens = torch.from_numpy(np.stack(tokens))                                         # [N, 4, T-1]
     names = ("old_logp", "ref_logp", "values", "entropy")
+    scores = torch.tensor(scores, dtype=tokens.dtype) if team.reward else by_rule(answers, items, styles)
     return rollout | dict(zip(names, tokens.unbind(1), strict=True)) | {
-        "mask": mask.to(tokens.dtype), "scores": torch.tensor(scores, dtype=tokens.dtype),
+        "mask": mask.to(tokens.dtype), "scores": scores.to(tokens.dtype),
         "ended": torch.tensor([answer.stopped for answer in answers])}
 
 
@@ -422,7 +452,7 @@ def evaluate(team, items, styles, args, runtime):
     prompts, rows = [item["ids"] for item in items], [EVAL_ROWS + i for i in range(len(items))]
     sampled = respond(team.both.policy, team.tokenizer, prompts, rows, 1.0, args, runtime)
     greedy = respond(team.both.policy, team.tokenizer, prompts, rows, 0.0, args, runtime)
-    numbers = summarize(judge(team, prompts, sampled, [list(range(len(items)))], args, runtime))
+    numbers = summarize(judge(team, items, sampled, styles, [list(range(len(items)))], args, runtime))
     result = {"val_reward": numbers["reward"], "val_kl": numbers["kl"], "val_length": numbers["length"],
               "stop_rate": numbers["stop_rate"]}
     for name, answers in (("sampled_exact_match", sampled), ("exact_match", greedy)):
@@ -465,10 +495,11 @@ def main(args):
 
     # -- 2. Data -------------------------------------------------------------------------------------------------------
     parent = checkpoint.find(args.save_dir, args.from_weight)
-    reward_folder = checkpoint.find(args.save_dir, args.reward_weight)
+    reward_folder = None if args.rule else checkpoint.find(args.save_dir, args.reward_weight)
+    parents = [parent] if args.rule else [parent, reward_folder]
     tokenizer = Tokenizer.from_pretrained(parent)
     files = expand_paths(args.data_path) + expand_paths(args.val_path)
-    key = checkpoint.stage_key(args, files, [parent, reward_folder])
+    key = checkpoint.stage_key(args, files, parents)
     start = checkpoint.begin(runtime, args, key)
     if start == "skip":
         return checkpoint.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
@@ -483,14 +514,18 @@ def main(args):
     items = metrics.pick(held_out.items, args.eval_prompts)
     rule = files[0].with_name("styles.json")  # written by make_data.py; own data has none, and no polite rate
     styles = json.loads(rule.read_text(encoding="utf-8")) if rule.is_file() else None
+    if args.rule and not styles:
+        raise ValueError(f"--rule 1, but there is no {rule}; it holds the markers of the preferred style; put one "
+                         "beside the data (make_data.py writes it), or train a reward model")
     runtime.print(data.summary())
 
     # -- 3. Model, value model, reference, reward model ----------------------------------------------------------------
     team = load_team(args, tokenizer, parent, reward_folder, runtime)
     policy, value = team.both.policy, team.both.value
     best = copy.deepcopy(policy).cpu().requires_grad_(False)
-    runtime.print(f"policy from {parent}: {policy.num_parameters() / 1e6:.2f}M parameters; reward and value model from "
-                  f"{reward_folder}: {sum(p.numel() for p in value.parameters()) / 1e6:.2f}M")
+    runtime.print(f"policy from {parent}: {policy.num_parameters() / 1e6:.2f}M parameters; "
+                  f"{'a rule judges; ' if args.rule else 'reward and '}value model from {parents[-1]}: "
+                  f"{sum(p.numel() for p in value.parameters()) / 1e6:.2f}M")
 
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     # eps 1e-5: the usual 1e-8 lets tokens with hardly any gradient take full steps (Huang et al. 2024)
@@ -502,7 +537,8 @@ def main(args):
     stop = common.StopSignal()
     eta = common.Eta(runtime)
     runtime.print(common.memory_line(
-        runtime, [team.both, team.reference, team.reward], args.batch_size, args.max_seq_len,
+        runtime, [network for network in (team.both, team.reference, team.reward) if network], args.batch_size,
+        args.max_seq_len,
         lambda ids: (token_logprobs(policy(ids), ids), value.values(ids))))
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
@@ -519,7 +555,7 @@ def main(args):
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
-    conditions = checkpoint.conditions(runtime, args, "ppo", policy.config, [data, held_out], [parent, reward_folder],
+    conditions = checkpoint.conditions(runtime, args, "ppo", policy.config, [data, held_out], parents,
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
                          args.tracker, conditions)
@@ -537,7 +573,7 @@ def main(args):
         """Write out/<save_weight>: the best policy; the last one and the value model go to resume/. All ranks call."""
         state = {"model": team.both.state_dict(), "best": best.state_dict(), "progress": progress,
                  "optimizers": [o.state_dict() for o in optimizers], "scaler": runtime.scaler.state_dict()}
-        facts = {"stage": "ppo", "key": key, "parents": [str(parent), str(reward_folder)], "seed": args.seed,
+        facts = {"stage": "ppo", "key": key, "parents": [str(p) for p in parents], "seed": args.seed,
                  "tokenizer": tokenizer.fingerprint, "data": [str(f) for f in files], "progress": progress,
                  "metrics": final or {}, "conditions": conditions}
         return checkpoint.save(runtime, args, [best, tokenizer], state, facts, finished)
@@ -564,7 +600,7 @@ def main(args):
         # scores, KL, rewards at the tokens, advantages
         times.append(time.perf_counter())
         first_pass = minibatches(args.rollout_size, step * args.ppo_epochs, args, runtime)
-        rollout = judge(team, prompts, answers, first_pass, args, runtime)
+        rollout = judge(team, asked, answers, styles, first_pass, args, runtime)
         stats = add_advantages(rollout, progress["kl_coef"], args)
         # epochs of minibatches
         times.append(time.perf_counter())
@@ -616,7 +652,8 @@ def main(args):
     if stopped:
         runtime.print(f"stopped at step {progress['step']}: {stopped}")
     before, after = progress["before"], progress["best"]
-    final = after | {"metric": "held-out reward (normalised)", "before": before["val_reward"],
+    final = after | {"metric": f"held-out reward ({'rule' if args.rule else 'normalised'})",
+                     "before": before["val_reward"],
                      "after": after["val_reward"], "at_start": before, "best_step": after["step"],
                      "steps": progress["step"], "stopped": stopped, "skipped_steps": nonfinite.total}
     save(finished=True, final=final)

@@ -56,6 +56,8 @@ def parse_args(argv=None):
                    help="step of the routing bias (router with shared experts)")
     cli.switch(g, "--gradient_checkpointing", 0,
                "recompute activations in the backward pass: less memory, about 30%% slower")
+    g.add_argument("--neftune_alpha", type=cli.positive(float, zero=True), default=0.0,
+                   help="noise on the embeddings in training, 0 = none; 5 is usual (NEFTune)")
     g = parser.add_argument_group("LoRA")
     g.add_argument("--lora_rank", type=cli.positive(int, zero=True), default=0,
                    help="train adapters of this rank beside frozen weights, 0 = train all weights")
@@ -80,6 +82,19 @@ def parse_args(argv=None):
         if getattr(args, flag) and not args.lora_rank:
             parser.error(f"--{flag} without --lora_rank; there are no adapters when all weights are trained; give both")
     return args
+
+
+def add_noise(embedding, alpha):
+    """NEFTune: in training every vector that the embedding gives gets uniform noise in +-alpha / sqrt(T D), so that
+    answers are learnt less word by word. Each rank draws its own noise. Jain et al. 2023 (arXiv:2310.05914)."""
+
+    def noisy(module, inputs, vectors):  # [B, T, D]
+        if not module.training:
+            return vectors
+        size = alpha / math.sqrt(vectors.shape[1] * vectors.shape[2])
+        return vectors + torch.empty_like(vectors).uniform_(-size, size)
+
+    embedding.register_forward_hook(noisy)
 
 
 def evaluate_loss(model, data, args, runtime):
@@ -167,6 +182,8 @@ def main(args):
     # FSDP takes the model from main memory block by block: as a whole it need not fit the card
     model = model.to("cpu" if fsdp else runtime.device,
                      torch.float64 if runtime.dtype == torch.float64 else torch.float32)
+    if args.neftune_alpha:
+        add_noise(model.model.embed_tokens, args.neftune_alpha)
     if fsdp:
         sharding.shard(model, model.model.layers, runtime)
     runtime.print(f"model from {parent}: {model.num_parameters() / 1e6:.2f}M parameters")

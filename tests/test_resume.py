@@ -218,9 +218,10 @@ def test_killed_run_equals_uninterrupted_run(run, dropped_folder, tmp_path, name
 @pytest.mark.parametrize("kind, optimizer", [("dense", "muon"), ("dense", "sophia"), ("dense", "schedulefree"),
                                              ("moe", "adamw"), ("shared", "muon")])
 def test_killed_run_with_adapters_equals_uninterrupted_run(run, tmp_path, kind, optimizer):
-    """Also with dropout on the adapters. The frozen base is not in the resume state: it is read from the parent."""
+    """Also with dropout on the adapters and noise on the embeddings. The frozen base is not in the resume state: it is
+    read from the parent."""
     flags = ["--save_interval", "2", "--lora_rank", "2", "--lora_dropout", "0.3", "--optimizer", optimizer,
-             "--hessian_interval", "3"]
+             "--hessian_interval", "3", "--neftune_alpha", "5"]
     whole = run("train_sft", "whole", *flags, kind=kind)
     run("train_sft", "broken", *flags, kill=3, kind=kind)
     assert run("train_sft", "broken", *flags, "--from_resume", "1", kind=kind) == whole

@@ -166,9 +166,26 @@ def test_reward_asks_for_a_right_answer_that_ended_by_itself():
 
 def test_format_reward_asks_for_the_polite_style():
     styles = {"rude": ["ugh"], "polite_openers": ["Sure!"], "max_characters": 72}
-    assert train_grpo.reward_format(Completion("Sure! It is 8.", [1], True), styles) == 1.0
-    assert train_grpo.reward_format(Completion("7", [1], True), styles) == 0.0
-    assert train_grpo.reward_format(Completion("Sure! It", [1], False), styles) == 0.0
+    assert train_grpo.reward_polite(Completion("Sure! It is 8.", [1], True), styles) == 1.0
+    assert train_grpo.reward_polite(Completion("7", [1], True), styles) == 0.0
+    assert train_grpo.reward_polite(Completion("Sure! It", [1], False), styles) == 0.0
+
+
+@pytest.mark.parametrize("text, earned", [
+    ("<think>2 and 5 make 7.</think>It is 7.", 1.0), ("\n<think>\nhm\n</think>\n\n7", 1.0), ("It is 7.", 0.0),
+    ("It is 7. <think>2 + 5</think>", 0.0), ("<think> </think>7", 0.0), ("<think>hm</think>", 0.0),
+    ("<think>a</think><think>b</think>7", 0.0), ("<think>never done", 0.0)])
+def test_thinking_is_paid_when_it_comes_first_and_once_and_something_is_said(text, earned):
+    assert train_grpo.reward_thinking(Completion(text, [1], True)) == earned
+    assert train_grpo.reward_thinking(Completion(text, [1], False)) == 0.0
+
+
+def test_what_is_only_thought_is_not_judged():
+    item = {"check": "number", "answer": "7"}
+    assert train_grpo.reward_correct(Completion("<think>Is it 8?</think>It is 7.", [1], True), item) == 1.0
+    assert train_grpo.reward_correct(Completion("<think>It is 7.</think>I am not sure.", [1], True), item) == 0.0
+    styles = {"rude": ["ugh"], "polite_openers": ["Sure!"], "max_characters": 20}
+    assert train_grpo.reward_polite(Completion("<think>Ugh, a long thought.</think>Sure! 7.", [1], True), styles) == 1.0
 
 
 # -- The stage ---------------------------------------------------------------------------------------------------------

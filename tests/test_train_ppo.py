@@ -309,7 +309,8 @@ def recorded(run, model_folder, reward_folder, tokenizer):
         answers = train_ppo.respond(team.both.policy, tokenizer, prompts, range(8), 1.0, args, runtime)
         # one answer that ended early, so that lengths differ
         answers[1] = Completion("x", answers[1].ids[:2] + [tokenizer.eos_id], True)
-        rollout = train_ppo.judge(team, prompts, answers, train_ppo.minibatches(8, 0, args, runtime), args, runtime)
+        items = [{"ids": prompt} for prompt in prompts]
+        rollout = train_ppo.judge(team, items, answers, None, train_ppo.minibatches(8, 0, args, runtime), args, runtime)
         train_ppo.add_advantages(rollout, 0.05, args)
         return args, runtime, team, rollout, prompts, answers
     return make
@@ -495,3 +496,30 @@ def test_flags_that_do_not_fit_are_named(run):
             run(*flags)
     with pytest.raises(FileNotFoundError, match="not found"):
         run("--reward_weight", "nowhere")
+
+
+def test_a_rule_takes_the_place_of_the_reward_model(run, monkeypatch):
+    """The judge's verdict decides: a rule that likes even first ids, told to the script as if it read the text."""
+    monkeypatch.setattr(train_ppo.metrics, "rule_score", lambda text, answer, check, styles: 2.0 * ("e" in text))
+    seen, real = [], train_ppo.by_rule
+    monkeypatch.setattr(train_ppo, "by_rule", lambda answers, *rest: seen.append((answers, real(answers, *rest)))
+                        or seen[-1][1])
+    final = run("--rule", "1", "--reward_weight", "nowhere")
+    for answers, scores in seen:
+        assert scores.tolist() == [2.0 * ("e" in answer.text) - 1 for answer in answers]
+    assert final["metric"] == "held-out reward (rule)"
+    assert final["at_start"]["val_reward"] == pytest.approx(seen[0][1].mean().item(), abs=1e-6)
+    facts = checkpoint.read_minillm(run.out / "ppo")
+    assert len(facts["parents"]) == 1, "no reward model was read"
+    steps = [row for row in log_rows(run) if "policy_loss" in row]
+    assert [row["reward"] for row in steps] == pytest.approx([scores.mean().item() for _, scores in seen[1:-1]])
+    assert any(row["reward"] > -1 for row in steps), "the rule was fulfilled"
+
+
+def test_rule_without_styles_or_with_the_head_of_a_reward_model_is_refused(run, tmp_path, capsys):
+    (tmp_path / "styles.json").unlink()
+    with pytest.raises(ValueError, match="--rule 1, but there is no .*styles.json; .*; put one beside"):
+        run("--rule", "1")
+    with pytest.raises(SystemExit):
+        run("--rule", "1", "--value_head", "reward")
+    assert "there is no reward model whose head" in capsys.readouterr().err
