@@ -151,7 +151,8 @@ SYSTEM = {"curt": {"en": ["Answer briefly.", "Give only the answer."], "zh": ["�
           "polite": {"en": ["Answer politely.", "Answer in a friendly sentence."],
                      "zh": ["请礼貌地回答。", "请用友好的句子回答。"]},
           "other": {"en": ["Answer in Chinese."], "zh": ["请用英文回答。"]}}
-KINDS = ("wrong", "curt", "impolite", "rambling")
+# in what the rejected answer of a pair is worse, in turn: half of them are wrong, which is by far the hardest to learn
+KINDS = ("wrong", "curt", "wrong", "impolite", "wrong", "rambling")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. The wordings. [a|b] offers alternatives, {slot} is filled in, {x} is the answer.
@@ -709,7 +710,7 @@ def rows_of(stage, part, size, seed, persona):
              for lang in LANGS for skill, (entries, _) in KNOWN.items()}
     written, seen = Counter(), set()
     make = {"pretrain": lambda d: pretrain_row(d, decks), "sft": sft_row, "rl": rl_row,
-            "preference": lambda d: preference_row(d, KINDS[written[d.lang] % 4])}[stage]
+            "preference": lambda d: preference_row(d, KINDS[written[d.lang] % len(KINDS)])}[stage]
     while written.total() < size:
         lang = min(LANGS, key=lambda lang: written[lang])  # the one that is behind: equal citizens
         for _ in range(50):
@@ -765,7 +766,7 @@ def parse_args(argv=None):
     parser.add_argument("--output", default="out/data", help="folder for the files")
     parser.add_argument("--pretrain_mb", type=cli.positive(float), default=16, help="pretraining text in MB")
     parser.add_argument("--sft_samples", type=above_zero, default=24000, help="conversations to train on")
-    parser.add_argument("--preference_pairs", type=above_zero, default=6000, help="pairs to train on")
+    parser.add_argument("--preference_pairs", type=above_zero, default=20000, help="pairs to train on")
     parser.add_argument("--rl_prompts", type=above_zero, default=3000, help="prompts to train on")
     parser.add_argument("--seed", type=int, default=42, help="same seed, same bytes")
     parser.add_argument("--persona", default="", help='JSON file {"name", "maker", "traits"} for another character')

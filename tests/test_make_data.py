@@ -299,7 +299,9 @@ def test_answers_are_right_by_calculation(rows):
 def test_kinds_languages_and_skills_are_balanced(rows):
     for part in ("train", "heldout"):
         kinds = Counter(row["kind"] for row in rows["preference", part])
-        assert set(kinds) == set(KINDS) and max(kinds.values()) - min(kinds.values()) <= 2
+        sixth = len(rows["preference", part]) / 6
+        assert kinds.keys() == set(KINDS) and abs(kinds["wrong"] - 3 * sixth) <= 2
+        assert all(abs(kinds[kind] - sixth) <= 2 for kind in set(KINDS) - {"wrong"})
     for (stage, _), some in rows.items():
         weight = Counter()
         for row in some:
