@@ -816,7 +816,7 @@ def main(args):
     bar = logs.progress(int(expected), "data", unit="chr", unit_scale=True)
     for stage, size in sizes.items():
         # held-out files: enough for an error of one or two percent, small enough to be evaluated often
-        for part, amount in (("train", size), ("heldout", min(size, max(400, size // 20)))):
+        for part, amount in (("train", size), ("heldout", min(size, max(1000, size // 20)))):
             name = f"{stage}.{part}.jsonl"
             # three parts of plain text and one of conversations are plenty to find every word
             budget = {"pretrain": 1.5e6, "sft": 0.5e6}.get(stage, 0) if part == "train" else 0
