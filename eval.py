@@ -463,7 +463,10 @@ def read_prompts(args):
 
 
 def batch(player, args):
-    """Answer all prompts of a file, several at a time: one JSON object a line, in their order, as soon as known."""
+    """Answer all prompts of a file, several at a time: one JSON object a line, in their order, as soon as known.
+
+    An answer that ended has its conversation beside it, so that train_sft.py can learn from it (--skip_bad 1 leaves out
+    the others): distillation from a teacher's answers (Kim and Rush 2016, arXiv:1606.07947)."""
     conversations, prompts, cut = [], [], 0
     for messages, where in read_prompts(args):
         try:
@@ -484,12 +487,23 @@ def batch(player, args):
             for row, ids in zip(rows, decode_rows(player, [prompts[i] for i in rows], args, rows), strict=True):
                 tokens += len(ids)
                 line = {"index": row, "prompt": conversations[row][-1]["content"], **row_answer(player, ids, args)}
+                if line["stopped"]:  # a row of SFT data; one that breaks off would teach to break off
+                    line["conversations"] = [*conversations[row], assistant_turn(line["answer"])]
                 print(json.dumps({"weight": player.name, **line}, ensure_ascii=False), file=file, flush=True)
     speed = tokens / max(time.perf_counter() - start, 1e-9)
     where = f", answers in {args.output}" if args.output else ""
     print(f"{len(prompts)} prompts ({cut} lost their oldest turns), {tokens} tokens, {speed:.0f} tokens/s{where}",
           file=sys.stdout if args.output else sys.stderr)
     return {"weight": str(player.folder), "prompts": len(prompts), "tokens": tokens}
+
+
+def assistant_turn(text):
+    """An answer as a message of a conversation; what was only thought stands apart, as tokenizer.render() wants it."""
+    thought, end, said = text.partition("</think>")
+    if not end:
+        return {"role": "assistant", "content": text}
+    return {"role": "assistant", "reasoning_content": thought.replace("<think>", "", 1).strip("\n"),
+            "content": said.lstrip("\n")}
 
 
 def decode_rows(player, prompts, args, row_seeds):

@@ -8,10 +8,10 @@ same at any temperature (Hinton et al.). KL(p || q) makes the student cover all 
 takes KL(q || p), which lets it leave out what it cannot hold.
 
 Both need the same tokenizer, for a distribution is one over its tokens. --stage pretrain distils on plain text and
-gives a base model, --stage sft on conversations (targets: assistant text) and gives one that chats. To learn from the
-answers of a teacher with another tokenizer, let it write them and train on them with train_sft.py:
-    python eval.py --weight teacher --prompts questions.jsonl --output answers.jsonl
-    python train_sft.py --data_path answers.jsonl
+gives a base model, --stage sft on conversations (targets: assistant text) and gives one that chats. Any teacher that
+eval.py opens can also write answers, thoughts included, from which train_sft.py learns as from other data:
+    python eval.py --weight teacher --prompts questions.jsonl --max_new_tokens 256 --output answers.jsonl
+    python train_sft.py --from_weight student --data_path answers.jsonl --skip_bad 1
 
 Papers: Hinton et al. 2015 (arXiv:1503.02531), Sanh et al. 2019 (DistilBERT, arXiv:1910.01108), Gu et al. 2023 (reverse
 KL, arXiv:2306.08543), Kim and Rush 2016 (learning from a teacher's answers, arXiv:1606.07947).

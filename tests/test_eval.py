@@ -17,6 +17,7 @@ import torch
 import checkpoint
 import common
 import eval as evaluation
+from dataset import SFTData
 from model import ScalarHead, Transformer, token_logprobs
 
 ROOT = Path(__file__).parent.parent
@@ -289,6 +290,24 @@ def test_batch_answers_in_order(stage, parse, tmp_path, capsys):
     # another batch size and another form of the same prompts: the same answers, and nothing but them on stdout
     evaluation.main(parse("--prompts", tmp_path / "p.jsonl", *flags, "--batch_size", 3))
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+
+
+def test_answers_that_ended_are_rows_of_sft_data(stage, parse, tmp_path, scripted, tokenizer):
+    """Thoughts become reasoning_content, which renders to think tokens; an answer cut off gives no row."""
+    folder = stage("sft")
+    scripted(["4", "a long story " * 9, "<think>\n2 + 3\n</think>\n\n5"], tokenizer)
+    (tmp_path / "p.txt").write_text("2 + 2?\nTell!\n2 + 3?\n", encoding="utf-8")
+    answers = tmp_path / "answers.jsonl"
+    evaluation.main(parse("--weight", folder, "--prompts", tmp_path / "p.txt", "--output", answers,
+                          "--max_new_tokens", 60))
+    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    assert [row["stopped"] for row in rows] == ["conversations" in row for row in rows] == [True, False, True]
+    assert rows[0]["conversations"] == [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    assert rows[2]["conversations"][1] == {"role": "assistant", "reasoning_content": "2 + 3", "content": "5"}
+    data = SFTData([answers], tokenizer, 64, tmp_path / "cache", skip_bad=True)
+    assert data.stats["used"] == 2
+    ids, mask = tokenizer.render(rows[2]["conversations"])
+    assert {tokenizer.think_ids[0], tokenizer.think_ids[1]} <= {i for i, m in zip(ids, mask, strict=True) if m}
 
 
 def test_batch_names_the_line_that_is_too_long(stage, parse, tmp_path):
