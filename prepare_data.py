@@ -1,0 +1,650 @@
+"""Prepare data of one's own: mix sources, look at a file, fetch public sets, write tensors for other programs.
+
+    mix       sources by category -> {pretrain,sft,preference,rl}.{train,heldout}.jsonl, which the scripts train on
+    inspect   lengths, languages, duplicates, samples and the trained share of any file that the scripts can read
+    download  public sets by name, from several mirrors, resumed and checked
+    export    input_ids, labels and loss_mask as .npz or .pt
+
+How mix works. It reads everything twice. The first pass filters the rows and keeps thirteen numbers of each: a hash of
+its text, one of its question, and eleven of its MinHash signature. They wait on the disk, and one column at a time
+comes into memory, which so does not grow with the text. Then rows are chosen by hash, so that a second run picks the
+same ones, and the second pass writes them.
+
+How near duplicates are found. Two texts are as alike as their sets of five-character pieces (Jaccard similarity s).
+MinHash: hash all pieces, and keep the smallest hash in each of 121 ranges; two texts have the same minimum in a range
+with probability s. The minima are joined into 11 groups of 11, and texts with a group in common count as duplicates,
+which happens with probability 1 - (1 - s^11)^11: 2% at s = 0.55, 63% at 0.8, 98% at 0.9. Of such texts the first stays.
+
+What this file does not do: clean text (it drops rows, it does not change them), or tell languages of one script apart.
+Papers: Broder 1997 (MinHash), Li, Owen and Zhang 2012 (one permutation), Shrivastava and Li 2014 (empty ranges).
+
+    python prepare_data.py mix --config mix.json --output out/data
+    python prepare_data.py inspect my/chats.jsonl --tokenizer out/tokenizer
+    python prepare_data.py download tinystories
+    python prepare_data.py export --stage sft --data_path out/data/sft.train.jsonl --tokenizer out/tokenizer
+"""
+import contextlib
+import json
+import os
+import tempfile
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import cli
+import common
+import logs
+from dataset import conversation, document_hash, expand_paths, first_question, preference, read_rows
+from tokenizer import ROLES, Tokenizer
+
+STAGES = ("pretrain", "sft", "preference", "rl")
+# fields beside the text that the scripts and scores know
+KEPT = ("answer", "check", "lang", "skill", "kind")
+# Rows wanted of a category that the config does not set: a chat model's diet, with little of what is learnt quickly
+TARGETS = {"general": {"count": 460_000}, "knowledge": {"count": 100_000}, "math": {"count": 8_000},
+           "identity": {"count": 2_000, "max_repeat": 2}, "preference": {"count": 60_000}}
+SHINGLE = 5        # characters of a piece: about a word of English, a phrase of Chinese
+BANDS = 11         # groups of a signature, and minima in a group
+NEAR_LENGTH = 200  # shorter texts are compared exactly: "2 + 3?" and "2 + 4?" are near, and not the same
+ODD = np.uint64(0x9E3779B97F4A7C15)
+EXAMPLE = ('{"sources": [{"name": "chats", "category": "general", "path": "my/*.jsonl"}], '
+           '"targets": {"general": {"count": 10000}}}')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Rows
+
+
+def rename(row, mapping, where):
+    """The row with the columns that `mapping` {our field: column} names under our names; the others stay as they are.
+    Raises ValueError for a column that is not there."""
+    missing = [column for column in mapping.values() if column not in row]
+    if missing:
+        raise ValueError(f"{where}: found the keys [{', '.join(map(str, row))}]; the map wants {', '.join(missing)}; "
+                         "write the map as field=column with columns of the file")
+    taken = set(mapping.values())
+    return {**{key: value for key, value in row.items() if key not in taken},
+            **{name: row[column] for name, column in mapping.items()}}
+
+
+def _turn(turn, where):
+    """A turn with the fields that training reads. Raises ValueError for a role that the tokenizer refuses."""
+    if turn["role"] not in ROLES:
+        raise ValueError(f"{where}: found the role {turn['role']!r}; expected one of {', '.join(ROLES)}; rename it")
+    kept = {"role": turn["role"], "content": turn["content"]}
+    return kept | ({"reasoning_content": turn["reasoning_content"]} if turn.get("reasoning_content") else {})
+
+
+def standard_row(row, where="row"):
+    """(stage, row in the form of that stage, reason to leave it out or ""): its keys decide which stage it is for.
+
+    chosen and rejected: preference; text: pretrain; turns that end with an answer: sft, without one: rl. Raises
+    ValueError for a row of no known shape.
+    """
+    kept = {key: row[key] for key in KEPT if row.get(key) is not None}
+    if row.get("chosen") is not None:
+        prompt, *sides = preference(row, where)
+        prompt, sides = [_turn(turn, where) for turn in prompt], [_turn(turn, where) for turn in sides]
+        texts = [turn["content"] if len(turn) == 2 else [turn] for turn in sides]
+        reason = "empty" if not all(turn["content"].strip() for turn in sides) else (
+            "equal answers" if texts[0] == texts[1] else "")
+        said = prompt[0]["content"] if [turn["role"] for turn in prompt] == ["user"] else prompt
+        return "preference", {"prompt": said, "chosen": texts[0], "rejected": texts[1], **kept}, reason
+    if isinstance(row.get("text"), str):
+        return "pretrain", {"text": row["text"], **kept}, "" if row["text"].strip() else "empty"
+    turns = conversation(row, where)
+    tools = any(turn.get("tool_calls") for turn in turns)  # the tokenizer does not render them
+    turns = [_turn(turn, where) for turn in turns]
+    if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
+        turns.pop()  # prompts for reinforcement learning often come with an empty answer
+    reason = "tool calls" if tools else "" if any(turn["content"].strip() for turn in turns) else "empty"
+    stage = "sft" if turns and turns[-1]["role"] == "assistant" else "rl"
+    return stage, {"conversations": turns, **kept}, reason
+
+
+def turns_of(row):
+    """Lists of turns of a standard row: one conversation, or those with the chosen and with the rejected answer."""
+    if "conversations" in row:
+        return [row["conversations"]]
+    prompt, chosen, rejected = preference(row)
+    return [[*prompt, chosen], [*prompt, rejected]]
+
+
+def text_of(row):
+    """All text of a standard row: what its length, its language and its likeness to others are taken from."""
+    if "text" in row:
+        return row["text"]
+    (first, *others) = turns_of(row)
+    said = [f"{turn['role']}\n{turn['content']}\n{turn.get('reasoning_content', '')}" for turn in first]
+    return "\n".join(said + [turns[-1]["content"] for turns in others])
+
+
+def question_of(row):
+    """What decides whether a standard row is held out, as in dataset.py: the document, or the first question."""
+    return row["text"] if "text" in row else first_question(turns_of(row)[0])
+
+
+def language(text):
+    """"zh", "en" or "other" by script: Chinese has a fifth of its letters in Han characters and no kana, "en" is any
+    text in mostly Latin letters, so French counts as en."""
+    points = np.frombuffer(text[:20_000].encode("utf-32-le", "surrogatepass"), np.uint32)  # [characters]
+    latin = (((points | 32) >= ord("a")) & ((points | 32) <= ord("z"))) | ((points >= 0xC0) & (points < 0x250))
+    han = (points >= 0x4E00) & (points <= 0x9FFF)
+    kana = (points >= 0x3040) & (points < 0x3100)
+    letters = latin.sum() + (points >= 0x250).sum() - ((points >= 0x2000) & (points < 0x3040)).sum()
+    if han.sum() * 5 >= letters and han.any() and kana.sum() * 20 < letters:
+        return "zh"
+    return "en" if latin.sum() * 2 > letters else "other"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Duplicates
+
+
+def signature(text):
+    """The MinHash signature of a text of SHINGLE characters or more as BANDS numbers, uint64 [BANDS]; texts that share
+    one of them are near duplicates."""
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)  # [characters]
+    count = len(points) - SHINGLE + 1
+    pieces = points[:count]
+    for i in range(1, SHINGLE):
+        pieces = pieces * ODD + points[i:i + count]                                 # [pieces], wraps around
+    # a product leaves the low bits poor, and only even hashes cut into equal ranges
+    pieces = (pieces ^ (pieces >> np.uint64(32))) * ODD
+    pieces = np.sort((pieces ^ (pieces >> np.uint64(29))) * ODD)
+    starts = np.arange(BANDS * BANDS, dtype=np.uint64) * np.uint64(2**64 // (BANDS * BANDS))
+    # the smallest hash in a range is the first one behind its start; an empty range borrows from the next
+    minima = pieces[np.searchsorted(pieces, starts) % count].reshape(BANDS, BANDS)  # [BANDS, BANDS]
+    powers = ODD ** np.arange(1, BANDS + 1, dtype=np.uint64)
+    return (minima * powers).sum(1, dtype=np.uint64)
+
+
+class Fingerprints:
+    """Numbers of every row, in files of one column each, so that one column at a time has to be in memory.
+
+    Columns: 0 hash of the whole text, 1 hash of the question, 2.. the signature.
+    """
+
+    def __init__(self, folder, near=True):
+        self.files = [open(Path(folder) / f"{i}.column", "w+b") for i in range(2 + BANDS * near)]
+        self.count = 0
+
+    def add(self, stage, row, text):
+        """Append a standard row. Rows of different stages are never duplicates of each other."""
+        exact = document_hash(f"{stage}\n{text}")
+        plain = " ".join(text.lower().split())
+        bands = [exact] * BANDS
+        if len(self.files) > 2 and len(plain) >= NEAR_LENGTH:
+            bands = signature(plain) + np.uint64(STAGES.index(stage))
+        record = np.array([exact, document_hash(question_of(row)), *bands], np.uint64)
+        for file, value in zip(self.files, record, strict=False):
+            file.write(value.tobytes())
+        self.count += 1
+
+    def column(self, i):
+        """One column, uint64 [N]."""
+        self.files[i].flush()
+        self.files[i].seek(0)
+        return np.fromfile(self.files[i], np.uint64)
+
+    def duplicates(self):
+        """(exact, near), bool [N] each: the row equals one before it; or does not, but is near to one."""
+        exact, near = self._repeated(0), np.zeros(self.count, bool)
+        for band in range(2, len(self.files)):
+            near |= self._repeated(band)
+        return exact, near & ~exact
+
+    def _repeated(self, i):
+        """True where a value of the column has stood in a row before, bool [N]."""
+        values = self.column(i)
+        order = np.argsort(values, kind="stable")  # equal values stay in the order of their rows
+        repeated = np.zeros(len(values), bool)
+        repeated[order[1:]] = values[order[1:]] == values[order[:-1]]
+        return repeated
+
+    def close(self):
+        """Close the files."""
+        for file in self.files:
+            file.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. mix
+
+
+def _is_text(value):
+    return isinstance(value, str) and bool(value)
+
+
+def _is_share(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+
+
+def _is_count(value):
+    return type(value) is int and value >= 0
+
+
+# field of a source -> (what it must be, test)
+RULES = {
+    "name": ("a text", _is_text),
+    "category": ("a text", _is_text),
+    "path": ("a path or glob, or a list of them",
+             lambda value: _is_text(value) or isinstance(value, list) and value and all(map(_is_text, value))),
+    "map": ("an object {field: column}", lambda value: isinstance(value, dict) and all(map(_is_text, value.values()))),
+    "where": ("an object {field: value}", lambda value: isinstance(value, dict)),
+    "val_ratio": ("a share from 0 to below 1", _is_share),
+    "min_chars": ("a whole number", _is_count),
+    "max_chars": ("a whole number", _is_count),
+    "languages": ("a list of zh, en and other",
+                  lambda value: isinstance(value, list) and all(name in ("zh", "en", "other") for name in value)),
+}
+
+
+@dataclass
+class Source:
+    """One source of a mix, as the config names it; what it leaves out is taken from the config's own fields."""
+
+    name: str
+    category: str
+    path: str | list
+    map: dict = field(default_factory=dict)        # our field -> column of the file
+    where: dict = field(default_factory=dict)      # only rows with these values, {"skill": "identity"}
+    val_ratio: float = 0.01                        # held-out share, by hash of the question
+    min_chars: int = 1                             # of the whole text of a row
+    max_chars: int = 10**9
+    languages: list = field(default_factory=list)  # empty: all
+
+    def __post_init__(self):
+        for key, (rule, holds) in RULES.items():
+            if not holds(getattr(self, key)):
+                raise ValueError(f"source {self.name!r}: {key} is {getattr(self, key)!r}; it must be {rule}; write the "
+                                 f"config as {EXAMPLE}")
+
+
+def _checked_keys(given, known, what):
+    """Raise ValueError for anything but a JSON object with known keys: a misspelt one would be ignored in silence."""
+    if not isinstance(given, dict) or set(given) - set(known):
+        found = ", ".join(sorted(set(given) - set(known))) if isinstance(given, dict) else repr(given)[:60]
+        raise ValueError(f"{what}: found {found}; the keys are {', '.join(known)}; write the config as {EXAMPLE}")
+
+
+def read_config(path):
+    """(list of Source, {category: {"count" or "share", "max_repeat"}}, config) of a mix. Raises ValueError."""
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}; it must hold one JSON object; write {EXAMPLE}") from None
+    shared = ("val_ratio", "min_chars", "max_chars", "languages")
+    _checked_keys(config, ("sources", "targets", "total", "seed", "near_duplicates", *shared), f"--config {path}")
+    sources = []
+    for given in config.get("sources") or []:
+        _checked_keys(given, RULES, f"--config {path}, source {len(sources) + 1}")
+        lacking = [key for key in ("name", "category", "path") if key not in given]
+        if lacking:
+            raise ValueError(f"--config {path}, source {len(sources) + 1}: {', '.join(lacking)} missing; a source has "
+                             f"a name, a category and a path; write {EXAMPLE}")
+        sources.append(Source(**{key: config[key] for key in shared if key in config} | given))
+    names = [source.name for source in sources]
+    if not sources or len(set(names)) < len(names):
+        raise ValueError(f"--config {path}: the sources are named {names}; there must be at least one, each with a "
+                         f"name of its own; write {EXAMPLE}")
+    return sources, _targets(path, config, {source.category for source in sources}), config
+
+
+def _targets(path, config, categories):
+    """{category: {"count", "share", "max_repeat"}}, the given ones over TARGETS."""
+    given = config.get("targets", {})
+    _checked_keys(given, sorted(categories), f"--config {path}, targets (of the categories of the sources)")
+    targets = {}
+    for category in categories:
+        target = given.get(category, TARGETS.get(category, {}))
+        _checked_keys(target, ("count", "share", "max_repeat"), f"--config {path}, target {category}")
+        share, repeat = target.get("share"), target.get("max_repeat", 1)
+        if share is not None and (not isinstance(share, (int, float)) or not 0 < share <= 1 or "total" not in config):
+            raise ValueError(f"--config {path}, target {category}: share is {share!r} with total "
+                             f"{config.get('total')!r}; a share lies above 0 and up to 1 and needs a total; give "
+                             '"total": the number of rows of which it is a share')
+        count = target.get("count", None if share is None else round(share * config["total"]))
+        if type(repeat) is not int or repeat < 1 or not (count is None or type(count) is int and count > 0):
+            raise ValueError(f"--config {path}, target {category}: count {count!r}, max_repeat {repeat!r}; both are "
+                             'whole numbers above 0; write {"count": 10000, "max_repeat": 2}')
+        targets[category] = {"count": count, "max_repeat": repeat}
+    return targets
+
+
+def source_rows(source, skip_bad, counts, bad):
+    """Stream the (stage, standard row, text) of a source that pass its filters. What is left out is counted by reason
+    in `counts`; messages of bad lines and rows, which only --skip_bad survives, are added to the list `bad`."""
+    for row, where in read_rows(source.path, skip_bad, bad):
+        counts["read"] += 1
+        if any(row.get(key) != value for key, value in source.where.items()):
+            counts["not asked for"] += 1
+            continue
+        try:
+            stage, new, reason = standard_row(rename(row, source.map, where), where)
+        except ValueError as error:
+            if not skip_bad:
+                raise ValueError(f"source {source.name}: {error}; or skip such rows with --skip_bad 1") from None
+            bad.append(str(error))
+            continue
+        text = "" if reason else text_of(new)
+        reason = reason or _filtered(source, text)
+        if reason:
+            counts[reason] += 1
+            continue
+        own = row.get("source")
+        yield stage, new | {"source": f"{source.name}/{own}" if isinstance(own, str) and own else source.name}, text
+
+
+def _filtered(source, text):
+    """Why the filters of a source leave a text out, or "" where they do not."""
+    if len(text) < source.min_chars:
+        return "too short"
+    if len(text) > source.max_chars:
+        return "too long"
+    return "other language" if source.languages and language(text) not in source.languages else ""
+
+
+def choose(pool, count, max_repeat, priority):
+    """Copies of each row of a category, int64 [N]: rows by ascending `priority`, each once before any comes twice.
+
+    Args: pool: indices of the rows to choose from; count: rows wanted, None = each once; max_repeat: most copies of a
+        row; priority: uint64 [N], a hash, so that the choice depends on content and seed alone.
+    """
+    copies = np.zeros(len(priority), np.int64)
+    order = pool[np.argsort(priority[pool], kind="stable")]
+    count = len(order) if count is None else min(count, max_repeat * len(order))
+    copies[order] = count // max(1, len(order))
+    copies[order[:count % max(1, len(order))]] += 1
+    return copies
+
+
+def plan(prints, sources, sizes, targets, seed, ratio, counts):
+    """Which rows are written how often: (copies in train int64 [N], held out bool [N]).
+
+    Duplicates leave first, then every category is brought to its size, then the questions that any source holds out
+    leave training everywhere. counts: {source name: Counter}, to which the reasons are added.
+    """
+    exact, near = prints.duplicates()
+    owner = np.repeat(np.arange(len(sources)), sizes)                                   # [N], source of a row
+    # another order for every seed, but the same for the same text
+    priority = (prints.column(0) ^ np.uint64(document_hash(f"seed {seed}"))) * ODD      # [N]
+    priority ^= priority >> np.uint64(32)
+    copies = np.zeros(prints.count, np.int64)
+    for category, target in targets.items():
+        mine = np.isin(owner, [i for i, source in enumerate(sources) if source.category == category])
+        pool = np.flatnonzero(mine & ~exact & ~near)
+        wanted = target["count"] if target["count"] is not None else len(pool)
+        copies += choose(pool, round(wanted * ratio), target["max_repeat"], priority * ODD)
+    question = prints.column(1)
+    limits = np.array([round(source.val_ratio * 2**64) for source in sources], np.uint64)
+    heldout = (copies > 0) & (question < limits[owner])
+    # a question that one source holds out must not be trained through another, which holds out less
+    leaked = (copies > 0) & ~heldout & np.isin(question, question[heldout])
+    for i, source in enumerate(sources):
+        mine = owner == i
+        unused = mine & ~exact & ~near & (copies == 0)
+        for reason, rows in (("exact duplicate", exact), ("near duplicate", near), ("not chosen", unused),
+                             ("question held out elsewhere", leaked)):
+            counts[source.name][reason] += int((rows & mine).sum())
+    copies[heldout | leaked] = 0
+    return copies, heldout
+
+
+class Outputs:
+    """The files of a mix, written under other names until all of them are whole."""
+
+    def __init__(self, folder):
+        self.folder, self.files, self.facts = Path(folder), {}, {}
+
+    def write(self, stage, part, row, times):
+        """Append a row to {stage}.{part}.jsonl, several times."""
+        name = f"{stage}.{part}.jsonl"
+        if name not in self.files:
+            self.files[name] = open(self.folder / f"{name}.tmp", "wb")
+            self.facts[name] = {"rows": 0, "bytes": 0}
+        try:
+            line = json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            line = json.dumps(row).encode()  # lone surrogates, which UTF-8 refuses, stay escapes
+        self.facts[name]["rows"] += times
+        self.facts[name]["bytes"] += self.files[name].write((line + b"\n") * times)
+
+    def commit(self):
+        """Give every file its name."""
+        for name, file in self.files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            os.replace(self.folder / f"{name}.tmp", self.folder / name)
+
+    def discard(self):
+        """Remove what was not committed."""
+        for name, file in self.files.items():
+            file.close()
+            (self.folder / f"{name}.tmp").unlink(missing_ok=True)
+
+
+def _fingerprint(prints, sources, skip_bad, counts):
+    """The first pass: fill `prints` and `counts`; returns the number of rows that every source has left."""
+    sizes = []
+    for source in sources:
+        before, bad = prints.count, []
+        for stage, row, text in source_rows(source, skip_bad, counts[source.name], bad):
+            prints.add(stage, row, text)
+        counts[source.name]["bad"] = len(bad)
+        if bad:
+            print(f"source {source.name}: skipped {len(bad)} bad rows; the first: {bad[0]}")
+        sizes.append(prints.count - before)
+        print(f"source {source.name}: {counts[source.name]['read']} rows read, {sizes[-1]} left by the filters",
+              flush=True)
+    return sizes
+
+
+def _write(outputs, sources, skip_bad, sizes, copies, heldout, counts):
+    """The second pass: write the chosen rows, and count them."""
+    number = 0
+    for source, size in zip(sources, sizes, strict=True):
+        end = number + size
+        for stage, row, _ in source_rows(source, skip_bad, Counter(), []):
+            if number < end and (copies[number] or heldout[number]):
+                part, times = ("heldout", 1) if heldout[number] else ("train", int(copies[number]))
+                row["category"] = source.category
+                outputs.write(stage, part, row, times)
+                counts[source.name][part] += times
+                counts[source.name]["different rows"] += 1
+            number += 1
+        if number != end:
+            raise ValueError(f"source {source.name}: its files changed while they were read; both passes must see the "
+                             "same rows; start again when nothing writes to them")
+
+
+def _warnings(sources, targets, counts, ratio, folder, facts):
+    """What a reader of the stats should not miss, as lines."""
+    for source in sources:
+        found = counts[source.name]
+        if not found["train"] + found["heldout"]:
+            lost = ", ".join(f"{count} {reason}" for reason, count in found.items() if count and reason != "read")
+            yield f"source {source.name} ended empty: {found['read']} rows read{lost and f', {lost}'}"
+    for category, target in sorted(targets.items()):
+        got = sum(counts[source.name][part] for source in sources for part in ("train", "heldout")
+                  if source.category == category)
+        wanted = round((target["count"] or 0) * ratio)
+        if got < 0.99 * wanted:
+            yield (f"category {category}: {got} of {wanted} rows; add sources, or raise its max_repeat "
+                   f"({target['max_repeat']})")
+    for name in (f"{stage}.{part}.jsonl" for stage in STAGES for part in ("train", "heldout")):
+        if name not in facts and (folder / name).exists():
+            yield f"{folder / name} is older than this mix, which has no such rows"
+
+
+def mix(args):
+    """Write the mix that --config describes and its dataset_stats.json; returns the stats."""
+    sources, targets, config = read_config(args.config)
+    folder, seed = Path(args.output), config.get("seed", 42)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {(folder / f"{stage}.{part}.jsonl").resolve() for stage in STAGES for part in ("train", "heldout")}
+    for source in sources:
+        if written & {path.resolve() for path in expand_paths(source.path)}:
+            raise ValueError(f"source {source.name}: {source.path} lies in --output {folder} under a name that the mix "
+                             "writes; a mix must not replace its own sources; give another --output")
+    counts = {source.name: Counter() for source in sources}
+    outputs = Outputs(folder)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".mix") as scratch:
+            prints = Fingerprints(scratch, near=config.get("near_duplicates", True))
+            with contextlib.closing(prints):
+                sizes = _fingerprint(prints, sources, args.skip_bad, counts)
+                copies, heldout = plan(prints, sources, sizes, targets, seed, args.global_sample_ratio, counts)
+        _write(outputs, sources, args.skip_bad, sizes, copies, heldout, counts)
+        outputs.commit()
+    finally:
+        outputs.discard()
+    warnings = list(_warnings(sources, targets, counts, args.global_sample_ratio, folder, outputs.facts))
+    stats = {"config": config, "global_sample_ratio": args.global_sample_ratio, "targets": targets,
+             "sources": {source.name: {"category": source.category, **counts[source.name]} for source in sources},
+             "files": outputs.facts, "warnings": warnings}
+    temporary = folder / "dataset_stats.json.tmp"
+    temporary.write_text(json.dumps(stats, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / "dataset_stats.json")
+    print_mix(stats, folder)
+    return stats
+
+
+def print_mix(stats, folder):
+    """Print what went in and out of a mix."""
+    columns = ("read", "train", "heldout", "different rows")
+    rows = [[name, found["category"], *(found.get(column, 0) for column in columns),
+             ", ".join(f"{count} {reason}" for reason, count in found.items()
+                       if reason not in ("category", *columns) and count)]
+            for name, found in stats["sources"].items()]
+    print(logs.table(["source", "category", *columns, "left out"], rows))
+    for name, facts in stats["files"].items():
+        print(f"{folder / name}: {facts['rows']} rows, {facts['bytes'] / 1e6:.2f} MB")
+    for warning in stats["warnings"]:
+        print(f"warning: {warning}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. inspect
+
+
+def _quantiles(values):
+    """"10% 50% 90% max" of an array of lengths, as a line."""
+    low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))
+    return f"10% {low:.0f}   50% {middle:.0f}   90% {high:.0f}   longest {max(values)}   mean {np.mean(values):.0f}"
+
+
+def token_counts(tokenizer, row):
+    """(tokens, trained tokens) of a standard row: all of a document but its first, in conversations the answers."""
+    if "text" in row:
+        count = len(tokenizer.encode(row["text"]))
+        return count + 1, count
+    masks = [tokenizer.render(turns)[1] for turns in turns_of(row)]
+    if "prompt" in row:
+        # of a pair only the two compared answers count, not those of earlier turns
+        start = len(tokenizer.render(preference(row)[0], add_generation_prompt=True)[1])
+        return sum(map(len, masks)), sum(sum(mask[start:]) for mask in masks)
+    return len(masks[0]), sum(masks[0])
+
+
+def inspect(args):
+    """Print what is in the files; returns the facts."""
+    source = Source("files", "inspected", args.files, _parse_map(args.map))
+    tokenizer = Tokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
+    counts, bad, samples = Counter(), [], []
+    stages, languages, names = Counter(), Counter(), Counter()
+    lengths, tokens, trained = array("q"), array("q"), 0
+    with tempfile.TemporaryDirectory() as scratch, contextlib.closing(Fingerprints(scratch)) as prints:
+        for stage, row, text in source_rows(source, args.skip_bad, counts, bad):
+            prints.add(stage, row, text)
+            stages[stage] += 1
+            languages[language(text)] += 1
+            names[row["source"].partition("/")[2] or "not named"] += 1
+            lengths.append(len(text))
+            if tokenizer:
+                length, count = token_counts(tokenizer, row)
+                tokens.append(length)
+                trained += count
+            # the rows of the smallest hashes: spread over the file, and the same ones each time
+            samples = sorted([*samples, (document_hash(text), prints.count, row)],
+                             key=lambda sample: sample[:2])[:args.samples]
+        exact, near = (int(found.sum()) for found in prints.duplicates())
+    facts = {"rows": len(lengths), "stages": dict(stages), "left out": {**counts, "bad": len(bad)},
+             "languages": dict(languages), "sources": dict(names.most_common(10)), "exact duplicates": exact,
+             "near duplicates": near, "characters": sum(lengths)}
+    if tokens:
+        facts |= {"tokens": sum(tokens), "trained tokens": trained, "trained share": trained / sum(tokens)}
+    for name, value in facts.items():
+        print(f"{name:>17}  {value}")
+    if lengths:
+        print(f"{'characters a row':>17}  {_quantiles(lengths)}")
+    if tokens:
+        print(f"{'tokens a row':>17}  {_quantiles(tokens)}")
+    for message in bad[:3]:
+        print(f"{'bad':>17}  {message}")
+    for _, number, row in samples:
+        print(f"\nrow {number}\n{json.dumps(row, ensure_ascii=False, indent=1)[:1500]}")
+    return facts
+
+
+def _parse_map(words):
+    """["prompt=question", ...] -> {"prompt": "question"}."""
+    pairs = [word.split("=", 1) for word in words]
+    for pair in pairs:
+        if len(pair) != 2 or not all(pair):
+            raise ValueError(f"--map {'='.join(pair)}; a map is made of field=column; write --map prompt=question "
+                             "completion=answer")
+    return dict(pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. The command
+
+
+def parse_args(argv=None):
+    """Flags of the four commands."""
+    parser = cli.Parser(__doc__)
+
+    def command_parser(prog, description):
+        made = cli.Parser(description)
+        made.prog = prog
+        return made
+
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=command_parser,
+                                     metavar="{mix,inspect,download,export}")
+
+    def command(name, text):
+        sub = commands.add_parser(name, description=text, help=text)
+        cli.switch(sub, "--debug", 0, "show the traceback of an error")
+        return sub
+
+    def reading(sub):
+        sub.add_argument("--map", nargs="+", default=[], metavar="FIELD=COLUMN",
+                         help="columns of files whose fields have other names: --map prompt=question completion=answer")
+        cli.switch(sub, "--skip_bad", 0, "skip and count unreadable lines and rows instead of stopping at the first")
+
+    sub = command("mix", "mix sources by category into files for every stage")
+    sub.add_argument("--config", required=True, help="JSON file with sources and targets (docs/data.md)")
+    sub.add_argument("--output", default="out/mix", help="folder for the files and dataset_stats.json")
+    sub.add_argument("--global_sample_ratio", type=cli.positive(float), default=1.0,
+                     help="scales the rows wanted of every category; 0.01 for a trial")
+    cli.switch(sub, "--skip_bad", 0, "skip and count unreadable lines and rows instead of stopping at the first")
+    sub = command("inspect", "show lengths, languages, duplicates, samples and the trained share of files")
+    sub.add_argument("files", nargs="+", help="files or globs")
+    sub.add_argument("--tokenizer", default="", help="folder of a tokenizer or checkpoint, to count tokens")
+    sub.add_argument("--samples", type=cli.positive(int, zero=True), default=3, help="rows to print")
+    reading(sub)
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Run one command. Returns its facts."""
+    return {"mix": mix, "inspect": inspect}[args.command](args)
+
+
+if __name__ == "__main__":
+    common.run(main, parse_args)
