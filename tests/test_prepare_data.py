@@ -3,11 +3,20 @@ downloads that are whole or not there, exports equal to what training sees.
 
     python -m pytest tests/test_prepare_data.py
 """
+import dataclasses
+import hashlib
+import http.server
+import io
 import itertools
 import json
 import random
+import re
+import shutil
 import subprocess
 import sys
+import threading
+import types
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -345,3 +354,277 @@ def test_inspect_maps_columns_and_counts_bad_rows(tmp_path):
     assert facts["rows"] == 2 and facts["left out"]["bad"] == 1 and facts["stages"] == {"sft": 2}
     with pytest.raises(ValueError, match="--map question; .*;.*"):
         run("inspect", tmp_path / "a.csv", "--map", "question")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# download, from a server on this machine that misbehaves as told
+
+CONTENT = bytes(random.Random(0).randbytes(1_500_000))
+SHA = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves CONTENT. Each request takes the next word of `plan`; without one it is served as it should be."""
+
+    daemon_threads = True
+    content, etag, plan, requests, linked = CONTENT, '"v1"', (), (), ""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        word, server.plan = (server.plan or ("",))[0], server.plan[1:]
+        server.requests = (*server.requests, (self.path, self.headers.get("Range"), self.headers.get("If-Range"), word))
+        if word.startswith("HTTP"):
+            self.send_response(int(word.split()[1]))
+            if word.split()[2:]:
+                self.send_header("Retry-After", word.split()[2])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif word == "redirect":
+            self.send_response(302)
+            self.send_header("Location", f"http://127.0.0.1:{server.server_port}/cdn?signature=1")
+            self.send_header("X-Linked-Etag", f'"{server.linked}"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        else:
+            self.send_content(word)
+
+    def send_content(self, word):
+        server, start = self.server, 0
+        asked = self.headers.get("Range")
+        if asked and self.headers.get("If-Range") == server.etag and word != "ignores range":
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        if start >= len(server.content) and asked:
+            self.send_error(416)
+            return
+        body = server.content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Type", "text/html" if word == "web page" else "application/octet-stream")
+        if start:
+            self.send_header("Content-Range", f"bytes {start + (word == 'wrong part')}-/{len(server.content)}")
+        if word != "no etag":
+            self.send_header("ETag", f"W/{server.etag}" if word == "weak etag" else server.etag)
+        if word != "no length":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if word in ("drops", "weak etag", "no etag"):
+            self.wfile.write(body[:len(body) // 2])
+            self.wfile.flush()
+            self.connection.close()
+        elif word == "stalls":
+            self.wfile.write(body[:len(body) // 2])
+            self.wfile.flush()
+            server.waiting.wait(5)
+        elif word == "damages":
+            self.wfile.write(body[:-1] + bytes([body[-1] ^ 1]))
+        else:
+            self.wfile.write(body)
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A running Server; the waits of the code under test are recorded in server.waits instead of being slept."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    made = Server(("127.0.0.1", 0), Handler)
+    made.waits, made.waiting, made.address = [], threading.Event(), f"http://127.0.0.1:{made.server_port}"
+    monkeypatch.setattr(prepare_data.time, "sleep", made.waits.append)
+    monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"data/toy.bin": 2}, "a toy licence"))
+    thread = threading.Thread(target=made.serve_forever, args=(0.01,))
+    thread.start()
+    yield made
+    made.waiting.set()
+    made.shutdown()
+    made.server_close()
+    thread.join()
+
+
+def get(server, *flags, name="toy"):
+    return run("download", name, "--output", "got", *(flags or ("--mirror", server.address)))
+
+
+def left(folder="got/toy"):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_a_download_prints_the_licence_and_asks_the_address_of_the_hub(server, capsys):
+    assert get(server) == {"toy": [Path("got/toy/toy.bin")]}
+    assert Path("got/toy/toy.bin").read_bytes() == CONTENT and left() == ["toy.bin"]
+    assert server.requests == (("/datasets/me/toy/resolve/main/data/toy.bin", None, None, ""),)
+    shown = capsys.readouterr().out
+    assert "licence a toy licence" in shown and f"SHA-256 {SHA} (nothing to compare it with is known)" in shown
+    get(server)
+    assert "is there already" in capsys.readouterr().out and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("plan", [("drops",), ("drops",) * 9, ("stalls",), ("drops", "HTTP 503", "drops")])
+def test_a_broken_transfer_goes_on_where_it_stopped(server, plan, monkeypatch):
+    monkeypatch.setattr(prepare_data, "PATIENCE", 0.3)
+    server.plan = plan
+    get(server)
+    assert Path("got/toy/toy.bin").read_bytes() == CONTENT and left() == ["toy.bin"]
+    starts = [int(asked[6:-1]) for _, asked, _, _ in server.requests[1:]]
+    assert starts == sorted(starts) and starts[0] == len(CONTENT) // 2
+    assert {etag for _, _, etag, _ in server.requests[1:]} == {'"v1"'}
+
+
+def test_a_second_start_goes_on_with_what_the_first_one_left(server):
+    server.plan = ("drops", "HTTP 403")
+    with pytest.raises(OSError, match="no mirror has served it .*HTTP 403.*; .*; .*make_data.py"):
+        get(server)
+    assert left() == ["toy.bin.part", "toy.bin.state"]  # nothing that could be taken for the file
+    get(server)
+    assert server.requests[-1][1] == f"bytes={len(CONTENT) // 2}-" and left() == ["toy.bin"]
+    assert Path("got/toy/toy.bin").read_bytes() == CONTENT
+
+
+def test_a_file_that_changed_meanwhile_is_fetched_anew(server):
+    server.plan = ("drops", "HTTP 403")
+    with pytest.raises(OSError):
+        get(server)
+    server.content, server.etag = CONTENT[::-1], '"v2"'
+    get(server)
+    assert Path("got/toy/toy.bin").read_bytes() == CONTENT[::-1]
+
+
+@pytest.mark.parametrize("first", ["weak etag", "no etag"])
+def test_without_an_etag_that_vouches_for_bytes_it_begins_anew(server, first):
+    server.plan = (first,)
+    get(server)
+    assert server.requests[1][1] is None and Path("got/toy/toy.bin").read_bytes() == CONTENT
+
+
+def test_a_server_that_ignores_ranges_sends_the_file_once_not_one_and_a_half_times(server):
+    server.plan = ("drops", "ignores range")
+    get(server)
+    assert Path("got/toy/toy.bin").read_bytes() == CONTENT
+
+
+def test_a_file_that_became_shorter_is_fetched_anew(server):
+    server.plan = ("drops", "HTTP 403")
+    with pytest.raises(OSError):
+        get(server)
+    server.content = CONTENT[:1000]
+    get(server)
+    assert Path("got/toy/toy.bin").read_bytes() == CONTENT[:1000]
+
+
+def test_a_throttled_request_waits_as_asked(server):
+    server.plan = ("HTTP 429 7", "HTTP 503 3600", "HTTP 500")
+    get(server)
+    assert server.waits == [7, 60, 8] and Path("got/toy/toy.bin").read_bytes() == CONTENT
+
+
+def test_redirects_are_followed_and_the_hash_of_the_first_answer_is_compared(server, capsys):
+    server.plan, server.linked = ("redirect", "drops", "redirect"), SHA
+    get(server)
+    assert [path for path, *_ in server.requests][1::2] == ["/cdn?signature=1"] * 2
+    assert server.requests[-1][1] == f"bytes={len(CONTENT) // 2}-" and "(as stated)" in capsys.readouterr().out
+    shutil.rmtree("got")
+    server.plan, server.linked = ("redirect", "damages"), SHA
+    with pytest.raises(OSError, match=f"what came is not the file: .* not {SHA}"):
+        get(server)
+    assert left() == []
+
+
+def test_a_known_hash_is_compared_and_the_next_mirror_asked(server, monkeypatch):
+    toy = prepare_data.SETS["toy"]
+    monkeypatch.setitem(prepare_data.SETS, "toy", dataclasses.replace(toy, sha256={"data/toy.bin": SHA}))
+    server.plan = ("damages",)
+    get(server, "--mirror", server.address, f"{server.address}/second/")
+    assert server.requests[1][0] == "/second/datasets/me/toy/resolve/main/data/toy.bin"
+    assert Path("got/toy/toy.bin").read_bytes() == CONTENT and left() == ["toy.bin"]
+
+
+@pytest.mark.parametrize("word, reason", [("HTTP 404", "HTTP 404"), ("web page", "sends a web page"),
+                                          ("HTTP 401", "HTTP 401")])
+def test_a_mirror_without_the_file_is_left_at_once(server, word, reason):
+    server.plan = (word,)
+    with pytest.raises(OSError, match=f"{reason}.*; .*; "):
+        get(server)
+    assert len(server.requests) == 1 and server.waits == [] and left() == []
+
+
+def test_a_wrong_part_is_not_appended(server):
+    server.plan = ("drops", "wrong part")
+    with pytest.raises(OSError, match="another part than was asked for"):
+        get(server)
+    assert left() == ["toy.bin.part", "toy.bin.state"]
+
+
+def test_a_server_that_only_fails_is_given_up(server):
+    server.plan = ("HTTP 500",) * 20
+    with pytest.raises(OSError, match="5 times in a row"):
+        get(server)
+    assert len(server.requests) == 5 and server.waits == [2, 4, 8, 16]
+
+
+def test_a_file_without_a_length_is_read_to_its_end(server):
+    server.plan = ("no length",)
+    get(server)
+    assert Path("got/toy/toy.bin").read_bytes() == CONTENT
+
+
+def test_offline_it_says_so_and_names_the_embedded_data(server, tmp_path):
+    """As a user would run it; port 9 is closed."""
+    done = subprocess.run([sys.executable, prepare_data.__file__, "download", "tinystories", "--mirror",
+                           "http://127.0.0.1:9", "http://no.such.host.invalid", "--output", str(tmp_path / "got")],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "no mirror has served it (127.0.0.1:9: " in done.stderr and "python make_data.py" in done.stderr
+
+
+def test_too_little_room_is_said_before_anything_is_written(server, monkeypatch):
+    monkeypatch.setattr(prepare_data.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=101 << 20))
+    with pytest.raises(OSError, match=r"2 MB are still to come and 106 MB are free .*; .*; "):
+        get(server)
+    assert left() == []
+
+
+def test_an_archive_is_unpacked_whole(server, monkeypatch):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("val/law.csv", "id,question\n")
+    server.content = packed.getvalue()
+    monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"exam.zip": 1}, "a toy licence"))
+    get(server)
+    assert Path("got/toy/exam/val/law.csv").read_text() == "id,question\n" and left() == ["exam", "exam.zip"]
+    shutil.rmtree("got")
+    server.content = packed.getvalue()[:-30]
+    with pytest.raises(ValueError, match="exam.zip: .*; .*; delete it"):
+        get(server)
+    assert left() == ["exam.zip"]
+
+
+def test_shards_and_groups_name_their_files(server, monkeypatch):
+    monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"last": 1}, "", "part_{:03d}", 1))
+    monkeypatch.setitem(prepare_data.GROUPS, "both", ("toy", "toy"))
+    server.content = b"x"
+    done = get(server, "--mirror", server.address, "--shards", "2", name="both")
+    assert [path.name for path in done["toy"]] == ["last", "part_000", "part_001"] and left() == [
+        "last", "part_000", "part_001"]
+    with pytest.raises(ValueError, match="download nothing: no set of that name; .*; .*"):
+        run("download", "nothing")
+
+
+def test_every_set_has_an_address_at_every_mirror_it_names(monkeypatch):
+    for name, public in prepare_data.SETS.items():
+        files = [*public.files, *([public.shards.format(3)] if public.shards else [])]
+        assert files and public.licence, name
+        for path in files:
+            found = prepare_data.addresses(public, path, list(prepare_data.MIRRORS))
+            hosts = [re.fullmatch(r"https://([\w.-]+)/[^ ]+", url)[1] for url in found]
+            expected = ["raw.githubusercontent.com"] if "githubusercontent" in public.repo else [
+                "huggingface.co", "hf-mirror.com"] + ["www.modelscope.cn"] * bool(public.modelscope)
+            assert hosts == expected, name
+    assert prepare_data.addresses(prepare_data.SETS["piqa"], "a b", ["huggingface"]) == [
+        "https://huggingface.co/datasets/ybisk/piqa/resolve/078a131412f46a38025a762322c174a8bae2610c/a%20b"]
+    for names in prepare_data.GROUPS.values():
+        assert set(names) <= set(prepare_data.SETS)
+    assert all(re.fullmatch("[0-9a-f]{64}", value) and path in public.files
+               for public in prepare_data.SETS.values() for path, value in public.sha256.items())
