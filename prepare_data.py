@@ -45,11 +45,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import cli
 import common
 import logs
-from dataset import conversation, document_hash, expand_paths, first_question, preference, read_rows
+from dataset import (
+    PreferenceData,
+    PretrainData,
+    SFTData,
+    conversation,
+    document_hash,
+    expand_paths,
+    first_question,
+    preference,
+    read_rows,
+)
 from tokenizer import ROLES, Tokenizer
 
 STAGES = ("pretrain", "sft", "preference", "rl")
@@ -706,6 +717,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self.sha256 = self.sha256 or (stated if re.fullmatch("[0-9a-f]{64}", stated) else "")
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
+        """Called by urllib for a redirect."""
         self.note(headers)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -899,6 +911,110 @@ def _get(public, source, path, mirrors):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# 6. export
+
+
+def sequences(data, add_bos, add_eos):
+    """Yield the rows of a data set as lists of (name, ids, mask), in file order; mask 1 on what training would train.
+
+    data: PretrainData (a row is a document, cut at max_seq_len and counted in its stats), SFTData or PreferenceData.
+    """
+    bos, eos, most = data.tokenizer.bos_id, data.tokenizer.eos_id, data.max_seq_len
+    for i in range(_count(data)):
+        if data.kind == "preference":
+            head = int(data.prompt_length[i][0])
+            rows = [(f"{side}_", ids.tolist(), [0] * head + [1] * (len(ids) - head))
+                    for side, ids in (("chosen", data.chosen[i]), ("rejected", data.rejected[i]))]
+        elif data.kind == "sft":
+            rows = [("", data.tokens[i].tolist(), data.trained[i].tolist())]
+        else:
+            # the store begins every document with bos, or with eos where a foreign tokenizer has no bos
+            ids = [bos] * (bos is not None) + data.tokens[i][1:].tolist() + [eos] * add_eos
+            data.stats["truncated"] += len(ids) > most
+            rows = [("", ids[:most], [0] + [1] * (len(ids[:most]) - 1))]
+        if not add_bos:
+            rows = [(name, ids[1:], [0, *mask[2:]]) if ids[0] == bos else (name, ids, mask) for name, ids, mask in rows]
+        yield rows
+
+
+def _count(data):
+    """Conversations, documents or pairs of a data set (its own length counts packed rows or windows)."""
+    return len(getattr(data, next(iter(data.columns))))
+
+
+def _fill(data, args, folder):
+    """Write the rows of a data set, padded on the right, into .npy files in `folder`; returns {name: mapped array}.
+
+    input_ids; labels, -100 where nothing is trained, not shifted (the model of transformers shifts); loss_mask; lengths.
+    """
+    sides = ("chosen", "rejected") if data.kind == "preference" else ("tokens",)
+    longest = max(int(getattr(data, side).lengths.max()) for side in sides) + args.add_eos
+    count, width = _count(data), min(args.max_length, longest)
+    kinds = {"input_ids": np.int32, "labels": np.int32, "loss_mask": np.uint8, "lengths": np.int32}
+    arrays = {name + kind: np.lib.format.open_memmap(folder / f"{name}{kind}.npy", "w+", dtype,
+                                                     (count, width)[:1 + (kind != "lengths")])   # [N, T], lengths [N]
+              for name in (f"{side}_" if len(sides) > 1 else "" for side in sides) for kind, dtype in kinds.items()}
+    for i, rows in enumerate(sequences(data, args.add_bos, args.add_eos)):
+        for name, ids, mask in rows:
+            labels = [token if trained else -100 for token, trained in zip(ids, mask, strict=True)]
+            padding = width - len(ids)
+            arrays[f"{name}input_ids"][i] = ids + [data.tokenizer.pad_id] * padding
+            arrays[f"{name}labels"][i] = labels + [-100] * padding
+            arrays[f"{name}loss_mask"][i] = mask + [0] * padding
+            arrays[f"{name}lengths"][i] = len(ids)
+    return arrays
+
+
+def export(args):
+    """Write tensors of a stage for other programs; returns the counts."""
+    if args.add_eos and args.stage != "pretrain":
+        raise ValueError(f"--add_eos 1 with --stage {args.stage}; every answer of a conversation has its end token "
+                         "already; leave --add_eos out")
+    kind = {"pretrain": PretrainData, "sft": SFTData, "dpo": PreferenceData}[args.stage]
+    path = Path(args.output or f"out/export/{args.stage}.{args.format}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer.from_pretrained(args.tokenizer)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as scratch:
+        scratch, paths = Path(scratch), args.data_path
+        if args.map:
+            paths = scratch / "renamed.jsonl"
+            with open(paths, "w", encoding="utf-8") as file:
+                for row, where in read_rows(args.data_path, args.skip_bad):
+                    file.write(json.dumps(rename(row, _parse_map(args.map), where)) + "\n")
+        # where the bos goes, one more token of a conversation fits
+        extra = not args.add_bos and tokenizer.bos_id is not None
+        data = kind(paths, tokenizer, args.max_length + extra, scratch / "cache", skip_bad=args.skip_bad)
+        arrays = _fill(data, args, scratch)
+        _save(arrays, scratch, path, args.format)
+        facts = {"rows": len(next(iter(arrays.values()))), "shapes": {name: x.shape for name, x in arrays.items()},
+                 "tokens": int(sum(x.sum() for name, x in arrays.items() if name.endswith("lengths"))),
+                 "trained": int(sum(x.sum() for name, x in arrays.items() if name.endswith("loss_mask"))),
+                 **{key: data.stats[key] for key in ("truncated", "dropped", "reasons", "bad")}}
+        del arrays  # mapped files cannot be deleted everywhere
+    print(f"{path}: {', '.join(f'{name} {list(shape)}' for name, shape in facts['shapes'].items())}; "
+          f"{facts['trained']} of {facts['tokens']} tokens are trained")
+    if facts["truncated"] or facts["dropped"]:
+        print(f"warning: {facts['truncated']} rows were longer than {args.max_length} tokens and are cut, "
+              f"{facts['dropped']} left out {facts['reasons'] or ''}: raise --max_length to keep them whole")
+    return facts
+
+
+def _save(arrays, scratch, path, form):
+    """Write the arrays as one file, which takes its name when it is whole."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    if form == "npz":
+        for x in arrays.values():
+            x.flush()
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in arrays:
+                archive.write(scratch / f"{name}.npy", f"{name}.npy")
+    else:
+        # int64, because torch's cross_entropy takes no other labels
+        torch.save({name: torch.from_numpy(x).long() for name, x in arrays.items()}, temporary)
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # 7. The command
 
 
@@ -942,12 +1058,22 @@ def parse_args(argv=None):
                      help=f"where to ask, in this order: {', '.join(MIRRORS)}, or the address of another mirror of the "
                           "hub (left out: HF_ENDPOINT where it is set, then all)")
     sub.add_argument("--shards", type=cli.positive(int), default=1, help="how many of the files of a set in shards")
+    sub = command("export", "write tensors of a stage for other programs")
+    sub.add_argument("--stage", required=True, choices=("pretrain", "sft", "dpo"), help="what the rows are read as")
+    sub.add_argument("--data_path", nargs="+", required=True, help="files or globs")
+    sub.add_argument("--tokenizer", required=True, help="folder of a tokenizer or checkpoint")
+    sub.add_argument("--format", default="npz", choices=("npz", "pt"), help="numpy archive, or torch.save of a dict")
+    sub.add_argument("--output", default="", help="file to write (left out: out/export/STAGE.FORMAT)")
+    sub.add_argument("--max_length", type=cli.positive(int), default=2048, help="tokens of a row; longer ones are cut")
+    cli.switch(sub, "--add_bos", 1, "begin every row with the tokenizer's first token, where it has one")
+    cli.switch(sub, "--add_eos", 0, "pretrain: end every document that is not cut with the end token")
+    reading(sub)
     return parser.parse_args(argv)
 
 
 def main(args):
     """Run one command. Returns its facts."""
-    return {"mix": mix, "inspect": inspect, "download": download}[args.command](args)
+    return {"mix": mix, "inspect": inspect, "download": download, "export": export}[args.command](args)
 
 
 if __name__ == "__main__":

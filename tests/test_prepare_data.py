@@ -20,7 +20,9 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import prepare_data
 from dataset import PreferenceData, PretrainData, PromptData, SFTData, read_rows
@@ -628,3 +630,100 @@ def test_every_set_has_an_address_at_every_mirror_it_names(monkeypatch):
         assert set(names) <= set(prepare_data.SETS)
     assert all(re.fullmatch("[0-9a-f]{64}", value) and path in public.files
                for public in prepare_data.SETS.values() for path, value in public.sha256.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# export
+
+
+@pytest.fixture
+def export(tmp_path, tokenizer):
+    """export(stage, rows, *flags) -> ({name: array}, facts)."""
+    tokenizer.save_pretrained(tmp_path / "tok")
+
+    def made(stage, rows, *flags, form="npz"):
+        facts = run("export", "--stage", stage, "--data_path", write(tmp_path / "rows.jsonl", rows), "--tokenizer",
+                    tmp_path / "tok", "--format", form, "--output", tmp_path / f"e.{form}", *flags)
+        if form == "pt":
+            return torch.load(tmp_path / "e.pt", weights_only=True), facts
+        with np.load(tmp_path / "e.npz") as arrays:
+            return dict(arrays), facts
+
+    return made
+
+
+def unpad(arrays, i, name=""):
+    """(ids, mask) of row i, after a check of its padding and labels."""
+    length = int(arrays[f"{name}lengths"][i])
+    ids, labels, mask = (arrays[f"{name}{kind}"][i].tolist() for kind in ("input_ids", "labels", "loss_mask"))
+    assert labels == [token if trained else -100 for token, trained in zip(ids, mask, strict=True)]
+    assert not any(mask[length:])
+    return ids[:length], mask[:length]
+
+
+@pytest.mark.parametrize("form", ["npz", "pt"])
+def test_exported_conversations_are_those_of_render(export, tokenizer, form):
+    rows = [{"messages": chat("What is 2 + 3?", "It is 5." * (i + 1)) + chat("And now?", "Sure!")} for i in range(5)]
+    arrays, facts = export("sft", rows, form=form)
+    for i, row in enumerate(rows):
+        ids, mask = tokenizer.render(row["messages"])
+        assert unpad(arrays, i) == (ids, mask)
+    width = max(len(tokenizer.render(row["messages"])[0]) for row in rows)
+    assert arrays["input_ids"].shape == (5, width) and (arrays["input_ids"][0][-1] == tokenizer.pad_id)
+    assert facts["truncated"] == facts["dropped"] == 0
+    if form == "pt":
+        assert {x.dtype for x in arrays.values()} == {torch.int64}
+
+
+def test_exported_pairs_are_those_of_render_up_to_the_end_token(export, tokenizer):
+    rows = [{"prompt": "What is 2 + 3?", "chosen": "Sure! It is 5.", "rejected": "5"}]
+    arrays, _ = export("dpo", rows)
+    for side in ("chosen", "rejected"):
+        ids, mask = tokenizer.render(chat("What is 2 + 3?", rows[0][side]))
+        end = len(mask) - mask[::-1].index(1)  # what follows the end token is not kept (dataset.py says why)
+        assert unpad(arrays, 0, f"{side}_") == (ids[:end], mask[:end])
+
+
+@pytest.mark.parametrize("add_bos, add_eos", [(1, 0), (1, 1), (0, 0), (0, 1)])
+def test_exported_documents_begin_and_end_as_the_flags_say(export, tokenizer, add_bos, add_eos):
+    texts = ["Anna has three apples.", "小猫是棕色的。", "a cat " * 30]
+    arrays, facts = export("pretrain", [{"text": text} for text in texts], "--max_length", "20", "--add_bos", add_bos,
+                           "--add_eos", add_eos)
+    cut = 0
+    for i, text in enumerate(texts):
+        expected = [tokenizer.bos_id] * add_bos + tokenizer.encode(text) + [tokenizer.eos_id] * add_eos
+        cut += len(expected) > 20
+        expected = expected[:20]
+        assert unpad(arrays, i) == (expected, [0] + [1] * (len(expected) - 1))
+    assert facts["truncated"] == cut >= 1
+
+
+def test_without_bos_a_conversation_loses_that_token_only(export, tokenizer):
+    row = {"messages": chat("What is 2 + 3?", "It is 5.")}
+    ids, mask = tokenizer.render(row["messages"])
+    arrays, _ = export("sft", [row], "--add_bos", "0", "--max_length", len(ids) - 1)
+    assert ids[0] == tokenizer.bos_id and unpad(arrays, 0) == (ids[1:], mask[1:])
+
+
+def test_what_is_cut_or_left_out_is_counted_and_warned_of(export, capsys):
+    rows = [{"messages": chat("q", "a" * 100)}, {"messages": chat("q" * 100, "a")}, {"messages": chat("q", "a")}]
+    arrays, facts = export("sft", rows, "--max_length", "24")
+    assert (facts["rows"], facts["truncated"], facts["dropped"]) == (2, 1, 1) and arrays["input_ids"].shape[1] == 24
+    assert "warning: 1 rows were longer than 24 tokens and are cut, 1 left out" in capsys.readouterr().out
+
+
+def test_export_equals_what_training_sees(export, tokenizer, tmp_path):
+    rows = [{"messages": chat(f"question {i}?", "answer " * (i + 1))} for i in range(6)]
+    arrays, _ = export("sft", rows, "--max_length", "40")
+    data = SFTData(tmp_path / "rows.jsonl", tokenizer, 40, tmp_path / "cache")
+    batch = data.batch(range(len(data)))
+    trained = [batch["ids"][row][(batch["mask"][row] > 0)].tolist() for row in range(len(data))]
+    assert Counter(sum(trained, [])) == Counter(arrays["labels"][arrays["labels"] >= 0].tolist())
+
+
+def test_export_maps_columns_and_refuses_a_second_end_token(export):
+    arrays, _ = export("sft", [{"q": "2 + 3?", "a": "5"}], "--map", "prompt=q", "completion=a")
+    plain, _ = export("sft", [{"messages": chat("2 + 3?", "5")}])
+    assert all(np.array_equal(arrays[name], plain[name]) for name in plain)
+    with pytest.raises(ValueError, match="--add_eos 1 with --stage sft; .*; "):
+        export("sft", [{"messages": chat("q", "a")}], "--add_eos")
