@@ -945,7 +945,7 @@ def _count(data):
 def _fill(data, args, folder):
     """Write the rows of a data set, padded on the right, into .npy files in `folder`; returns {name: mapped array}.
 
-    input_ids; labels, -100 where nothing is trained, not shifted (the model of transformers shifts); loss_mask; lengths.
+    input_ids; labels, -100 where nothing is trained, not shifted (models of transformers shift); loss_mask; lengths.
     """
     sides = ("chosen", "rejected") if data.kind == "preference" else ("tokens",)
     longest = max(int(getattr(data, side).lengths.max()) for side in sides) + args.add_eos
