@@ -325,12 +325,12 @@ def _targets(path, config, categories):
     for category in categories:
         target = given.get(category, TARGETS.get(category, {}))
         _checked_keys(target, ("count", "share", "max_repeat"), f"--config {path}, target {category}")
-        share, repeat = target.get("share"), target.get("max_repeat", 1)
-        if share is not None and (not isinstance(share, (int, float)) or not 0 < share <= 1 or "total" not in config):
-            raise ValueError(f"--config {path}, target {category}: share is {share!r} with total "
-                             f"{config.get('total')!r}; a share lies above 0 and up to 1 and needs a total; give "
-                             '"total": the number of rows of which it is a share')
-        count = target.get("count", None if share is None else round(share * config["total"]))
+        share, total, repeat = target.get("share"), config.get("total"), target.get("max_repeat", 1)
+        if share is not None and (not (_is_share(share) or share == 1) or not share or not _is_count(total)):
+            raise ValueError(f"--config {path}, target {category}: share is {share!r} with total {total!r}; a share "
+                             "lies above 0 and up to 1 and needs a total; give \"total\": the number of rows of which "
+                             "it is a share")
+        count = target.get("count", None if share is None else round(share * total))
         if type(repeat) is not int or repeat < 1 or not (count is None or type(count) is int and count > 0):
             raise ValueError(f"--config {path}, target {category}: count {count!r}, max_repeat {repeat!r}; both are "
                              'whole numbers above 0; write {"count": 10000, "max_repeat": 2}')
@@ -486,7 +486,7 @@ def _write(outputs, sources, skip_bad, sizes, copies, heldout, counts):
 
 
 def _warnings(sources, targets, counts, ratio, folder, facts):
-    """What a reader of the stats should not miss, as lines."""
+    """What a reader of the stats should not miss, as lines. targets: those that the config itself sets."""
     for source in sources:
         found = counts[source.name]
         if not found["train"] + found["heldout"]:
@@ -526,7 +526,8 @@ def mix(args):
         outputs.commit()
     finally:
         outputs.discard()
-    warnings = list(_warnings(sources, targets, counts, args.global_sample_ratio, folder, outputs.facts))
+    asked = {category: targets[category] for category in config.get("targets", {})}
+    warnings = list(_warnings(sources, asked, counts, args.global_sample_ratio, folder, outputs.facts))
     stats = {"config": config, "global_sample_ratio": args.global_sample_ratio, "targets": targets,
              "sources": {source.name: {"category": source.category, **counts[source.name]} for source in sources},
              "files": outputs.facts, "warnings": warnings}
@@ -647,7 +648,7 @@ def _minimind(mb, name, note=""):
                   "both)", modelscope="gongjy/minimind_dataset", note=note)
 
 
-# names of MiniMind's files in 2026, with their sizes, and until the end of 2025
+# MiniMind's files with their megabytes: the current names, and those until the end of 2025
 MINIMIND = {"pretrain_t2t_mini": 1200, "pretrain_t2t": 10_000, "sft_t2t_mini": 1600, "sft_t2t": 14_000, "dpo": 53,
             "rlaif": 24, "agent_rl": 86, "agent_rl_math": 18}
 MINIMIND_OLD = {"pretrain_hq": 1600, "sft_mini_512": 1200, "sft_512": 7500, "sft_1024": 5600, "sft_2048": 9000,

@@ -181,6 +181,15 @@ def test_useless_pairs_and_tool_calls_are_left_out(mix):
     assert len(files["preference.train.jsonl"]) == 1 and len(files) == 1
 
 
+def test_categories_without_a_target_have_the_sizes_of_the_documents(mix):
+    """Ten rows of a category whose default is larger are all taken, and that is no warning."""
+    text = (Path(prepare_data.__file__).parent / "docs/data.md").read_text(encoding="utf-8")
+    for category, target in prepare_data.TARGETS.items():
+        assert f"{category} {target['count']:,}" in text
+    stats, files = mix([("a", "general", chats("a", 10), {}), ("b", "identity", chats("b", 10), {})], val_ratio=0)
+    assert Counter(row["source"] for row in files["sft.train.jsonl"]) == {"a": 10, "b": 20} and not stats["warnings"]
+
+
 def test_a_short_category_is_a_warning(mix, capsys):
     stats, _ = mix([("a", "math", chats("a", 20), {})], targets={"math": {"count": 100}})
     assert stats["warnings"] == ["category math: 20 of 100 rows; add sources, or raise its max_repeat (1)"]
@@ -216,6 +225,9 @@ def test_bad_rows_are_an_error_or_counted_and_nothing_is_left_behind(mix, tmp_pa
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"y": {"count": 1}}}, "found y"),
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {"count": 0}}}, "count 0"),
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {"share": 0.5}}}, "needs a total"),
+    ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {"share": 2}}, "total": 9},
+     "share is 2"),
+    ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": 5}}, "found 5"),
 ])
 def test_a_bad_config_is_explained(tmp_path, config, message):
     (tmp_path / "mix.json").write_text(config if isinstance(config, str) else json.dumps(config))
@@ -626,6 +638,8 @@ def test_every_set_has_an_address_at_every_mirror_it_names(monkeypatch):
             assert hosts == expected, name
     assert prepare_data.addresses(prepare_data.SETS["piqa"], "a b", ["huggingface"]) == [
         "https://huggingface.co/datasets/ybisk/piqa/resolve/078a131412f46a38025a762322c174a8bae2610c/a%20b"]
+    table = (Path(prepare_data.__file__).parent / "docs/data.md").read_text(encoding="utf-8")
+    assert not [name for name in prepare_data.SETS if f"`{name}`" not in table]
     for names in prepare_data.GROUPS.values():
         assert set(names) <= set(prepare_data.SETS)
     assert all(re.fullmatch("[0-9a-f]{64}", value) and path in public.files
