@@ -9,6 +9,7 @@ import http.server
 import io
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -152,6 +153,23 @@ def test_rows_of_all_stages_go_to_their_files_and_are_read_by_the_data_sets(mix,
         assert data.stats["used"] == len(made) and data.stats["dropped"] == 0
     assert PreferenceData(tmp_path / "out/preference.train.jsonl", tokenizer, 64, tmp_path / "cache").stats["kinds"][
         "wrong"] == len(files["preference.train.jsonl"])
+
+
+@pytest.mark.parametrize("script, part", [("train_pretrain", "pretrain"), ("train_sft", "sft"),
+                                          ("train_dpo", "preference"), ("train_grpo", "rl")])
+def test_the_training_scripts_run_on_a_mix(mix, stage, tmp_path, script, part):
+    turns = [chat(f"What is {i} + 1?", f"It is {i + 1}.") for i in range(40)]
+    rows = {"pretrain": [{"text": f"{i} + 1 is {i + 1}, as everybody knows. " * 3} for i in range(40)],
+            "sft": [{"instruction": said["content"], "output": answer["content"]} for said, answer in turns],
+            "preference": [{"conversations": [{"from": "human", "value": said["content"]}],
+                            "chosen": {"from": "gpt", "value": answer["content"]},
+                            "rejected": {"from": "gpt", "value": "No."}} for said, answer in turns],
+            "rl": [{"messages": said[:1], "answer": str(i + 1), "check": "number"} for i, said in enumerate(turns)]}
+    mix([("a", "x", rows[part], {"val_ratio": 0.4})])
+    module, argv = stage(script, "--data_path", str(tmp_path / f"out/{part}.train.jsonl"), "--val_path",
+                         str(tmp_path / f"out/{part}.heldout.jsonl"), "--max_steps", "2", "--overwrite")
+    module.main(module.parse_args(argv))
+    assert (tmp_path / "out/run/model.safetensors").exists()
 
 
 def test_filters_count_what_they_leave_out(mix):
@@ -555,6 +573,12 @@ def test_a_known_hash_is_compared_and_the_next_mirror_asked(server, monkeypatch)
     assert Path("got/toy/toy.bin").read_bytes() == CONTENT and left() == ["toy.bin"]
 
 
+def test_the_endpoint_of_the_environment_is_asked_first(server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", f"{server.address}/mine/")
+    run("download", "toy", "--output", "got")
+    assert [path for path, *_ in server.requests] == ["/mine/datasets/me/toy/resolve/main/data/toy.bin"]
+
+
 @pytest.mark.parametrize("word, reason", [("HTTP 404", "HTTP 404"), ("web page", "sends a web page"),
                                           ("HTTP 401", "HTTP 401")])
 def test_a_mirror_without_the_file_is_left_at_once(server, word, reason):
@@ -591,6 +615,25 @@ def test_offline_it_says_so_and_names_the_embedded_data(server, tmp_path):
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "no mirror has served it (127.0.0.1:9: " in done.stderr and "python make_data.py" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_download_leaves_no_file_and_goes_on(server):
+    server.plan = ("stalls",)
+    running = subprocess.Popen([sys.executable, "-c", "import prepare_data as p\np.SETS['toy'] = p.Public('me/toy', "
+                                "{'data/toy.bin': 2}, 'free')\np.main(p.parse_args(['download', 'toy', '--output', "
+                                f"'got', '--mirror', {server.address!r}]))"],
+                               env={**os.environ, "PYTHONPATH": str(Path(prepare_data.__file__).parent)})
+    part = Path("got/toy/toy.bin.part")
+    for _ in range(600):
+        if part.exists() and part.stat().st_size:
+            break
+        threading.Event().wait(0.1)
+    running.kill()
+    running.wait()
+    assert left() == ["toy.bin.part", "toy.bin.state"] and part.stat().st_size
+    get(server)
+    assert server.requests[-1][1].startswith("bytes=") and Path("got/toy/toy.bin").read_bytes() == CONTENT
 
 
 def test_too_little_room_is_said_before_anything_is_written(server, monkeypatch):
