@@ -11,9 +11,9 @@ comes into memory, which so does not grow with the text. Then rows are chosen by
 same ones, and the second pass writes them.
 
 How near duplicates are found. Two texts are as alike as their sets of five-character pieces (Jaccard similarity s).
-MinHash: hash all pieces, and keep the smallest hash in each of 121 ranges; two texts have the same minimum in a range
-with probability s. The minima are joined into 11 groups of 11, and texts with a group in common count as duplicates,
-which happens with probability 1 - (1 - s^11)^11: 2% at s = 0.55, 63% at 0.8, 98% at 0.9. Of such texts the first stays.
+MinHash: hash all pieces, and keep the smallest hash in each of 11 ranges; two texts have the same minimum in a range
+with probability s. That is done with 11 hash functions, and texts with the same 11 minima for one of them count as
+duplicates. It happens with probability 1 - (1 - s^11)^11: 2% at s = 0.55, 63% at 0.8, 98% at 0.9. The first text stays.
 
 What this file does not do: clean text (it drops rows, it does not change them), or tell languages of one script apart.
 Papers: Broder 1997 (MinHash), Li, Owen and Zhang 2012 (one permutation), Shrivastava and Li 2014 (empty ranges).
@@ -70,7 +70,7 @@ KEPT = ("answer", "check", "lang", "skill", "kind")
 TARGETS = {"general": {"count": 460_000}, "knowledge": {"count": 100_000}, "math": {"count": 8_000},
            "identity": {"count": 2_000, "max_repeat": 2}, "preference": {"count": 60_000}}
 SHINGLE = 5        # characters of a piece: about a word of English, a phrase of Chinese
-BANDS = 11         # groups of a signature, and minima in a group
+BANDS = 11         # hash functions of a signature, and minima of each
 NEAR_LENGTH = 200  # shorter texts are compared exactly: "2 + 3?" and "2 + 4?" are near, and not the same
 ODD = np.uint64(0x9E3779B97F4A7C15)
 EXAMPLE = ('{"sources": [{"name": "chats", "category": "general", "path": "my/*.jsonl"}], '
@@ -151,16 +151,20 @@ def question_of(row):
 
 
 def language(text):
-    """"zh", "en" or "other" by script: Chinese has a fifth of its letters in Han characters and no kana, "en" is any
-    text in mostly Latin letters, so French counts as en."""
+    """"zh", "en" or "other" by script. zh: a fifth or more of the letters are Han characters, and few are kana. en:
+    else, if most letters are Latin, so French counts as en. other: also a text without letters."""
     points = np.frombuffer(text[:20_000].encode("utf-32-le", "surrogatepass"), np.uint32)  # [characters]
-    latin = (((points | 32) >= ord("a")) & ((points | 32) <= ord("z"))) | ((points >= 0xC0) & (points < 0x250))
-    han = (points >= 0x4E00) & (points <= 0x9FFF)
-    kana = (points >= 0x3040) & (points < 0x3100)
-    letters = latin.sum() + (points >= 0x250).sum() - ((points >= 0x2000) & (points < 0x3040)).sum()
-    if han.sum() * 5 >= letters and han.any() and kana.sum() * 20 < letters:
+
+    def count(*ranges):
+        return sum(int(((points >= first) & (points <= last)).sum()) for first, last in ranges)
+
+    latin = count((0x41, 0x5A), (0x61, 0x7A), (0xC0, 0x24F))
+    han, kana = count((0x4E00, 0x9FFF)), count((0x3040, 0x30FF))
+    # all other scripts, without general, CJK and full-width punctuation
+    letters = latin + count((0x250, 0x1FFF), (0x3040, 0xFDFF), (0xFF21, 0x10FFFF))
+    if han and han * 5 >= letters and kana * 20 < letters:
         return "zh"
-    return "en" if latin.sum() * 2 > letters else "other"
+    return "en" if latin * 2 > letters else "other"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,12 +179,15 @@ def signature(text):
     pieces = points[:count]
     for i in range(1, SHINGLE):
         pieces = pieces * ODD + points[i:i + count]                                 # [pieces], wraps around
-    # a product leaves the low bits poor, and only even hashes cut into equal ranges
-    pieces = (pieces ^ (pieces >> np.uint64(32))) * ODD
-    pieces = np.sort((pieces ^ (pieces >> np.uint64(29))) * ODD)
-    starts = np.arange(BANDS * BANDS, dtype=np.uint64) * np.uint64(2**64 // (BANDS * BANDS))
+    # every function hashes anew: with one hashing for all 121 minima, many of a short text would be one piece
+    salts = ODD * np.arange(1, BANDS + 1, dtype=np.uint64)                          # [BANDS]
+    hashes = pieces ^ salts[:, None]                                                # [BANDS, pieces]
+    for shift in (32, 29, 32):  # a product leaves the low bits poor, and only even hashes cut into equal ranges
+        hashes = (hashes ^ (hashes >> np.uint64(shift))) * ODD
+    hashes.sort(axis=1)
+    starts = np.arange(BANDS, dtype=np.uint64) * np.uint64(2**64 // BANDS)
     # the smallest hash in a range is the first one behind its start; an empty range borrows from the next
-    minima = pieces[np.searchsorted(pieces, starts) % count].reshape(BANDS, BANDS)  # [BANDS, BANDS]
+    minima = np.stack([row[np.searchsorted(row, starts) % count] for row in hashes])  # [BANDS, BANDS]
     powers = ODD ** np.arange(1, BANDS + 1, dtype=np.uint64)
     return (minima * powers).sum(1, dtype=np.uint64)
 
