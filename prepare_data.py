@@ -684,8 +684,9 @@ SETS = {
     "gsm8k": Public(f"{GITHUB}openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data",
                     {"test.jsonl": 1, "train.jsonl": 4}, "MIT", sha256={
         "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}),
-    "arc": Public("allenai/ai2_arc", {"ARC-Easy/test-00000-of-00001.parquet": 0, "ARC-Challenge/"
-                                      "test-00000-of-00001.parquet": 0}, f"CC BY-SA 4.0 ({STATED})"),
+    "arc_easy": Public("allenai/ai2_arc", {"ARC-Easy/test-00000-of-00001.parquet": 0}, f"CC BY-SA 4.0 ({STATED})"),
+    "arc_challenge": Public("allenai/ai2_arc", {"ARC-Challenge/test-00000-of-00001.parquet": 0},
+                            f"CC BY-SA 4.0 ({STATED})"),
     "winogrande": Public("allenai/winogrande", {"winogrande_xl/validation-00000-of-00001.parquet": 0},
                          f"CC BY ({STATED})"),
     "piqa": Public("ybisk/piqa@078a131412f46a38025a762322c174a8bae2610c", {"plain_text/piqa-validation.parquet": 0},
@@ -700,8 +701,8 @@ SETS = {
     "cmmlu": Public("haonan-li/cmmlu", {"cmmlu_v1_0_1.zip": 0}, "CC BY-NC-SA 4.0"),
 }
 GROUPS = {"minimind": ("pretrain_t2t_mini", "sft_t2t_mini", "dpo"),
-          "eval": ("hellaswag", "arc", "winogrande", "piqa", "boolq", "lambada", "wikitext2", "ceval", "cmmlu", "mmlu",
-                   "gsm8k")}
+          "eval": ("hellaswag", "arc_easy", "arc_challenge", "winogrande", "piqa", "boolq", "lambada", "wikitext2",
+                   "ceval", "cmmlu", "mmlu", "gsm8k")}
 MIRRORS = {"huggingface": "https://huggingface.co", "hf-mirror": "https://hf-mirror.com", "modelscope": ""}
 ATTEMPTS = 5      # in a row that bring nothing, before the next mirror is asked
 PATIENCE = 30.0   # seconds without a byte that count as a broken connection
@@ -736,10 +737,9 @@ def addresses(public, path, mirrors):
     if public.repo.startswith("http"):
         return [f"{public.repo}/{path}"]
     repo, _, revision = public.repo.partition("@")
-    found = [f"https://www.modelscope.cn/datasets/{public.modelscope}/resolve/master/{path}" if mirror == "modelscope"
-             else f"{MIRRORS.get(mirror, mirror).rstrip('/')}/datasets/{repo}/resolve/{revision or 'main'}/{path}"
-             for mirror in mirrors if mirror != "modelscope" or public.modelscope]
-    return found
+    return [f"https://www.modelscope.cn/datasets/{public.modelscope}/resolve/master/{path}" if mirror == "modelscope"
+            else f"{MIRRORS.get(mirror, mirror).rstrip('/')}/datasets/{repo}/resolve/{revision or 'main'}/{path}"
+            for mirror in mirrors if mirror != "modelscope" or public.modelscope]
 
 
 def check_space(folder, needed, path):
@@ -868,6 +868,26 @@ def unpack(path):
     print(f"{folder}: unpacked")
 
 
+def as_lines(path):
+    """Write a benchmark's parquet beside it as .jsonl, or as .txt where the rows are the lines of one text (WikiText):
+    scores are computed without pyarrow. Where it is missing now, that is said."""
+    if path.with_suffix(".jsonl").exists() or path.with_suffix(".txt").exists():
+        return
+    temporary, one_text = path.with_suffix(".tmp"), True
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            for row, _ in read_rows(path):
+                one_text = one_text and list(row) == ["text"]
+                file.write(row["text"] if one_text else json.dumps(row, ensure_ascii=False) + "\n")
+    except ValueError as error:
+        temporary.unlink()
+        print(f"{path} is not converted: {error}")
+        return
+    target = path.with_suffix(".txt" if one_text else ".jsonl")
+    os.replace(temporary, target)
+    print(f"{target}: the same rows")
+
+
 def download(args):
     """Fetch public sets into --output/NAME; without a name, list them. Returns {name: paths}."""
     if not args.names:
@@ -883,6 +903,10 @@ def download(args):
                          "them with sizes and licences: python prepare_data.py download")
     endpoint = os.environ.get("HF_ENDPOINT", "")
     mirrors = args.mirror or [*([endpoint] if endpoint else []), *MIRRORS]
+    for mirror in mirrors:
+        if mirror not in MIRRORS and not mirror.startswith(("http://", "https://")):
+            raise ValueError(f"--mirror {mirror}; a mirror is one of {', '.join(MIRRORS)}, or an address with https:// "
+                             "(HF_ENDPOINT as well); correct it")
     done = {}
     for name in names:
         public = SETS[name]
@@ -891,13 +915,16 @@ def download(args):
         if public.shards:
             paths += [public.shards.format(i) for i in range(args.shards)]
         done[name] = [_get(public, path, Path(args.output) / name / Path(path).name, mirrors) for path in paths]
+        for path in done[name]:
+            if path.suffix == ".zip" and not path.with_suffix("").exists():
+                unpack(path)
+            if path.suffix == ".parquet" and name in GROUPS["eval"]:
+                as_lines(path)
     return done
 
 
 def _get(public, source, path, mirrors):
     """Bring one file of a set to `path` from the first mirror that has it. Raises OSError where none does."""
-    if len({Path(other).name for other in public.files}) < len(public.files):
-        path = path.with_name(source.replace("/", "_"))  # two files of one name
     if path.exists():
         print(f"{path}: is there already; delete it to fetch it again")
     else:
@@ -911,10 +938,8 @@ def _get(public, source, path, mirrors):
                 tried.append(f"{urllib.parse.urlsplit(url).netloc}: {error}")
                 logs.say(f"{path.name}: {tried[-1]}")
         else:
-            raise OSError(f"{source}: no mirror has served it ({' | '.join(tried) or 'none is given'}); it needs a "
-                          f"network and a mirror that has it; try again later, or another --mirror; {OFFLINE}")
-    if path.suffix == ".zip" and not path.with_suffix("").exists():
-        unpack(path)
+            raise OSError(f"{source}: no mirror has served it ({' | '.join(tried) or 'it is not on this one'}); it "
+                          f"needs a network and a mirror that has it; try again later, or another --mirror; {OFFLINE}")
     return path
 
 

@@ -659,6 +659,28 @@ def test_an_archive_is_unpacked_whole(server, monkeypatch):
     assert left() == ["exam.zip"]
 
 
+@pytest.mark.parametrize("rows, name, expected", [
+    ([{"question": "问", "choices": ["a", "b"], "answer": 1}] * 2, "test.jsonl",
+     '{"question": "问", "choices": ["a", "b"], "answer": 1}\n' * 2),
+    ([{"text": " = A title = \n"}, {"text": ""}, {"text": " Words . \n"}], "test.txt", " = A title = \n Words . \n")])
+def test_a_benchmark_in_parquet_is_written_as_lines_too(server, monkeypatch, rows, name, expected):
+    parquet, arrow, packed = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow"), io.BytesIO()
+    parquet.write_table(arrow.Table.from_pylist(rows), packed)
+    server.content = packed.getvalue()
+    monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"all/test.parquet": 1}, ""))
+    monkeypatch.setitem(prepare_data.GROUPS, "eval", ("toy",))
+    get(server)
+    assert left() == sorted([name, "test.parquet"]) and Path("got/toy", name).read_text(encoding="utf-8") == expected
+
+
+def test_without_pyarrow_a_benchmark_stays_as_it_came(server, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"all/test.parquet": 1}, ""))
+    monkeypatch.setitem(prepare_data.GROUPS, "eval", ("toy",))
+    get(server)
+    assert left() == ["test.parquet"] and "pip install pyarrow" in capsys.readouterr().out
+
+
 def test_shards_and_groups_name_their_files(server, monkeypatch):
     monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"last": 1}, "", "part_{:03d}", 1))
     monkeypatch.setitem(prepare_data.GROUPS, "both", ("toy", "toy"))
@@ -668,6 +690,8 @@ def test_shards_and_groups_name_their_files(server, monkeypatch):
         "last", "part_000", "part_001"]
     with pytest.raises(ValueError, match="download nothing: no set of that name; .*; .*"):
         run("download", "nothing")
+    with pytest.raises(ValueError, match="--mirror mirror.example; .*; "):
+        get(server, "--mirror", "mirror.example")
 
 
 def test_every_set_has_an_address_at_every_mirror_it_names(monkeypatch):
