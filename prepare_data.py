@@ -618,7 +618,9 @@ def inspect(args):
     for message in bad[:3]:
         print(f"{'bad':>17}  {message}")
     for _, number, row in samples:
-        print(f"\nrow {number}\n{json.dumps(row, ensure_ascii=False, indent=1)[:1500]}")
+        shown = json.dumps(row, ensure_ascii=False, indent=1)[:1500]
+        # lone surrogates, which no terminal takes, become question marks
+        print(f"\nrow {number}\n{shown.encode('utf-8', 'replace').decode()}")
     return facts
 
 

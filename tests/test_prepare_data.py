@@ -267,6 +267,7 @@ def test_lone_surrogates_survive_a_mix(mix, tmp_path):
     (tmp_path / "odd.jsonl").write_text('{"text": "half \\ud83d of a pair \\u4f60"}\n')
     _, files = mix([("a", "x", [], {"path": str(tmp_path / "odd.jsonl")})], val_ratio=0)
     assert [row["text"] for row in files["pretrain.train.jsonl"]] == ["half \ud83d of a pair \u4f60"]
+    assert run("inspect", tmp_path / "odd.jsonl")["rows"] == 1
 
 
 MEMORY = """
