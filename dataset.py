@@ -1,4 +1,4 @@
-"""Text and JSONL files -> token files on disk -> packed batches with masks.
+"""Text and rows from files -> token files on disk -> packed batches with masks.
 
 Text is tokenised once, as a stream, into memory-mapped arrays under `cache_dir`. Afterwards a batch is a few slices of
 a file: memory does not grow with the data, and processes share one copy. Four data sets stand on that store:
@@ -7,6 +7,9 @@ a file: memory does not grow with the data, and processes share one copy. Four d
     SFTData         {"conversations"}                 conversations packed into rows; mask 1 on assistant text
     PreferenceData  {"prompt", "chosen", "rejected"}  chosen and rejected rows in one batch; mask 1 on the completion
     PromptData      {"conversations", "answer", ...}  prompts for reinforcement learning and exact-match evaluation
+
+Files are JSON lines, JSON arrays, CSV, parquet or plain text; conversation() and preference() know the shapes that
+public collections have, so every script reads them as they are. docs/data.md lists both.
 
 A position counts samples since the start of training, and alone decides which sample comes next (a shuffle keyed by
 seed and epoch). So a run resumes, or changes its number of processes, by remembering one integer.
@@ -22,12 +25,16 @@ Commands: used by train_*.py and eval.py. To look at rows:
 """
 
 import copy
+import csv
 import errno
 import glob
 import gzip
 import hashlib
+import importlib
+import io
 import json
 import os
+import re
 import struct
 import zlib
 from bisect import bisect_left, insort
@@ -35,20 +42,24 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".txt", ".txt.gz", ".parquet")
 CHUNK_BYTES = 1 << 20  # text given to the tokenizer at a time: enough to amortise a call, little enough to forget
+LINE_LIMIT = 32 << 20  # no document is that long: such a line means missing line ends, and is not read into memory
 DOCUMENT_LIMIT = 16 << 20  # a .txt file without blank lines is cut here, or it would be one document as large as itself
+END_OF_TEXT = "<|endoftext|>"  # parts the documents of TinyStories' .txt files, which hold blank lines
 OPEN_ROWS = 64  # rows that packing keeps open; on 28k short conversations at T = 512 rows were 98.7% full, 97.9% with 4
 FORMAT_VERSION = 1  # raise it when the meaning of the arrays changes, so that old caches are not read
 MAGIC = b"MINITOKN"
 HEADER = struct.Struct("<8sII16sQ24x")  # magic, version, item size, dtype name, count: 64 bytes keep the items aligned
 FIX_LINE = "repair the line, or skip and count such lines with --skip_bad 1"
 CHAT = '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,30 +88,52 @@ def expand_paths(data_path: str | Path | Sequence[str | Path] | None) -> list[Pa
     return files
 
 
+def document_hash(key: str) -> int:
+    """The first 64 bits of the SHA-1 of a text: equal on every machine and in every run."""
+    # JSON may hold lone surrogates, which plain UTF-8 refuses. Not a secret: some systems forbid SHA-1 for those only.
+    digest = hashlib.sha1(key.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
 def split_heldout(key: str, ratio: float) -> bool:
-    """True if the document is held out: the SHA-1 of `key`, read as a fraction of 1, is below `ratio`.
+    """True if the document is held out: its hash, read as a fraction of 1, is below `ratio`.
 
     The text alone decides: files may be reordered, and equal documents never lie on both sides.
     """
-    # JSON may hold lone surrogates, which plain UTF-8 refuses. Not a secret: some systems forbid SHA-1 for those only.
-    digest = hashlib.sha1(key.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
-    return int.from_bytes(digest[:8], "big") < ratio * 2**64
+    return document_hash(key) < ratio * 2**64
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes without the line end). Only b"\\n" ends a line: U+2028 occurs inside real rows."""
+    """(line number from 1, bytes without the line end). Only b"\\n" ends a line: U+2028 occurs inside real rows.
+
+    Of a line beyond LINE_LIMIT come the first LINE_LIMIT bytes, which _decode refuses.
+    """
     number = 0
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line.rstrip(b"\r\n")
+        with _open(path) as file:
+            while line := file.readline(LINE_LIMIT):
+                number += 1
+                ended = len(line) < LINE_LIMIT or line.endswith(b"\n")
+                yield number, line.rstrip(b"\r\n") if ended else line
+                while not ended:
+                    rest = file.readline(CHUNK_BYTES)
+                    ended = len(rest) < CHUNK_BYTES or rest.endswith(b"\n")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}:{number + 1}: broken gzip data ({error}); the file must be whole; "
-                         "copy or download it again") from None
+        raise _broken_gzip(f"{path}:{number + 1}", error) from None
+
+
+def _broken_gzip(where: str, error: Exception) -> ValueError:
+    return ValueError(f"{where}: broken gzip data ({error}); the file must be whole; copy or download it again")
 
 
 def _decode(raw: bytes, number: int) -> str:
     """One line as text. Raises ValueError with the reason alone; the caller knows file and line."""
+    if len(raw) >= LINE_LIMIT:
+        raise ValueError(f"a line of more than {LINE_LIMIT >> 20} MB (its line ends are missing)")
     if number == 1:
         if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise ValueError("the file is UTF-16, not UTF-8")
@@ -130,60 +163,168 @@ def _decode_json(raw: bytes, number: int) -> dict | None:
     return row
 
 
+def _refuse(where: str, reason: object, start: str, skip_bad: bool, bad: list[str]) -> None:
+    """Raise the error of a bad line or row; with skip_bad add it to `bad` instead. `start` is enough of its text to
+    find it in an editor."""
+    message = f"{where}: {reason}; text starts: {start[:60]!r}"
+    if not skip_bad:
+        raise ValueError(f"{message}; lines are UTF-8, in .jsonl one object each; {FIX_LINE}") from None
+    bad.append(message)
+
+
 def _decoded(path: Path, decode: Callable, skip_bad: bool, bad: list[str]) -> Iterator[tuple[int, object, int]]:
     """(line number, decoded line, bytes). A bad line raises; with skip_bad it is added to `bad` instead."""
     for number, raw in _lines(path):
         try:
             value = decode(raw, number)
         except ValueError as error:
-            start = raw[:60].decode("utf-8", "replace")  # enough to find the line in an editor
-            message = f"{path}:{number}: {error}; text starts: {start!r}"
-            if not skip_bad:
-                raise ValueError(f"{message}; lines are UTF-8, in .jsonl one object each; {FIX_LINE}") from None
-            bad.append(message)
+            _refuse(f"{path}:{number}", error, raw[:60].decode("utf-8", "replace"), skip_bad, bad)
             continue
         yield number, value, len(raw)
 
 
-def _documents(lines: Iterable[tuple[int, str, int]]) -> Iterator[tuple[int, dict, int]]:
-    """The documents of a .txt file, runs of lines between blank lines, as {"text"} with their first line number."""
+def _text_rows(path: Path, skip_bad: bool, bad: list[str]) -> Iterator[tuple[int, dict, int]]:
+    """The documents of a .txt file as {"text"} with their first line number: runs of lines between blank lines or, in
+    a file that has such lines early on, between END_OF_TEXT lines."""
+    marked = any(raw.strip() == END_OF_TEXT.encode() for _, raw in islice(_lines(path), 1000))
     parts, first, size = [], 1, 0
-    for number, line, length in lines:
-        blank = not line.strip()
-        if parts and (blank or size >= DOCUMENT_LIMIT):
-            yield first, {"text": "\n".join(parts)}, size
+    for number, line, length in _decoded(path, _decode, skip_bad, bad):
+        border = line.strip() == (END_OF_TEXT if marked else "")
+        if parts and (border or size >= DOCUMENT_LIMIT):
+            yield first, {"text": "\n".join(parts).rstrip("\n")}, size
             parts, size = [], 0
-        if not blank:
+        if not border and (parts or line.strip()):
             first = first if parts else number
             parts.append(line)
             size += length + 1
     if parts:
-        yield first, {"text": "\n".join(parts)}, size
+        yield first, {"text": "\n".join(parts).rstrip("\n")}, size
+
+
+def _csv_rows(path: Path, skip_bad: bool, bad: list[str]) -> Iterator[tuple[int, dict, int]]:
+    """The rows of a CSV file as {column: text} with their first line number; the first row names the columns."""
+    # The limit of 128 kB that Python sets is below real documents; without any, one open quote would take the whole
+    # rest of the file into memory.
+    csv.field_size_limit(DOCUMENT_LIMIT)
+    taken = []  # numbers of the lines that the row being read is made of: a quoted text may hold line ends
+
+    def text():
+        for number, line, _ in _decoded(path, _decode, skip_bad, bad):
+            taken.append(number)
+            yield line + "\n"
+
+    rows, header = csv.reader(text(), strict=True), None
+    while True:
+        taken.clear()
+        try:
+            cells = next(rows, None)
+        except csv.Error as error:
+            _refuse(f"{path}:{taken[0]}", f"not valid CSV ({error})", "", skip_bad, bad)
+            continue
+        if cells is None:
+            return
+        where = f"{path}:{taken[0]}"
+        if header is None and any(cells):
+            header = cells
+            if len(set(header)) < len(header):
+                raise ValueError(f"{where}: found a column name twice in {header}; every column needs a name of its "
+                                 "own, in the first row; rename it")
+        elif any(cells) and len(cells) != len(header):
+            _refuse(where, f"{len(cells)} cells under {len(header)} columns", ",".join(cells), skip_bad, bad)
+        elif any(cells):
+            yield taken[0], dict(zip(header, cells, strict=True)), sum(map(len, cells))
+
+
+def _json_rows(path: Path, skip_bad: bool, bad: list[str]) -> Iterator[tuple[int, dict, int]]:
+    """The rows of a .json file: lines as in .jsonl, or one array [{...}, ...], whose objects are counted from 1."""
+    try:
+        with _open(path) as raw:
+            if raw.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                yield from _array_rows(io.TextIOWrapper(raw, encoding="utf-8-sig"), path, skip_bad, bad)
+                return
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _broken_gzip(str(path), error) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason}); text is read as UTF-8; convert the file") from None
+    yield from _decoded(path, _decode_json, skip_bad, bad)
+
+
+def _array_rows(file: io.TextIOBase, path: Path, skip_bad: bool, bad: list[str]) -> Iterator[tuple[int, dict, int]]:
+    """(number, object, characters) of a JSON array, read in pieces."""
+    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    text, number = file.read(CHUNK_BYTES), 1
+    at = text.index("[") + 1
+    while True:
+        at = gap.match(text, at).end()
+        if text.startswith("]", at):
+            return
+        try:
+            row, end = decode(text, at)
+        except (ValueError, RecursionError) as error:
+            # Most likely the object goes on behind what was read so far; doubling keeps the repeated work small.
+            more = file.read(max(CHUNK_BYTES, len(text) - at)) if len(text) - at < LINE_LIMIT else ""
+            if not more:
+                raise ValueError(f"{path}:{number}: not valid JSON ({error}), in object {number} of the array; behind "
+                                 "it nobody knows where the next one begins; the file must be whole; repair it, copy "
+                                 "or download it again") from None
+            text, at = text[at:] + more, 0
+            continue
+        if isinstance(row, dict):
+            yield number, row, end - at
+        else:
+            _refuse(f"{path}:{number}", f"a JSON {type(row).__name__} where an object {{...}} must stand",
+                    text[at:end], skip_bad, bad)
+        at, number = end, number + 1
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict, int]]:
+    """The rows of a parquet file, counted from 1; pyarrow is asked for only here."""
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise ValueError(f"{path}: parquet is read with pyarrow, which is not installed; it is optional here; run: "
+                         "pip install pyarrow, or convert the file to .jsonl") from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row, batch.nbytes // batch.num_rows
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(f"{path}:{number + 1}: broken parquet data ({reason}); the file must be whole; copy or "
+                         "download it again") from None
 
 
 def _scan(paths: Sequence[Path], skip_bad: bool, bad: list[str]) -> Iterator[tuple[dict, str, int]]:
     """(row, "file:line", bytes) over all files."""
     for path in paths:
-        if path.suffix == ".txt":
-            rows = _documents(_decoded(path, _decode, skip_bad, bad))
-        else:
+        kind = Path(path.name.removesuffix(".gz")).suffix
+        if kind == ".parquet":
+            rows = _parquet_rows(path)
+        elif kind == ".jsonl":
             rows = _decoded(path, _decode_json, skip_bad, bad)
+        else:
+            rows = {".txt": _text_rows, ".csv": _csv_rows, ".json": _json_rows}[kind](path, skip_bad, bad)
         for number, row, size in rows:
             if row is not None:
                 yield row, f"{path}:{number}", size
 
 
-def read_rows(paths: str | Path | Sequence[str | Path], skip_bad: bool = False) -> Iterator[tuple[dict, str]]:
-    """Stream the rows of .jsonl, .jsonl.gz and .txt files (blank lines part documents) as (row, "file:line").
+def read_rows(paths: str | Path | Sequence[str | Path], skip_bad: bool = False,
+              bad: list[str] | None = None) -> Iterator[tuple[dict, str]]:
+    """Stream the rows of files (endings: SUFFIXES) as (row, "file:line"); in JSON arrays and parquet "file:row".
 
-    Raises ValueError naming file, line, reason and the start of the text for broken JSON, other encodings than UTF-8,
-    NUL bytes and damaged gzip data. With skip_bad such lines are skipped and their total is printed at the end.
+    Raises ValueError naming file, line, reason and the start of the text for broken JSON or CSV, other encodings than
+    UTF-8, NUL bytes, lines beyond LINE_LIMIT, and damaged gzip or parquet data. With skip_bad bad lines are skipped and
+    their total is printed at the end, or the messages are added to the list `bad`; a damaged file stays an error.
     """
-    bad = []
-    for row, where, _ in _scan(expand_paths(paths), skip_bad, bad):
+    skipped = [] if bad is None else bad
+    for row, where, _ in _scan(expand_paths(paths), skip_bad, skipped):
         yield row, where
-    if bad:
-        print(f"skipped {len(bad)} bad lines; the first: {bad[0]}", flush=True)
+    if skipped and bad is None:
+        print(f"skipped {len(skipped)} bad lines; the first: {skipped[0]}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,56 +337,92 @@ def _wrong_keys(row: dict, where: str, expected: str, example: str) -> ValueErro
 
 
 def _check_turns(turns: object, where: str) -> list[dict]:
-    """A non-empty list of {"role", "content"} turns, as it is; which roles exist is the tokenizer's rule."""
+    """A non-empty list of {"role", "content"} turns; ShareGPT's {"from", "value"} are rewritten. Which roles exist is
+    the tokenizer's rule."""
     if not isinstance(turns, list) or not turns:
         found = f"{turns!r:.60} as the turns; expected a non-empty list"
         raise ValueError(f"{where}: found {found}; write {CHAT}")
+    checked = []
     for turn in turns:
+        if isinstance(turn, dict) and {"from", "value"} <= turn.keys() and "role" not in turn:
+            turn = {"role": SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"]}
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            found = f"the keys [{', '.join(turn)}]" if isinstance(turn, dict) else f"{turn!r:.60}"
+            found = f"the keys [{', '.join(map(str, turn))}]" if isinstance(turn, dict) else f"{turn!r:.60}"
             raise ValueError(f"{where}: found a turn with {found}; expected role and content; write {CHAT}")
         if not isinstance(turn["content"], str):
             raise ValueError(f"{where}: found {turn['content']!r:.60} as content; expected a string; write {CHAT}")
+        checked.append(turn)
+    return checked
+
+
+def _as_turns(said: object, role: str) -> object:
+    """A text or a single turn as a list of turns; anything else as it is, for _check_turns to judge."""
+    if isinstance(said, str):
+        return [{"role": role, "content": said}]
+    return [said] if isinstance(said, dict) else said
+
+
+def _prompt(row: dict) -> object:
+    """What is said before the answer, in any of the shapes: turns (not checked), or None where nothing is."""
+    if row.get("prompt") is not None:
+        return _as_turns(row["prompt"], "user")
+    if isinstance(row.get("instruction"), str):
+        # Alpaca's columns: the task, what it is about, and earlier [question, answer] pairs
+        said = [text for pair in row.get("history") or [] for text in pair]
+        said.append("\n".join(filter(None, (row["instruction"], row.get("input")))))
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    return next((row[key] for key in ("conversations", "messages") if row.get(key) is not None), None)
+
+
+def _with_system(row: dict, turns: list[dict]) -> list[dict]:
+    """The turns with the `system` text of the row in front, where it has one and they have none."""
+    if row.get("system") and turns[0]["role"] != "system":
+        return _check_turns(_as_turns(row["system"], "system"), "row") + turns
     return turns
 
 
 def conversation(row: dict, where: str = "row") -> list[dict]:
-    """The turns of an SFT or RL row: its `conversations` or `messages`."""
-    for key in ("conversations", "messages"):
-        if key in row:
-            return _check_turns(row[key], where)
-    raise _wrong_keys(row, where, "conversations (or messages)", f'{{"conversations": {CHAT}}}')
+    """The turns of an SFT or RL row, in any of the shapes of public collections:
+
+    `conversations` or `messages`, turns with role and content, or with from and value; `prompt` and `completion` (or
+    `response`), texts or lists of turns; `instruction`, perhaps with `input` and `history`, and `output`. A `system`
+    text is put in front. Raises ValueError with file, line, what was found and what is expected.
+    """
+    turns = next((row[key] for key in ("conversations", "messages") if row.get(key) is not None), None)
+    if turns is None:
+        answer = next((row[key] for key in ("completion", "response", "output") if row.get(key) is not None), None)
+        if answer is None or (turns := _prompt(row)) is None:
+            raise _wrong_keys(row, where, "conversations (or messages), prompt and completion, or instruction and "
+                              "output", f'{{"conversations": {CHAT}}}')
+        turns = _check_turns(turns, where) + _check_turns(_as_turns(answer, "assistant"), where)
+    return _with_system(row, _check_turns(turns, where))
 
 
 def preference(row: dict, where: str = "row") -> tuple[list[dict], dict, dict]:
     """(prompt turns, chosen turn, rejected turn) of a preference row.
 
-    Formats: prompt (text or turns) with chosen and rejected as text or as one assistant turn in a list; or chosen and
-    rejected as whole conversations that share all turns but the last. A `system` text is put in front.
+    Formats: a prompt (any shape that conversation() knows, without the answer) with chosen and rejected as text, as one
+    assistant turn or as one in a list; or chosen and rejected as whole conversations that share all turns but the last.
+    A `system` text is put in front.
     """
     expected = "prompt, chosen, rejected (or chosen and rejected as lists of turns)"
     error = _wrong_keys(row, where, expected, '{"prompt": "...", "chosen": "...", "rejected": "..."}')
     if "chosen" not in row or "rejected" not in row:
         raise error
-    sides = [row["chosen"], row["rejected"]]
-    sides = [[{"role": "assistant", "content": s}] if isinstance(s, str) else _check_turns(s, where) for s in sides]
+    sides = [_check_turns(_as_turns(row[side], "assistant"), where) for side in ("chosen", "rejected")]
     # Only role and content are compared: collections add scores or ids to the turns of one side.
     before = [[(turn["role"], turn["content"]) for turn in side[:-1]] for side in sides]
     if before[0] != before[1] or {side[-1]["role"] for side in sides} != {"assistant"}:
         raise ValueError(f"{where}: found chosen and rejected that differ before their last turn, or do not end with "
                          "an assistant turn; expected one prompt and two answers; split the row")
-    prompt = row.get("prompt")
-    if before[0]:
-        prompt = sides[0][:-1]  # whole conversations; a prompt beside them only repeats their start
-    elif prompt is None:
+    # In whole conversations a prompt beside them only repeats their start.
+    prompt = sides[0][:-1] or _prompt(row)
+    if prompt is None:
         raise error
-    prompt = _check_turns([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, where)
-    if row.get("system") and prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": row["system"]}, *prompt]
-    return prompt, sides[0][-1], sides[1][-1]
+    return _with_system(row, _check_turns(prompt, where)), sides[0][-1], sides[1][-1]
 
 
-def _question(turns: list[dict]) -> str:
+def first_question(turns: list[dict]) -> str:
     """What the held-out split hashes: the first user turn, so that one question never lies on both sides."""
     return next((turn["content"] for turn in turns if turn["role"] == "user"), turns[0]["content"])
 
@@ -851,7 +1028,7 @@ class SFTData(TokenData):
 
     def parse(self, row, where):
         turns = conversation(row, where)
-        return _question(turns), turns
+        return first_question(turns), turns
 
     def encode(self, sample, row, counts):
         ids, mask = self.tokenizer.render(sample)
@@ -932,7 +1109,7 @@ class PreferenceData(TokenData):
 
     def parse(self, row, where):
         pair = preference(row, where)
-        return _question(pair[0]), pair
+        return first_question(pair[0]), pair
 
     def encode(self, sample, row, counts):
         prompt, *answers = sample
@@ -1014,7 +1191,7 @@ class PromptData(TokenData, Sequence):
 
     def parse(self, row, where):
         turns = preference(row, where)[0] if "chosen" in row else conversation(row, where)
-        return _question(turns), turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        return first_question(turns), turns[:-1] if turns[-1]["role"] == "assistant" else turns
 
     def encode(self, sample, row, counts):
         if not sample or sample[-1]["role"] == "assistant":

@@ -571,6 +571,8 @@ SFT_MIX = {"story": 14, "dialogue": 12, "definition": 5, "translate": 9, "fact":
            "subtract": 3, "subtract_hard": 1, "next": 2, "compare": 3, "compare_hard": 1, "count": 3, "count_hard": 1,
            "sort": 2, "sort_hard": 1, "reverse": 4, "reverse_hard": 1, "letter": 4, "letter_hard": 1, "repeat": 2,
            "repeat_hard": 1, "join": 2, "join_hard": 1, "identity": 5, "chat": 5}
+# who gives a persona of his own wants the model to know it: three times as many conversations are about it
+PERSONA_SFT_MIX = {**SFT_MIX, "identity": 3 * SFT_MIX["identity"]}
 # skills a small model masters: a reward model can see a wrong answer only where it could find the right one
 PREFERENCE_MIX = {"story": 5, "compare": 2, "letter": 3, "reverse": 2, "join": 1, "repeat": 1, "count": 1, "next": 1,
                   "definition": 1, "translate": 2}
@@ -660,7 +662,7 @@ def pretrain_row(d, decks):
 def sft_row(d):
     """Return one conversation; without a system prompt the style is a coin toss, with one it does as it says."""
     rng, lang = d.rng, d.lang
-    skill, task = make_task(replace(d, turns=3), SFT_MIX)
+    skill, task = make_task(replace(d, turns=3), SFT_MIX if d.persona == PERSONA else PERSONA_SFT_MIX)
     style, answer_lang, turns = rng.choice(("curt", "polite")), lang, []
     if rng.random() < 0.2:
         rule = style
@@ -769,7 +771,8 @@ def parse_args(argv=None):
     parser.add_argument("--preference_pairs", type=above_zero, default=20000, help="pairs to train on")
     parser.add_argument("--rl_prompts", type=above_zero, default=3000, help="prompts to train on")
     parser.add_argument("--seed", type=int, default=42, help="same seed, same bytes")
-    parser.add_argument("--persona", default="", help='JSON file {"name", "maker", "traits"} for another character')
+    parser.add_argument("--persona", default="", help='JSON file {"name", "maker", "traits"} for another character, '
+                        "of which more conversations are about")
     return parser.parse_args(argv)
 
 

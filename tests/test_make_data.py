@@ -11,8 +11,13 @@ from collections import Counter, defaultdict
 import pytest
 
 import make_data
+import metrics
+import prepare_data
 import tokenizer
+import train_pretrain
+import train_sft
 from make_data import ANIMALS, COLOURS, DICTIONARY, FACTS, KINDS, KNOWN, LANGS, NAMES, PLACES, THINGS
+from model import Transformer
 
 STAGES = ("pretrain", "sft", "preference", "rl")
 MB = 1.0
@@ -337,6 +342,73 @@ def test_persona_is_replaced_everywhere(tmp_path):
     text = "".join(file.read_text(encoding="utf-8") for file in folder.iterdir())
     assert "MiniLLM" not in text
     assert all(word in text for word in ("My name is Sunny.", "我的名字是：阳阳。", "Willow School", "小巧又好奇"))
+
+
+PERSONA = {"name": {"en": "Sunny", "zh": "阳阳"}, "maker": {"en": "Willow School", "zh": "柳树小学"},
+           "traits": {"en": "brave and funny", "zh": "勇敢又风趣"}}
+
+
+def write_persona(folder, *flags, persona=PERSONA):
+    (folder / "persona.json").write_text(json.dumps(persona, ensure_ascii=False), encoding="utf-8")
+    return write(folder / "data", "--persona", str(folder / "persona.json"), *SMALL, *flags)
+
+
+def conversations(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def test_a_persona_is_over_sampled_and_every_row_about_it_says_so(tmp_path, rows):
+    trained = conversations(write_persona(tmp_path, "--sft_samples", "3000") / "sft.train.jsonl")
+    about = [row for row in trained if row["skill"] == "identity"]
+    usual = sum(row["skill"] == "identity" for row in rows["sft", "train"]) / len(rows["sft", "train"])
+    assert 2.2 < len(about) / len(trained) / usual < 3.2
+    asked = {"name": r"name|你.*叫|名字|大名", "maker": "made|built|created|trained|designed|了你", "traits":
+             "describe|形容|描述|介绍|说说"}
+    said = Counter()
+    for row in about:
+        for field, pattern in asked.items():
+            if re.search(pattern, question(row)):
+                assert row["answer"] == PERSONA[field][row["lang"]]
+                assert row["answer"] in row["conversations"][-1]["content"]
+                said[field, row["lang"]] += 1
+    assert len(said) == 6 and min(said.values()) > 20
+
+
+def test_a_persona_may_hold_any_characters(tmp_path):
+    odd = {"name": "{x} {0} \"%s\" \\ <|im_end|>", "maker": "A & B\n[C|D]", "traits": {"en": "{", "zh": "】"}}
+    about = [row for row in conversations(write_persona(tmp_path, persona=odd) / "sft.train.jsonl")
+             if row["skill"] == "identity"]
+    text = "\n".join(row["conversations"][-1]["content"] for row in about)
+    assert odd["name"] in text and odd["maker"] in text
+
+
+@pytest.mark.slow
+def test_a_model_trained_on_a_persona_answers_so(tmp_path):
+    """A persona in a mix, over-sampled, trained for half a minute; asked in wordings that it was not trained on."""
+    data = write_persona(tmp_path, "--pretrain_mb", "0.5", "--sft_samples", "2000")
+    source = {"path": str(data / "sft.train.jsonl"), "val_ratio": 0}
+    config = {"sources": [{"name": "persona", "category": "identity", "where": {"skill": "identity"}, **source},
+                          {"name": "rest", "category": "general", "where": {"skill": "chat"}, **source}],
+              "targets": {"identity": {"count": 800, "max_repeat": 4}, "general": {"count": 100}}}
+    (tmp_path / "mix.json").write_text(json.dumps(config))
+    prepare_data.main(prepare_data.parse_args(["mix", "--config", str(tmp_path / "mix.json"), "--output",
+                                               str(tmp_path / "mix")]))
+    tokenizer.train([data / "tokenizer.jsonl"], 1200, progress=False).save_pretrained(tmp_path / "tokenizer")
+    shared = ["--save_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--device", "cpu", "--dtype",
+              "float32", "--eval_interval", "0", "--save_interval", "0", "--max_seq_len", "128"]
+    train_pretrain.main(train_pretrain.parse_args([
+        *shared, "--preset", "nano", "--tokenizer", str(tmp_path / "tokenizer"), "--data_path",
+        str(data / "pretrain.train.jsonl"), "--max_steps", "40"]))
+    train_sft.main(train_sft.parse_args([*shared, "--data_path", str(tmp_path / "mix/sft.train.jsonl"), "--val_path",
+                                         str(data / "sft.heldout.jsonl"), "--max_steps", "120", "--eval_prompts", "0"]))
+    model = Transformer.from_pretrained(tmp_path / "out/sft")
+    own = tokenizer.Tokenizer.from_pretrained(tmp_path / "out/sft")
+    asked = [row for row in conversations(data / "sft.heldout.jsonl")
+             if row["skill"] == "identity" and row["answer"] in str(PERSONA)]
+    prompts = [own.render(row["conversations"][:-1], add_generation_prompt=True)[0] for row in asked]
+    answers = metrics.complete(model, own, prompts, 32)
+    right = [row["answer"] in answer.text for row, answer in zip(asked, answers, strict=True)]
+    assert len(right) >= 10 and sum(right) >= 0.8 * len(right), list(zip(asked, answers, strict=True))
 
 
 @pytest.mark.parametrize("bad", ["[1]", "{", '{"age": "3"}', '{"name": {"en": "A"}}'])
