@@ -177,7 +177,7 @@ def data_flags(parser, data_path, max_seq_len, val_ratio=0.01):
     """Add the flags of a training set with its held-out part."""
     g = parser.add_argument_group("data")
     g.add_argument("--data_path", nargs="+", default=[data_path],
-                   help="training files (.jsonl, .jsonl.gz, .txt) or globs")
+                   help="training files (.jsonl, .json, .csv, .txt, each also .gz; .parquet) or globs")
     g.add_argument("--val_path", nargs="+", default=[],
                    help="held-out files; without them --val_ratio of the training files is held out")
     g.add_argument("--val_ratio", type=positive(float, zero=True), default=val_ratio,
