@@ -38,6 +38,7 @@ import common
 import logs
 import metrics
 import optim
+import report
 from dataset import PreferenceData, expand_paths, pack_batch, preference, read_rows, split_heldout
 from model import Transformer
 from tokenizer import Tokenizer
@@ -257,14 +258,14 @@ def main(args):
 
     # -- 5. Resume, then the reference's log-probs ---------------------------------------------------------------------
     # `position` is the number of pairs drawn so far by all ranks together: the order does not depend on the rank count
-    progress = {"step": 0, "position": 0, "max_steps": max_steps}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps}
     tables = {}  # part -> [N, 2] reference log-probs; kept in the resume state, so a resumed run compares to the same
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optim.load_state(optimizer, state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
-        progress, tables = state["progress"], state["tables"]
+        progress, tables = progress | state["progress"], state["tables"]
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
@@ -361,6 +362,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1
         progress["position"] += per_micro_step * args.accumulation_steps
+        progress["tokens"] += int(tokens)
         log.count(tokens)
         bar.update()
 
@@ -407,6 +409,7 @@ def main(args):
         final |= {"metric": "rule win rate over the start", "before": 0.5, "after": match["win_rate"]}
     save(finished=True, final=final)
     log.close()
+    report.refresh(args.save_dir, runtime.is_main)
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out {describe(result)}. Curves: {folder}/curves.png")
     if match:
         runtime.print(f"against {args.from_weight}, by the rule: win rate {match['win_rate']:.3f} +- "

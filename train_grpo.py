@@ -37,6 +37,7 @@ import common
 import logs
 import metrics
 import optim
+import report
 from dataset import PromptData, expand_paths, micro_batches, pad_rows
 from model import Transformer, token_logprobs
 from tokenizer import Tokenizer
@@ -372,13 +373,13 @@ def main(args):
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of prompts drawn so far: it decides the next prompts and their random streams
-    progress = {"step": 0, "position": 0, "max_steps": max_steps}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optim.load_state(optimizer, state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
-        progress = state["progress"]
+        progress |= state["progress"]
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
@@ -428,6 +429,7 @@ def main(args):
         stats |= {"lr": lr, "time_rollout": (times[1] - times[0]) / (times[2] - times[0])}
         progress["step"] += 1
         progress["position"] += groups
+        progress["tokens"] += int(rollout["lengths"].sum())
         log.count(int(rollout["mask"].sum()))
         bar.update()
 
@@ -461,6 +463,7 @@ def main(args):
                      "at_start": before, "steps": progress["step"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
+    report.refresh(args.save_dir, runtime.is_main)
     runtime.print(before_and_after(before, after))
     if after["exact_match"] < before["exact_match"] - 0.03:
         runtime.print("warning: greedy answers got worse while sampled ones were trained. Usual cure: a lower "

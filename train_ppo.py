@@ -42,6 +42,7 @@ import common
 import logs
 import metrics
 import optim
+import report
 from dataset import PromptData, expand_paths, micro_batches, pad_rows, shuffled
 from model import ScalarHead, Transformer, token_logprobs
 from tokenizer import Tokenizer
@@ -507,7 +508,7 @@ def main(args):
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of prompts drawn so far: it decides the next prompts and their random streams
-    progress = {"step": 0, "position": 0, "max_steps": max_steps, "kl_coef": args.kl_coef}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps, "kl_coef": args.kl_coef}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         team.both.load_state_dict(state["model"])
@@ -515,7 +516,7 @@ def main(args):
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optim.load_state(optimizer, saved)
         runtime.scaler.load_state_dict(state["scaler"])
-        progress = state["progress"]
+        progress |= state["progress"]
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
@@ -579,6 +580,7 @@ def main(args):
             progress["kl_coef"] = adapted(progress["kl_coef"], stats["kl"], args.adaptive_kl)
         progress["step"] += 1
         progress["position"] += args.rollout_size
+        progress["tokens"] += int(rollout["lengths"].sum())
         log.count(sum(len(answer.ids) for answer in answers))
         bar.update()
 
@@ -621,6 +623,7 @@ def main(args):
                      "steps": progress["step"], "stopped": stopped, "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
+    report.refresh(args.save_dir, runtime.is_main)
     runtime.print(logs.table(["held-out", "before", f"best (step {after['step']})"],
                              [[k.replace("_", " "), f"{v:.3f}", f"{after[k]:.3f}"] for k, v in before.items()]))
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, the policy of step {after['step']}. Curves: "

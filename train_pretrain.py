@@ -30,6 +30,7 @@ import common
 import logs
 import metrics
 import optim
+import report
 import sharding
 from dataset import PretrainData, expand_paths
 from model import MOE_BLOCK, PRESETS, ModelConfig, Transformer, row_uniforms, token_logprobs
@@ -205,12 +206,12 @@ def main(args):
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of samples drawn so far by all ranks together: the order is a function of it, not of
     # the rank count
-    progress = {"step": 0, "position": 0, "max_steps": max_steps}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         sharding.load_full_state(model, optimizer, state["model"], state["optimizer"], optim.load_state)
         runtime.scaler.load_state_dict(state["scaler"])
-        progress = state["progress"]
+        progress |= state["progress"]
         del state  # twice the size of the weights, or more
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
@@ -310,6 +311,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1
         progress["position"] += per_micro_step * args.accumulation_steps
+        progress["tokens"] += int(targets)
         log.count(targets)
         bar.update()
 
@@ -346,6 +348,7 @@ def main(args):
              "bits_per_byte": bits, "steps": progress["step"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
+    report.refresh(args.save_dir, runtime.is_main)
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out loss {val_loss:.3f}, {bits:.3f} bits per byte. "
                   f"Curves: {folder}/curves.png. Next: python train_sft.py --from_weight {args.save_weight}")
     runtime.close()

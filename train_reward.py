@@ -34,6 +34,7 @@ import common
 import logs
 import metrics
 import optim
+import report
 from dataset import PreferenceData, expand_paths, pack_batch
 from model import ScalarHead
 from tokenizer import Tokenizer
@@ -164,13 +165,13 @@ def main(args):
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of pairs drawn so far by all ranks together: the order does not depend on the rank count
-    progress = {"step": 0, "position": 0, "max_steps": max_steps}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optim.load_state(optimizer, state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
-        progress = state["progress"]
+        progress |= state["progress"]
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
@@ -248,6 +249,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1
         progress["position"] += per_micro_step * args.accumulation_steps
+        progress["tokens"] += int(tokens)
         log.count(tokens)
         bar.update()
 
@@ -286,6 +288,7 @@ def main(args):
                       "steps": progress["step"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
+    report.refresh(args.save_dir, runtime.is_main)
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out loss {result['val_loss']:.3f}, "
                   f"{describe(result)}. Curves: {folder}/curves.png")
     runtime.print(advice(result, args))

@@ -32,6 +32,7 @@ import logs
 import lora
 import metrics
 import optim
+import report
 import sharding
 from dataset import PretrainData, PromptData, SFTData, expand_paths, join_windows
 from model import Transformer, row_uniforms, token_logprobs
@@ -191,12 +192,12 @@ def main(args):
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of rows drawn so far by all ranks together: the order does not depend on the rank count
-    progress = {"step": 0, "position": 0, "max_steps": max_steps}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         sharding.load_full_state(trained, optimizer, state["model"], state["optimizer"], optim.load_state)
         runtime.scaler.load_state_dict(state["scaler"])
-        progress = state["progress"]
+        progress |= state["progress"]
         del state  # twice the size of the weights, or more
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
@@ -301,6 +302,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1
         progress["position"] += per_micro_step * args.accumulation_steps
+        progress["tokens"] += int(tokens)
         log.count(tokens)
         bar.update()
 
@@ -343,6 +345,7 @@ def main(args):
                   **{name: answered[name] for name in ("stop_rate", "n", "by_skill", "by_lang")}}
     save(finished=True, final=final)
     log.close()
+    report.refresh(args.save_dir, runtime.is_main)
     score = f", exact match {answered['total']:.3f}" if answered else ""
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out loss {val_loss:.3f}{score}. Curves: "
                   f"{folder}/curves.png. Next: python eval.py --weight {args.save_weight} --stream 1")
