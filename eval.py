@@ -859,16 +859,21 @@ def write_report(args, runtime):
     """Write the report of --report, for which every checkpoint there answers the same held-out questions. Returns
     {"report": path of the page}."""
     args = copy.copy(args)
-    args.save_dir, args.weight, args.samples = args.report, "all", 0
-    if not Path(args.save_dir).is_dir():
-        raise FileNotFoundError(f"--report {args.save_dir} is no folder (looked from {Path.cwd()}); a report is made "
-                                "of what the training scripts left; give their --save_dir")
+    args.save_dir, args.samples = args.report, 0
+    out = Path(args.report)
+    if not out.is_dir():
+        raise FileNotFoundError(f"--report {out} is no folder (looked from {Path.cwd()}); a report is made of what the "
+                                "training scripts left; give their --save_dir")
     # a folder's own questions first: the smoke test has other ones than the default run
-    places = [place for place in (Path(args.save_dir) / "data", Path(args.data_dir))
-              if (place / "sft.heldout.jsonl").is_file()]
-    trained = places and any(Path(args.save_dir).glob("*/config.json"))
+    places = [place for place in (out / "data", Path(args.data_dir)) if (place / "sft.heldout.jsonl").is_file()]
+    names = {path.parent.name.removesuffix(".previous") for path in out.glob("*/config.json")}
     found, samples = None, []
-    for folder in folders_to_score(args) if trained else ():
+    for name in sorted((name for name in names if not name.endswith(".tmp")), key=stage_order) if places else ():
+        try:
+            folder = checkpoint.find(out, out / name)
+        except ValueError as error:
+            print(error)  # damaged: named, and the others still answer
+            continue
         if is_reward(folder):
             continue
         args.data_dir = places[0]
@@ -880,7 +885,7 @@ def write_report(args, runtime):
         for sample, own in zip(samples, answered, strict=True):
             sample["answers"][player.name] = own["answers"][0]
         found = {"seed": args.seed, "samples": samples, "compression": compression(player.tokenizer, args.data_dir)}
-    page = report.write(args.save_dir, found)[0]
+    page = report.write(out, found)[0]
     print(f"report: {page}")
     return {"report": str(page)}
 

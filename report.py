@@ -327,6 +327,7 @@ def overview(stages):
                      short(metrics.get("after")), metrics.get("steps", reached(stage)),
                      duration(stage["facts"].get("seconds")), verdict])
     header = ["stage", "measured by", "before", "after", "steps", "time", "last verdict"]
+    tiles = [tile for tile in tiles if tile[0] != "-"]
     return [("tiles", tiles), ("table", (header, rows))] if stages else [("text", "There is no stage in this folder.")]
 
 
@@ -517,7 +518,7 @@ def markdown_table(header, rows):
 def conversation(sample):
     """[(speaker, text)] of a sample: the turns, what was expected, every checkpoint's answer."""
     turns = [(message.get("role", ""), message.get("content", "")) for message in sample.get("messages") or []]
-    answers = list((sample.get("answers") or {}).items())
+    answers = [(weight, text or "(nothing)") for weight, text in (sample.get("answers") or {}).items()]
     return turns, [("expected", sample["expected"])] * bool(sample.get("expected")) + answers
 
 
@@ -568,10 +569,10 @@ h3 { font-size: 16px; margin: 26px 0 10px; overflow-wrap: anywhere; }
 p, .soft { color: var(--soft); margin: 6px 0 12px; }
 nav { margin: 14px 0 0; display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 14px; }
 a { color: var(--blue); text-decoration: none; } a:hover { text-decoration: underline; }
-.tiles { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); margin: 16px 0 20px; }
+.tiles { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(156px, 1fr)); margin: 16px 0 20px; }
 .tile, .wide, .picture, .sample, details { background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; }
-.tile { padding: 14px 16px; } .tile b { display: block; font-size: 22px; line-height: 1.25; }
+.tile { padding: 14px 16px; } .tile b { display: block; font-size: 21px; line-height: 1.25; white-space: nowrap; }
 .tile span { color: var(--soft); font-size: 13px; }
 .wide { overflow-x: auto; margin: 0 0 14px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
@@ -591,6 +592,7 @@ ul.warnings li { background: var(--card); border: 1px solid var(--line); border-
 .said dt { color: var(--soft); font-size: 13px; padding-top: 2px; overflow-wrap: anywhere; }
 .said dd { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 .said.answers { border-top: 1px solid var(--line); padding-top: 8px; } .answers dt { color: var(--blue); }
+.answers dd { max-height: 6.2em; overflow-y: auto; }
 details { padding: 0 16px; margin: 0 0 10px; } summary { cursor: pointer; padding: 12px 0; font-weight: 600; }
 details pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; background: var(--page); padding: 10px;
   border-radius: 6px; }

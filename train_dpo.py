@@ -272,7 +272,7 @@ def main(args):
     conditions = checkpoint.conditions(runtime, args, "dpo", model.config, [data, held_out], [parent],
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker, conditions)
+                         args.tracker, conditions, args.plot_interval)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -310,7 +310,7 @@ def main(args):
         wrapped = torch.compile(wrapped)
 
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
-    bar = logs.progress(progress["max_steps"], "dpo", progress["step"], runtime.is_main)
+    bar = log.progress(progress["max_steps"], "dpo", progress["step"])
     result = None
     while progress["step"] < progress["max_steps"]:
         step = progress["step"]

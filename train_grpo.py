@@ -386,7 +386,7 @@ def main(args):
     conditions = checkpoint.conditions(runtime, args, "grpo", model.config, [data, held_out], [parent],
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker, conditions)
+                         args.tracker, conditions, args.plot_interval)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -411,7 +411,7 @@ def main(args):
         wrapped = DistributedDataParallel(model, device_ids=device_ids)
 
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
-    bar = logs.progress(progress["max_steps"], "grpo", progress["step"], runtime.is_main)
+    bar = log.progress(progress["max_steps"], "grpo", progress["step"])
     result = None
     while progress["step"] < progress["max_steps"]:
         step, position = progress["step"], progress["position"]

@@ -178,7 +178,7 @@ def main(args):
     conditions = checkpoint.conditions(runtime, args, "reward", model.config, [data, held_out], [parent],
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker, conditions)
+                         args.tracker, conditions, args.plot_interval)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -206,7 +206,7 @@ def main(args):
 
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
     per_micro_step = args.batch_size * runtime.world_size
-    bar = logs.progress(progress["max_steps"], "reward", progress["step"], runtime.is_main)
+    bar = log.progress(progress["max_steps"], "reward", progress["step"])
     result = None
     if progress["step"] == 0:
         before = evaluate(model, held_out, args, runtime)

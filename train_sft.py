@@ -205,7 +205,7 @@ def main(args):
     conditions = checkpoint.conditions(runtime, args, "sft", model.config, [data, held_out, replay], [parent],
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker, conditions)
+                         args.tracker, conditions, args.plot_interval)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats,
                                          **({"replay": replay.stats} if replay else {})})
@@ -233,7 +233,7 @@ def main(args):
 
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
     per_micro_step = args.batch_size * runtime.world_size
-    bar = logs.progress(progress["max_steps"], "sft", progress["step"], runtime.is_main)
+    bar = log.progress(progress["max_steps"], "sft", progress["step"])
     if progress["step"] == 0 or progress["step"] >= progress["max_steps"]:
         val_loss = evaluate_loss(model, held_out, args, runtime)
         count = args.eval_prompts if progress["step"] else args.eval_prompts // 5
