@@ -270,6 +270,7 @@ class MetricLog:
         self.plot_interval, self.plotted = plot_interval, resume_step or 0
         first_step = 0 if resume_step is None else resume_step + 1
         self.clock, self.tokens = time.perf_counter(), 0
+        self.alarms = []  # of this run so far, also before a resume
         if not is_main:
             return
         if resume_step is None:
@@ -281,6 +282,7 @@ class MetricLog:
         tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
         os.replace(tmp, path)
         self.file, self.waiting = open(path, "ab", buffering=0), b""  # unbuffered: a killed run leaves its last line
+        self.alarms = [row[key] for row in kept for key in ("alarm", "sys_alarm") if key in row]
         self.history = [value for row in kept if (value := _live(row)) is not None]
         if tracker != "none":
             interrupt = signal.getsignal(signal.SIGINT)
@@ -329,11 +331,15 @@ class MetricLog:
         return round(speed)
 
     def log(self, step, **metrics):
-        """Write one line. Values: numbers (floats are kept to 7 digits), strings or short lists."""
+        """Write one line, and print what it holds under "alarm" or "sys_alarm". Values: numbers (floats are kept to 7
+        digits), strings or short lists."""
         if self.is_main:
             row = {k: _short(v) for k, v in metrics.items()}
             self._write({"step": step, **row})
             self._show(step, row)
+            for text in [row[key] for key in ("alarm", "sys_alarm") if key in row]:
+                self.alarms.append(text)
+                say(f"    step {step}: {text}")
             if self.tracker:
                 numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
                 self._harmless(lambda: self.tracker[0](numbers, step=step))

@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import common
+import health
 import logs
 import metrics
 import optim
@@ -152,7 +153,7 @@ def evaluate(model, data, reference, args, runtime):
 
 
 def warning_lines(result, loss, early):
-    """What usually goes wrong in DPO, as lines to print: both log-probs falling, and over-training."""
+    """What usually goes wrong in DPO, as lines for the log: both log-probs falling, and over-training."""
     if result["chosen_drift"] < -0.3 and result["rejected_drift"] < 0:
         yield (f"warning: chosen and rejected answers both lose probability ({result['chosen_drift']:+.2f} and "
                f"{result['rejected_drift']:+.2f} nats per token): it moves to answers nobody preferred. Usual cure: a "
@@ -273,6 +274,7 @@ def main(args):
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
                          args.tracker, conditions, args.plot_interval)
+    watch = health.Watch(model, optimizer, progress, args, runtime, log)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -374,7 +376,8 @@ def main(args):
         if step % args.log_interval == 0 or done or step == 1 or nonfinite.in_a_row:
             rate = log.rate()
             margin = means["chosen_reward"] - means["rejected_reward"]
-            log.log(step, **means, margin=margin, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
+            log.log(step, **means, margin=margin, lr=lr, grad_norm=grad_norm, tokens_per_s=rate,
+                    **watch.numbers(grad_norm))
             bar.set_postfix_str(f"loss {means['loss']:.3f}, margin {margin:.2f}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(model, held_out, tables["held_out"], args, runtime)
@@ -385,7 +388,7 @@ def main(args):
                 logs.say(f"step {step}: held-out loss {result['val_loss']:.3f}{log.expected(step, 'val_loss')}, "
                          f"{describe(result)}")
                 for line in warning_lines(result, means["loss"], early=step < progress["max_steps"] / 2):
-                    logs.say(line)
+                    log.log(step, alarm=line)
                 log.judge()
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)

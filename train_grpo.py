@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import common
+import health
 import logs
 import metrics
 import optim
@@ -387,6 +388,7 @@ def main(args):
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
                          args.tracker, conditions, args.plot_interval)
+    watch = health.Watch(model, optimizer, progress, args, runtime, log)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -439,7 +441,7 @@ def main(args):
         eta.report(step, progress["max_steps"])
         done = step >= progress["max_steps"]
         if step % args.log_interval == 0 or done or step == 1:
-            log.log(step, **stats, tokens_per_s=log.rate())
+            log.log(step, **stats, tokens_per_s=log.rate(), **watch.numbers(stats.get("grad_norm", 0.0)))
             bar.set_postfix_str(f"reward {stats['reward']:.3f}, signal {stats['signal']:.2f}")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(model, tokenizer, items, args, runtime)
@@ -462,12 +464,12 @@ def main(args):
     final = after | {"metric": "held-out pass@1", "before": before["pass_at_1"], "after": after["pass_at_1"],
                      "at_start": before, "steps": progress["step"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
+    if after["exact_match"] < before["exact_match"] - 0.03:
+        log.log(progress["step"], alarm="warning: greedy answers got worse while sampled ones were trained. Usual "
+                                        "cure: a lower --learning_rate, more prompts per step, --beta 0.02")
     log.close()
     report.refresh(args.save_dir, runtime.is_main)
     runtime.print(before_and_after(before, after))
-    if after["exact_match"] < before["exact_match"] - 0.03:
-        runtime.print("warning: greedy answers got worse while sampled ones were trained. Usual cure: a lower "
-                      "--learning_rate, more prompts per step, --beta 0.02")
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, pass@1 {after['pass_at_1']:.3f} (before "
                   f"{before['pass_at_1']:.3f}). Curves: {folder}/curves.png. Next: python eval.py --weight "
                   f"{args.save_weight} --stream 1")

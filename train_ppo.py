@@ -39,6 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import common
+import health
 import logs
 import metrics
 import optim
@@ -524,6 +525,7 @@ def main(args):
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
                          args.tracker, conditions, args.plot_interval)
+    watch = health.Watch(policy, optimizers[0], progress, args, runtime, log)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -593,7 +595,7 @@ def main(args):
         if step == 1:
             runtime.print(f"first ratio: off 1 by {stats['first_ratio']:.1e}")
         if step % args.log_interval == 0 or done or step == 1:
-            log.log(step, **stats, tokens_per_s=log.rate())
+            log.log(step, **stats, tokens_per_s=log.rate(), **watch.numbers(stats["grad_norm"]))
             bar.set_postfix_str(f"reward {stats['reward']:.2f}, KL {stats['kl']:.2f}, length {stats['length']:.0f}")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(team, items, styles, args, runtime)

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import common
+import health
 import logs
 import metrics
 import optim
@@ -220,6 +221,7 @@ def main(args):
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
                          args.tracker, conditions, args.plot_interval)
+    watch = health.Watch(model, optimizer, progress, args, runtime, log)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -325,7 +327,8 @@ def main(args):
         if step % args.log_interval == 0 or done or step == 1 or nonfinite.in_a_row:
             extra = {"balance": balance_value} if model.config.num_experts else {}
             rate = log.rate()
-            log.log(step, loss=loss_value, lr=lr, grad_norm=grad_norm, tokens_per_s=rate, **extra)
+            log.log(step, loss=loss_value, lr=lr, grad_norm=grad_norm, tokens_per_s=rate, **extra,
+                    **watch.numbers(grad_norm))
             bar.set_postfix_str(f"loss {loss_value:.3f}{log.expected(step, 'loss')}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             val_loss, bits = evaluate(model, held_out, args, runtime)

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import common
+import health
 import logs
 import metrics
 import optim
@@ -179,6 +180,7 @@ def main(args):
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
                          args.tracker, conditions, args.plot_interval)
+    watch = health.Watch(model, optimizer, progress, args, runtime, log)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -261,7 +263,7 @@ def main(args):
         if step % args.log_interval == 0 or done or step == 1 or nonfinite.in_a_row:
             rate = log.rate()
             log.log(step, loss=loss_value, accuracy=accuracy, margin=margin, lr=lr, grad_norm=grad_norm,
-                    tokens_per_s=rate)
+                    tokens_per_s=rate, **watch.numbers(grad_norm))
             bar.set_postfix_str(f"loss {loss_value:.3f}, accuracy {accuracy:.2f}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(model, held_out, args, runtime)

@@ -211,7 +211,7 @@ def weights(run, name="grpo"):
 def log_rows(run, name="grpo"):
     """metrics.jsonl without what depends on the clock."""
     lines = (run.out / "logs" / name / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s" and not k.startswith("time_")}
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s" and not k.startswith(("time_", "sys_"))}
             for line in lines]
 
 

@@ -56,7 +56,8 @@ def weights(run, name="reward"):
 def log_rows(run, name="reward"):
     """metrics.jsonl without what depends on the clock."""
     lines = (run.out / "logs" / name / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s" and not k.startswith("sys_")}
+            for line in lines]
 
 
 # -- The pure functions ------------------------------------------------------------------------------------------------
