@@ -145,7 +145,8 @@ class Watch:
             row |= {"expert_max": load.max().item(), "expert_min": load.min().item()}
             self.visits = [0] * len(self.routers)
             table = [[round(x, 4) for x in line] for line in load.tolist()]
-            self.log.save_json("expert_load.json", {"step": self.progress["step"], "load": table})
+            with contextlib.suppress(OSError):  # a full disk is no reason to lose a training
+                self.log.save_json("expert_load.json", {"step": self.progress["step"], "load": table})
         if stream:
             columns = torch.stack([stream[layer] for layer in sorted(stream)]).t().tolist()  # [L,2] -> 2 lists
             # null where it is not finite: JSON knows no infinity
