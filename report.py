@@ -37,7 +37,7 @@ PANELS = [
     ("entropy, nats per token", ("entropy",), False),
     ("answer length, tokens", ("length", "val_length"), False),
     ("experts: load over the even share", ("expert_max", "expert_min"), False),
-    ("gradient norm", ("grad_norm", "grad_embed", "grad_attn", "grad_mlp", "grad_head"), True),
+    ("gradient norm", ("grad_embed", "grad_attn", "grad_mlp", "grad_head", "grad_norm"), True),
     ("update / weight, in one step", ("update_embed", "update_attn", "update_mlp", "update_head"), True),
     ("learning rate", ("lr",), False),
     ("tokens per second", ("tokens_per_s",), False),
@@ -172,8 +172,10 @@ def big(value, unit=""):
     """A large number for people: 3.07M, 1.2T; "-" for None."""
     if value is None:
         return "-"
-    power = min(max(int(math.log10(max(abs(value), 1)) // 3), 0), 6)
-    return f"{value / 1000 ** power:.{3 if power else 4}g}{'kMGTPE'[power - 1] if power else ''}{unit}"
+    power = 0
+    while abs(value) >= 999.5 and power < 6:
+        value, power = value / 1000, power + 1
+    return f"{value:.3g}{' ' if unit else ''}{' kMGTPE'[power].strip()}{unit}"
 
 
 def duration(seconds):
@@ -241,7 +243,8 @@ def bad_verdicts(stage):
 def reached(stage):
     """How far a stage has come, in words."""
     step = stage["rows"][-1]["step"] if stage["rows"] else stage["facts"].get("progress", {}).get("step", 0)
-    return f"step {step} of {stage['facts'].get('progress', {}).get('max_steps') or '?'}"
+    planned = stage["facts"].get("progress", {}).get("max_steps") or stage["conditions"]["conditions"].get("steps")
+    return f"step {step} of {planned or '?'}"
 
 
 # -- Pictures ----------------------------------------------------------------------------------------------------------
@@ -270,9 +273,10 @@ def draw(title, keys, rows, logarithmic=False, bands=None):
             few = len(points) < 40  # evaluations are few and far between: a marker shows where they were taken
             axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.3, label=key, marker="o" if few else None,
                       markersize=3)
-        if logarithmic and min(value for points in lines.values() for _, value in points) > 0:
+        values = [value for points in lines.values() for _, value in points]
+        if logarithmic and min(values) > 0:
             axis.set_yscale("log")
-            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if max(values) < 200 * min(values) else (1,)))
             axis.yaxis.set_major_formatter("{x:g}")  # 10^0 would be a formula, which takes most of the time
             axis.yaxis.set_minor_locator(ticker.NullLocator())
         axis.spines[["top", "right"]].set_visible(False)
@@ -280,7 +284,7 @@ def draw(title, keys, rows, logarithmic=False, bands=None):
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("optimizer step", fontsize=8)
         if len(lines) > 1:
-            axis.legend(fontsize=8, frameon=False)
+            axis.legend(fontsize=7, frameon=False, ncols=2, columnspacing=1, handlelength=1.2)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return tidy(file.getvalue(), title)
