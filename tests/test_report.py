@@ -248,8 +248,8 @@ def test_cost_is_tokens_times_passes_times_operations(out, model_folder):
     assert report.cost(sft | {"kind": "another"})["flop"] is None
 
 
-@pytest.mark.parametrize("value, text", [(None, "-"), (7, "7"), (999, "999"), (1000, "1k"), (999_999, "1M"), (1_250_432, "1.25M"),
-                                         (3.2e13, "32T"), (1.4e18, "1.4E"), (5e22, "5e+04E")])
+@pytest.mark.parametrize("value, text", [(None, "-"), (7, "7"), (999, "999"), (1000, "1k"), (999_999, "1M"),
+                                         (1_250_432, "1.25M"), (3.2e13, "32T"), (1.4e18, "1.4E"), (5e22, "5e+04E")])
 def test_large_numbers_are_short(value, text):
     assert report.big(value) == text
     assert value is None or report.big(value, "B") == re.sub(r"^([\d.e+]+)", r"\1 ", text) + "B"
