@@ -75,10 +75,10 @@ class Watch:
         self.shares, self.updates, self.stream, self.before = {}, {}, {}, None
         optimizer.register_step_pre_hook(self._gradients)
         optimizer.register_step_post_hook(self._updates)
-        self.routers = [m for m in model.modules() if type(m).__name__ == "Router"]
-        self.visits = [0] * len(self.routers)  # of each layer: tokens of every expert, [E]
-        for i, router in enumerate(self.routers):
-            router.register_forward_hook(lambda module, inputs, output, i=i: self._route(i, output))
+        mixtures = [m for m in model.modules() if type(m).__name__ == "MoE"]
+        self.visits = [None] * len(mixtures)  # of each layer: tokens of every expert, [E]
+        for i, mixture in enumerate(mixtures):
+            mixture.register_forward_hook(lambda module, inputs, output, i=i: self._count(i, module, *inputs))
         blocks = [m for m in model.modules() if type(m).__name__ == "Block"] if args.health else []
         for i, block in enumerate(blocks):
             block.register_forward_hook(lambda module, inputs, output, i=i: self._activations(i, output))
@@ -120,11 +120,15 @@ class Watch:
         self.updates = {group: math.sqrt(m / s) if s else 0.0
                         for group, m, s in zip(self.groups, moved, size, strict=True)}
 
-    def _route(self, layer, output):
-        """Behind a router: count the visits of the training forward (not of rollouts and evaluations)."""
-        if torch.is_grad_enabled() and self._due():
-            scores, _, chosen = output  # [N,E], [N,k], [N,k]
-            self.visits[layer] = self.visits[layer] + torch.bincount(chosen.flatten(), minlength=scores.shape[1])
+    def _count(self, layer, mixture, x, token_mask=None):
+        """Behind a mixture of experts: count the visits of real tokens in the training forward (not of rollouts and
+        evaluations). Without a mask nobody knows which tokens are padding, all of which goes to the same experts."""
+        if token_mask is None or not torch.is_grad_enabled() or not self._due():
+            return
+        with torch.no_grad():
+            chosen = mixture.gate(x.reshape(-1, x.shape[-1]))[2][token_mask.flatten()]          # [real tokens, k]
+            counts = torch.bincount(chosen.flatten(), minlength=len(mixture.experts))           # [E]
+        self.visits[layer] = counts if self.visits[layer] is None else self.visits[layer] + counts
 
     @torch.no_grad()
     def _activations(self, layer, output):
@@ -139,11 +143,11 @@ class Watch:
         row = {f"grad_{group}": share * grad_norm for group, share in self.shares.items()}
         row |= {f"update_{group}": ratio for group, ratio in self.updates.items()}
         stream, self.shares, self.updates, self.stream = self.stream, {}, {}, {}
-        if self.routers and all(isinstance(counts, torch.Tensor) for counts in self.visits):
+        if self.visits and all(counts is not None for counts in self.visits):
             counts = self.runtime.reduce(torch.stack(self.visits).double())         # [L,E]
             load = counts / counts.mean(1, keepdim=True).clamp(min=1)
             row |= {"expert_max": load.max().item(), "expert_min": load.min().item()}
-            self.visits = [0] * len(self.routers)
+            self.visits = [None] * len(self.visits)
             table = [[round(x, 4) for x in line] for line in load.tolist()]
             with contextlib.suppress(OSError):  # a full disk is no reason to lose a training
                 self.log.save_json("expert_load.json", {"step": self.progress["step"], "load": table})

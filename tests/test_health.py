@@ -42,13 +42,15 @@ class Training:
         args = argparse.Namespace(log_interval=interval, health=flags)
         self.watch = health.Watch(self.model, self.optimizer, self.progress, args, RUNTIME, self.log) if watched else 0
         self.ids = torch.randint(50, (3, 8), generator=torch.Generator().manual_seed(1))  # [B, T]
+        self.real = torch.ones(3, 8, dtype=torch.bool)  # [B, T], false on padding
+        self.real[1, 5:] = False
 
     def step(self, clip=0.1, updates=1):
         """Returns (row of the log, gradients before clipping, weights before, weights after)."""
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         for _ in range(updates):
             self.model.train()
-            logp, balance = self.model(self.ids, target_mask=torch.ones_like(self.ids), sum_targets=True,
+            logp, balance = self.model(self.ids, token_mask=self.real, target_mask=self.real.long(), sum_targets=True,
                                        return_balance=True)
             (0.01 * balance.sum() - logp).backward()
             grads = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
@@ -140,14 +142,17 @@ def test_expert_load_counts_the_visits_of_the_training_forward(kind, tmp_path):
     training = Training(tmp_path, small(kind))
     twin = copy.deepcopy(training.model)
     with torch.no_grad():
-        training.model(training.ids)  # an evaluation: not counted
+        training.model(training.ids, token_mask=training.real)  # an evaluation: not counted
+    training.model(training.ids)  # nobody says what is padding: not counted
     row = training.step()[0]
     seen = []
     for block in twin.model.layers:
         block.mlp.gate.register_forward_hook(lambda module, inputs, output: seen.append(output[2]))
     with torch.no_grad():
         twin(training.ids)
-    expected = [[(chosen == e).sum().item() / (chosen.numel() / 4) for e in range(4)] for chosen in seen[-2:]]
+    visits = [[sum(e in pair for pair, real in zip(chosen.tolist(), training.real.flatten(), strict=True) if real)
+               for e in range(4)] for chosen in seen]
+    expected = [[count / (21 * 2 / 4) for count in line] for line in visits]  # 21 real tokens visit 2 of 4 experts
     kept = json.loads((tmp_path / "expert_load.json").read_text())
     assert kept["step"] == 1 and kept["load"] == pytest.approx(torch.tensor(expected).numpy(), abs=1e-4)
     assert row["expert_max"] == max(max(line) for line in expected)
