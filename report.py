@@ -349,7 +349,7 @@ def curves(stages):
     for stage in stages:
         supervised = any("val_loss" in row for row in stage["rows"])
         panels = PANELS if supervised else PANELS[1:]  # the loss of a policy gradient says nothing
-        bands = {key: points for key, points in stage["reference"].get("bands", {}).items() if key != "tokens_per_s"}
+        bands = stage["reference"].get("bands")
         pictures = [draw(title, keys, stage["rows"], log, bands) for title, keys, log in panels]
         if any(pictures):
             blocks += [("heading", stage["name"]), ("pictures", (stage["name"], [p for p in pictures if p]))]

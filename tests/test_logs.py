@@ -89,6 +89,19 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
                                             "count": 10**12}]
 
 
+def test_alarms_are_printed_and_known_behind_a_resume(tmp_path, capsys):
+    log = write(tmp_path, [1], loss=1.0)
+    log.log(2, loss=1.0, alarm="grad_attn 0: cut off", sys_alarm="sys_rss_mb 9: full")
+    log.log(3, alarm="update_mlp 1: too high")
+    assert capsys.readouterr().out == ("    step 2: grad_attn 0: cut off\n    step 2: sys_rss_mb 9: full\n"
+                                       "    step 3: update_mlp 1: too high\n")
+    log.file.close()
+    again = logs.MetricLog(tmp_path, resume_step=2)
+    assert again.alarms == ["grad_attn 0: cut off", "sys_rss_mb 9: full"], "that of step 3 may come again"
+    assert logs.MetricLog(tmp_path, is_main=False).alarms == []
+    again.file.close()
+
+
 def test_other_ranks_write_nothing(tmp_path):
     log = logs.MetricLog(tmp_path / "run", is_main=False)
     log.log(1, loss=1.0)
@@ -571,6 +584,7 @@ def test_run_is_told_what_is_expected_and_draws_it(tmp_path, curves, capsys):
     assert text.startswith(" (expected ") and text.endswith(" here)") and log.expected(60, "entropy") == ""
     log.judge()
     assert capsys.readouterr().out == "    verdict: fine\n"
+    assert logs.read_metrics(tmp_path / "again")[-1] == {"step": 60, "verdict": "fine"}
     log.close()
     plain = tmp_path / "plain" / "curves.png"
     plain.parent.mkdir()
