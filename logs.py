@@ -375,7 +375,7 @@ class MetricLog:
 
     def judge(self):
         """Print the verdict on the run so far below the evaluation just logged, and log it too (rank 0 only)."""
-        rows = read_metrics(self.folder) if self.is_main else []
+        rows = read_metrics(self.folder, self.waiting) if self.is_main else []
         found = _judged(rows)
         if found:
             said = [verdict(rows, band(self.curve, found[0][0], found[1][-1][0])), off_normal(rows, self.curve)]
@@ -412,11 +412,13 @@ def _short(value):
     return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
-def read_metrics(folder):
-    """The rows of a metrics.jsonl, without a half-written last line (kill -9 can leave one)."""
+def read_metrics(folder, waiting=b""):
+    """The rows of a metrics.jsonl, without a half-written last line (kill -9 can leave one). waiting: what a full disk
+    has not taken yet."""
     path = Path(folder) / "metrics.jsonl"
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+    content = (path.read_bytes() if path.is_file() else b"") + waiting
+    for line in content.decode("utf-8", "replace").split("\n"):
         try:
             rows.append(json.loads(line))
         except ValueError:
