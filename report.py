@@ -265,7 +265,7 @@ def draw(title, keys, rows, logarithmic=False, bands=None):
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "text.color": INK, "axes.edgecolor": INK,
                      "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "font.size": 9}):
         figure = Figure(figsize=(4.4, 2.7))
-        axis = figure.add_axes((0.14, 0.17, 0.83, 0.71))  # a layout engine would draw everything twice
+        axis = figure.add_axes((0.17, 0.17, 0.80, 0.71))  # a layout engine would draw everything twice
         for (key, points), colour in zip(lines.items(), COLOURS, strict=False):
             band = (bands or {}).get(key)
             if band:
@@ -279,6 +279,7 @@ def draw(title, keys, rows, logarithmic=False, bands=None):
             axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if max(values) < 200 * min(values) else (1,)))
             axis.yaxis.set_major_formatter("{x:g}")  # 10^0 would be a formula, which takes most of the time
             axis.yaxis.set_minor_locator(ticker.NullLocator())
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color=INK, alpha=0.12, linewidth=0.6)
         axis.set_title(title, fontsize=10, loc="left")
