@@ -93,6 +93,9 @@ def run_flags(parser, save_weight, eval_interval, save_interval=100, log_interva
     g.add_argument("--save_weight", default=save_weight, help="name of this checkpoint below --save_dir")
     g.add_argument("--log_interval", type=positive(int), default=log_interval,
                    help="optimizer steps between two lines of metrics.jsonl")
+    g.add_argument("--plot_interval", type=count, default=0,
+                   help="optimizer steps after which curves.png is drawn again (a second each), 0 = only at the end")
+    switch(g, "--health", 0, "log the activations behind each block as well: a little slower at the logged steps")
     g.add_argument("--tracker", default="none", choices=("none", "tensorboard", "wandb", "swanlab"),
                    help="where the numbers of metrics.jsonl go as well; offline unless you are logged in there")
     switch(g, "--use_wandb", 0, "another name for --tracker wandb")

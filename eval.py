@@ -19,10 +19,12 @@ Papers: Gao et al. 2020 (bits per byte, arXiv:2101.00027), Ouyang et al. 2022 (w
     python eval.py --mode score --weight pretrain,sft,dpo --data_dir out/data   # the table; --weight all is the default
     python eval.py --mode score --weight pretrain --bpb my/articles.jsonl       # bits per byte of any text
     python eval.py --samples 1                                                  # fixed held-out questions, answered
+    python eval.py --report out                                                 # report.html and report.md, made again
 
 Letters: B rows, T tokens, V vocabulary.
 """
 import contextlib
+import copy
 import json
 import math
 import os
@@ -43,6 +45,7 @@ import common
 import logs
 import lora
 import metrics
+import report
 from dataset import PreferenceData, conversation, expand_paths, pad_rows, preference, read_rows
 from generation import beam_search
 from model import ScalarHead, Transformer, token_logprobs
@@ -72,6 +75,8 @@ def parse_args(argv=None):
                    help="checkpoint: name below --save_dir, or any Qwen3 folder; left out: the newest; for scores a "
                         "comma list or all; left out: all")
     g.add_argument("--save_dir", default="out", help="folder of all checkpoints; scores go to its eval_results.jsonl")
+    g.add_argument("--report", default="", help="write report.html and report.md of this output folder, with "
+                   "answers of all its checkpoints; after scores or whatever else is asked for")
     g.add_argument("--eval_mode", default="auto", choices=("auto", "pretrain", "sft"),
                    help="pretrain continues text, sft answers; auto: as the checkpoint's stage or chat template says")
     g = parser.add_argument_group("answers")
@@ -112,7 +117,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.mode:
         # what is given says what is wanted: nobody types a prompt to start a chat
-        asked = {"single": args.prompt, "batch": args.prompts, "score": args.bpb, "samples": args.samples}
+        asked = {"single": args.prompt, "batch": args.prompts, "score": args.bpb, "samples": args.samples,
+                 "report": args.report}
         args.mode = next((mode for mode, value in asked.items() if value), "chat")
     return args
 
@@ -858,8 +864,54 @@ def show_samples(player, args):
             print(f"{message['role']}: {message['content']}")
         for text in texts:
             print(f"{player.name}> {text}", flush=True)
-        shown.append({"kind": kind, "lang": lang, "messages": item["messages"], "answers": texts})
+        shown.append({"kind": kind, "lang": lang, "messages": item["messages"], "answers": texts,
+                      "expected": item["answer"] if item["check"] else ""})
     return {"weight": str(player.folder), "samples": shown}
+
+
+def write_report(args, runtime):
+    """Write the report of --report, for which every checkpoint there answers the same held-out questions. Returns
+    {"report": path of the page}."""
+    args = copy.copy(args)
+    args.save_dir, args.samples = args.report, 0
+    out = Path(args.report)
+    if not out.is_dir():
+        raise FileNotFoundError(f"--report {out} is no folder (looked from {Path.cwd()}); a report is made of what the "
+                                "training scripts left; give their --save_dir")
+    # a folder's own questions first: the smoke test has other ones than the default run
+    places = [place for place in (out / "data", Path(args.data_dir)) if (place / "sft.heldout.jsonl").is_file()]
+    names = {path.parent.name.removesuffix(".previous") for path in out.glob("*/config.json")}
+    found, samples = None, []
+    for name in sorted((name for name in names if not name.endswith(".tmp")), key=stage_order) if places else ():
+        try:
+            folder = checkpoint.find(out, out / name)
+        except ValueError as error:
+            print(error)  # damaged: named, and the others still answer
+            continue
+        if is_reward(folder):
+            continue
+        args.data_dir = places[0]
+        player = load(folder, args, runtime)
+        print(f"report: {player.name} answers", flush=True)
+        with contextlib.redirect_stdout(None):  # they are to be read on the page
+            answered = show_samples(player, args)["samples"]
+        samples = samples or [sample | {"answers": {}} for sample in answered]
+        for sample, own in zip(samples, answered, strict=True):
+            sample["answers"][player.name] = own["answers"][0]
+        found = {"seed": args.seed, "samples": samples, "compression": compression(player.tokenizer, args.data_dir)}
+    page = report.write(out, found)[0]
+    print(f"report: {page}")
+    return {"report": str(page)}
+
+
+def compression(tokenizer, data_dir):
+    """{language: UTF-8 bytes per token} of held-out pretraining text, {} where there is none."""
+    path, size, tokens = Path(data_dir) / "pretrain.heldout.jsonl", defaultdict(int), defaultdict(int)
+    for row, _ in islice(read_rows(path), CAPS["pretrain"]) if path.is_file() else ():
+        lang = row.get("lang") or "all"
+        size[lang] += len(row["text"].encode("utf-8", "replace"))
+        tokens[lang] += len(tokenizer.encode(row["text"]))
+    return {lang: size[lang] / tokens[lang] for lang in sorted(size) if tokens[lang]}
 
 
 def main(args):
@@ -874,15 +926,17 @@ def main(args):
     # answers on standard output are for another program to read: nothing else may stand between them
     with contextlib.redirect_stdout(sys.stderr if args.mode == "batch" and not args.output else sys.stdout):
         runtime = common.setup(args)
-        player = speaker(args, runtime) if args.mode != "score" else None
+        player = speaker(args, runtime) if args.mode not in ("score", "report") else None
+    result = {}
     if args.mode == "score":
         result = score(args, runtime)
         if args.samples:
             names = [row["weight"] for row in result["results"] if row["group"] == "exact_match"]
             folders = {row["weight"]: Path(row["folder"]) for row in result["results"]}
             result |= show_samples(load(folders[names[-1]], args, runtime), args) if names else {}
-        return result
-    return {"chat": chat, "single": single, "batch": batch, "samples": show_samples}[args.mode](player, args)
+    elif player:
+        result = {"chat": chat, "single": single, "batch": batch, "samples": show_samples}[args.mode](player, args)
+    return result | write_report(args, runtime) if args.report else result
 
 
 if __name__ == "__main__":

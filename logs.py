@@ -51,6 +51,7 @@ PANELS = [
 ]
 
 CURVES = Path(__file__).parent / "assets" / "curves"
+BARS = "▁▂▃▄▅▆▇█"
 # What a reference curve holds a band of, as far as a stage logs it
 BANDED = ["loss", "val_loss", "bits_per_byte", "exact_match", "val_accuracy", "val_margin", "reward", "val_reward",
           "pass_at_1"]
@@ -259,14 +260,17 @@ class MetricLog:
             the run repeats them.
         tracker: "tensorboard", "wandb" or "swanlab": gets every number of metrics.jsonl as well. "none": nobody.
         conditions: what decides which numbers are normal (checkpoint.conditions()); None: no reference curve fits.
+        plot_interval: optimizer steps after which curves.png is drawn again, 0 = at the end only.
     """
 
-    def __init__(self, folder, is_main=True, resume_step=None, tracker="none", conditions=None):
+    def __init__(self, folder, is_main=True, resume_step=None, tracker="none", conditions=None, plot_interval=0):
         self.folder = Path(folder)
         self.is_main = is_main
-        self.tracker = self.curve = None
+        self.tracker = self.curve = self.bar = None
+        self.plot_interval, self.plotted = plot_interval, resume_step or 0
         first_step = 0 if resume_step is None else resume_step + 1
         self.clock, self.tokens = time.perf_counter(), 0
+        self.alarms = []  # of this run so far, also before a resume
         if not is_main:
             return
         if resume_step is None:
@@ -278,6 +282,8 @@ class MetricLog:
         tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
         os.replace(tmp, path)
         self.file, self.waiting = open(path, "ab", buffering=0), b""  # unbuffered: a killed run leaves its last line
+        self.alarms = [row[key] for row in kept for key in ("alarm", "sys_alarm") if key in row]
+        self.history = [value for row in kept if (value := _live(row)) is not None]
         if tracker != "none":
             interrupt = signal.getsignal(signal.SIGINT)
             self.tracker = self._harmless(lambda: open_tracker(tracker, self.folder, first_step))
@@ -325,13 +331,42 @@ class MetricLog:
         return round(speed)
 
     def log(self, step, **metrics):
-        """Write one line. Values: numbers (floats are kept to 7 digits), strings or short lists."""
+        """Write one line, and print what it holds under "alarm" or "sys_alarm". Values: numbers (floats are kept to 7
+        digits), strings or short lists."""
         if self.is_main:
             row = {k: _short(v) for k, v in metrics.items()}
             self._write({"step": step, **row})
+            self._show(step, row)
+            for text in [row[key] for key in ("alarm", "sys_alarm") if key in row]:
+                self.alarms.append(text)
+                say(f"    step {step}: {text}")
             if self.tracker:
                 numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
                 self._harmless(lambda: self.tracker[0](numbers, step=step))
+
+    def progress(self, total, desc, initial=0):
+        """progress() for this run, with a sparkline of what it logs below the bar."""
+        self.bar = progress(total, desc, initial, self.is_main)
+        return self.bar
+
+    def _show(self, step, row):
+        """What is to be seen while the run goes on: the line below the bar, and with --plot_interval curves.png."""
+        value = _live(row)
+        if value is not None:
+            self.history.append(value)
+            if self.bar is not None:  # `if self.bar` would ask for its length
+                self.bar.draw(f"{sparkline(self.history)} {self.history[0]:.3g} -> {value:.3g}")
+        if self.plot_interval and step >= self.plotted + self.plot_interval:
+            self.plotted, start = step, time.perf_counter()
+            self._plot()
+            self.clock += time.perf_counter() - start  # these are no training seconds
+
+    def _plot(self):
+        """Draw curves.png; a full disk is no reason to lose a training."""
+        try:
+            plot_curves(self.folder)
+        except OSError as error:
+            say(f"{self.folder}/curves.png was not drawn ({error}); metrics.jsonl has its numbers")
 
     def expected(self, step, key):
         """" (expected 1.18-1.24 here)", to be printed behind a metric; "" where no reference curve fits."""
@@ -339,13 +374,15 @@ class MetricLog:
         return f" (expected {_range(*normal)} here)" if normal else ""
 
     def judge(self):
-        """Print the verdict on the run so far, a line below the evaluation just logged (rank 0 only)."""
-        rows = read_metrics(self.folder) if self.is_main else []
+        """Print the verdict on the run so far below the evaluation just logged, and log it too (rank 0 only)."""
+        rows = read_metrics(self.folder, self.waiting) if self.is_main else []
         found = _judged(rows)
         if found:
             said = [verdict(rows, band(self.curve, found[0][0], found[1][-1][0])), off_normal(rows, self.curve)]
             if any(said):
-                say(f"    verdict: {'; '.join(filter(None, said))}")
+                text = "; ".join(filter(None, said))
+                self._write({"step": rows[-1]["step"], "verdict": text})
+                say(f"    verdict: {text}")
 
     def save_json(self, name, content):
         """Write <folder>/<name>, e.g. args.json (the run's configuration) or dataset_stats.json."""
@@ -359,10 +396,13 @@ class MetricLog:
             self.file.close()
             if self.tracker:
                 self._harmless(self.tracker[1])
-            try:
-                plot_curves(self.folder)
-            except OSError as error:
-                say(f"{self.folder}/curves.png was not drawn ({error}); metrics.jsonl has its numbers")
+            self._plot()
+
+
+def _live(row):
+    """What the line below the bar draws: a row's reward, for the loss of a policy gradient says nothing, else its
+    loss; None where it has neither."""
+    return row.get("reward", row.get("loss"))
 
 
 def _short(value):
@@ -372,11 +412,13 @@ def _short(value):
     return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
-def read_metrics(folder):
-    """The rows of a metrics.jsonl, without a half-written last line (kill -9 can leave one)."""
+def read_metrics(folder, waiting=b""):
+    """The rows of a metrics.jsonl, without a half-written last line (kill -9 can leave one). waiting: what a full disk
+    has not taken yet."""
     path = Path(folder) / "metrics.jsonl"
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+    content = (path.read_bytes() if path.is_file() else b"") + waiting
+    for line in content.decode("utf-8", "replace").split("\n"):
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -387,9 +429,24 @@ def read_metrics(folder):
 class Bar(tqdm):
     """A bar whose numbers appear with its next redraw. tqdm's own default redraws for them, which fills log files."""
 
+    below = None  # a second line, drawn in a terminal only: a log file would keep each of its redraws
+
     def set_postfix_str(self, s="", refresh=False):
         """Set the text beside the bar."""
         super().set_postfix_str(s, refresh)
+
+    def draw(self, text):
+        """Set the text below the bar."""
+        if self.below is None and not self.disable and sys.stderr.isatty():
+            self.below = tqdm(total=0, position=1, bar_format="{desc}", leave=False)
+        if self.below is not None:
+            self.below.set_description_str(text)
+
+    def close(self):
+        """Close the line below first: it is found by its distance to the bar."""
+        if self.below is not None:
+            self.below.close()
+        super().close()
 
 
 def progress(total, desc, initial=0, is_main=True, unit="step", unit_scale=False):
@@ -401,6 +458,16 @@ def progress(total, desc, initial=0, is_main=True, unit="step", unit_scale=False
     return Bar(total=total, initial=initial, desc=desc, unit=unit, unit_scale=unit_scale, disable=not is_main,
                dynamic_ncols=live, ncols=None if live else 110, mininterval=0.5 if live else 15,
                maxinterval=1 if live else 20, smoothing=0.1)
+
+
+def sparkline(values, width=40):
+    """Numbers as a line of bars from their lowest to their highest; more than `width` are averaged over neighbours.
+    Losses (all above 0) by their logarithm: the fall of the first steps would flatten all that comes later."""
+    size = math.ceil(len(values) / width)
+    means = [statistics.fmean(values[i:i + size]) for i in range(0, len(values), size)]
+    means = [math.log(mean) for mean in means] if min(means) > 0 else means
+    low, high = min(means), max(means)
+    return "".join(BARS[int((mean - low) / ((high - low) or 1) * (len(BARS) - 1) + 0.5)] for mean in means)
 
 
 def say(text):

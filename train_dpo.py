@@ -35,9 +35,11 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import common
+import health
 import logs
 import metrics
 import optim
+import report
 from dataset import PreferenceData, expand_paths, pack_batch, preference, read_rows, split_heldout
 from model import Transformer
 from tokenizer import Tokenizer
@@ -151,7 +153,7 @@ def evaluate(model, data, reference, args, runtime):
 
 
 def warning_lines(result, loss, early):
-    """What usually goes wrong in DPO, as lines to print: both log-probs falling, and over-training."""
+    """What usually goes wrong in DPO, as lines for the log: both log-probs falling, and over-training."""
     if result["chosen_drift"] < -0.3 and result["rejected_drift"] < 0:
         yield (f"warning: chosen and rejected answers both lose probability ({result['chosen_drift']:+.2f} and "
                f"{result['rejected_drift']:+.2f} nats per token): it moves to answers nobody preferred. Usual cure: a "
@@ -257,21 +259,22 @@ def main(args):
 
     # -- 5. Resume, then the reference's log-probs ---------------------------------------------------------------------
     # `position` is the number of pairs drawn so far by all ranks together: the order does not depend on the rank count
-    progress = {"step": 0, "position": 0, "max_steps": max_steps}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps}
     tables = {}  # part -> [N, 2] reference log-probs; kept in the resume state, so a resumed run compares to the same
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optim.load_state(optimizer, state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
-        progress, tables = state["progress"], state["tables"]
+        progress, tables = progress | state["progress"], state["tables"]
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "dpo", model.config, [data, held_out], [parent],
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker, conditions)
+                         args.tracker, conditions, args.plot_interval)
+    watch = health.Watch(model, optimizer, progress, args, runtime, log)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -309,7 +312,7 @@ def main(args):
         wrapped = torch.compile(wrapped)
 
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
-    bar = logs.progress(progress["max_steps"], "dpo", progress["step"], runtime.is_main)
+    bar = log.progress(progress["max_steps"], "dpo", progress["step"])
     result = None
     while progress["step"] < progress["max_steps"]:
         step = progress["step"]
@@ -361,6 +364,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1
         progress["position"] += per_micro_step * args.accumulation_steps
+        progress["tokens"] += int(tokens)
         log.count(tokens)
         bar.update()
 
@@ -372,7 +376,8 @@ def main(args):
         if step % args.log_interval == 0 or done or step == 1 or nonfinite.in_a_row:
             rate = log.rate()
             margin = means["chosen_reward"] - means["rejected_reward"]
-            log.log(step, **means, margin=margin, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
+            log.log(step, **means, margin=margin, lr=lr, grad_norm=grad_norm, tokens_per_s=rate,
+                    **watch.numbers(grad_norm))
             bar.set_postfix_str(f"loss {means['loss']:.3f}, margin {margin:.2f}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(model, held_out, tables["held_out"], args, runtime)
@@ -383,7 +388,7 @@ def main(args):
                 logs.say(f"step {step}: held-out loss {result['val_loss']:.3f}{log.expected(step, 'val_loss')}, "
                          f"{describe(result)}")
                 for line in warning_lines(result, means["loss"], early=step < progress["max_steps"] / 2):
-                    logs.say(line)
+                    log.log(step, alarm=line)
                 log.judge()
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
@@ -407,6 +412,7 @@ def main(args):
         final |= {"metric": "rule win rate over the start", "before": 0.5, "after": match["win_rate"]}
     save(finished=True, final=final)
     log.close()
+    report.refresh(args.save_dir, runtime.is_main)
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out {describe(result)}. Curves: {folder}/curves.png")
     if match:
         runtime.print(f"against {args.from_weight}, by the rule: win rate {match['win_rate']:.3f} +- "

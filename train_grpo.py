@@ -35,9 +35,11 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import common
+import health
 import logs
 import metrics
 import optim
+import report
 from dataset import PromptData, expand_paths, micro_batches, pad_rows
 from model import Transformer, token_logprobs
 from tokenizer import Tokenizer
@@ -390,20 +392,21 @@ def main(args):
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of prompts drawn so far: it decides the next prompts and their random streams
-    progress = {"step": 0, "position": 0, "max_steps": max_steps}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optim.load_state(optimizer, state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
-        progress = state["progress"]
+        progress |= state["progress"]
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "grpo", model.config, [data, held_out], [parent],
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker, conditions)
+                         args.tracker, conditions, args.plot_interval)
+    watch = health.Watch(model, optimizer, progress, args, runtime, log)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -428,7 +431,7 @@ def main(args):
         wrapped = DistributedDataParallel(model, device_ids=device_ids)
 
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
-    bar = logs.progress(progress["max_steps"], "grpo", progress["step"], runtime.is_main)
+    bar = log.progress(progress["max_steps"], "grpo", progress["step"])
     result = None
     while progress["step"] < progress["max_steps"]:
         step, position = progress["step"], progress["position"]
@@ -446,6 +449,7 @@ def main(args):
         stats |= {"lr": lr, "time_rollout": (times[1] - times[0]) / (times[2] - times[0])}
         progress["step"] += 1
         progress["position"] += groups
+        progress["tokens"] += int(rollout["lengths"].sum())
         log.count(int(rollout["mask"].sum()))
         bar.update()
 
@@ -455,7 +459,7 @@ def main(args):
         eta.report(step, progress["max_steps"])
         done = step >= progress["max_steps"]
         if step % args.log_interval == 0 or done or step == 1:
-            log.log(step, **stats, tokens_per_s=log.rate())
+            log.log(step, **stats, tokens_per_s=log.rate(), **watch.numbers(stats.get("grad_norm", 0.0)))
             bar.set_postfix_str(f"reward {stats['reward']:.3f}, signal {stats['signal']:.2f}")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(model, tokenizer, items, args, runtime)
@@ -479,11 +483,12 @@ def main(args):
     final = after | {"metric": "held-out pass@1", "before": before["pass_at_1"], "after": after["pass_at_1"],
                      "at_start": before, "steps": progress["step"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
-    log.close()
-    runtime.print(before_and_after(before, after))
     if after["exact_match"] < before["exact_match"] - 0.03:
-        runtime.print("warning: greedy answers got worse while sampled ones were trained. Usual cure: a lower "
-                      "--learning_rate, more prompts per step, --beta 0.02")
+        log.log(progress["step"], alarm="warning: greedy answers got worse while sampled ones were trained. Usual "
+                                        "cure: a lower --learning_rate, more prompts per step, --beta 0.02")
+    log.close()
+    report.refresh(args.save_dir, runtime.is_main)
+    runtime.print(before_and_after(before, after))
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, pass@1 {after['pass_at_1']:.3f} (before "
                   f"{before['pass_at_1']:.3f}). Curves: {folder}/curves.png. Next: python eval.py --weight "
                   f"{args.save_weight} --stream 1")

@@ -39,9 +39,11 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import common
+import health
 import logs
 import metrics
 import optim
+import report
 from dataset import PromptData, expand_paths, micro_batches, pad_rows, shuffled
 from model import ScalarHead, Transformer, token_logprobs
 from tokenizer import Tokenizer
@@ -543,7 +545,7 @@ def main(args):
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of prompts drawn so far: it decides the next prompts and their random streams
-    progress = {"step": 0, "position": 0, "max_steps": max_steps, "kl_coef": args.kl_coef}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps, "kl_coef": args.kl_coef}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         team.both.load_state_dict(state["model"])
@@ -551,14 +553,15 @@ def main(args):
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optim.load_state(optimizer, saved)
         runtime.scaler.load_state_dict(state["scaler"])
-        progress = state["progress"]
+        progress |= state["progress"]
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "ppo", policy.config, [data, held_out], parents,
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker, conditions)
+                         args.tracker, conditions, args.plot_interval)
+    watch = health.Watch(policy, optimizers[0], progress, args, runtime, log)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -585,7 +588,7 @@ def main(args):
         wrapped = DistributedDataParallel(team.both, device_ids=device_ids)
 
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
-    bar = logs.progress(progress["max_steps"], "ppo", progress["step"], runtime.is_main)
+    bar = log.progress(progress["max_steps"], "ppo", progress["step"])
     stopped = ""
     while progress["step"] < progress["max_steps"] and not stopped:
         step, position = progress["step"], progress["position"]
@@ -615,6 +618,7 @@ def main(args):
             progress["kl_coef"] = adapted(progress["kl_coef"], stats["kl"], args.adaptive_kl)
         progress["step"] += 1
         progress["position"] += args.rollout_size
+        progress["tokens"] += int(rollout["lengths"].sum())
         log.count(sum(len(answer.ids) for answer in answers))
         bar.update()
 
@@ -627,7 +631,7 @@ def main(args):
         if step == 1:
             runtime.print(f"first ratio: off 1 by {stats['first_ratio']:.1e}")
         if step % args.log_interval == 0 or done or step == 1:
-            log.log(step, **stats, tokens_per_s=log.rate())
+            log.log(step, **stats, tokens_per_s=log.rate(), **watch.numbers(stats["grad_norm"]))
             bar.set_postfix_str(f"reward {stats['reward']:.2f}, KL {stats['kl']:.2f}, length {stats['length']:.0f}")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(team, items, styles, args, runtime)
@@ -658,6 +662,7 @@ def main(args):
                      "steps": progress["step"], "stopped": stopped, "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
+    report.refresh(args.save_dir, runtime.is_main)
     runtime.print(logs.table(["held-out", "before", f"best (step {after['step']})"],
                              [[k.replace("_", " "), f"{v:.3f}", f"{after[k]:.3f}"] for k, v in before.items()]))
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, the policy of step {after['step']}. Curves: "

@@ -27,9 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import common
+import health
 import logs
 import metrics
 import optim
+import report
 import sharding
 from dataset import PretrainData, expand_paths
 from model import MOE_BLOCK, PRESETS, ModelConfig, Transformer, row_uniforms, token_logprobs
@@ -205,12 +207,12 @@ def main(args):
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of samples drawn so far by all ranks together: the order is a function of it, not of
     # the rank count
-    progress = {"step": 0, "position": 0, "max_steps": max_steps}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         sharding.load_full_state(model, optimizer, state["model"], state["optimizer"], optim.load_state)
         runtime.scaler.load_state_dict(state["scaler"])
-        progress = state["progress"]
+        progress |= state["progress"]
         del state  # twice the size of the weights, or more
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
@@ -218,7 +220,8 @@ def main(args):
     conditions = checkpoint.conditions(runtime, args, "pretrain", model.config, [data, held_out], origin,
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker, conditions)
+                         args.tracker, conditions, args.plot_interval)
+    watch = health.Watch(model, optimizer, progress, args, runtime, log)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -245,7 +248,7 @@ def main(args):
 
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
     per_micro_step = args.batch_size * runtime.world_size
-    bar = logs.progress(progress["max_steps"], "pretrain", progress["step"], runtime.is_main)
+    bar = log.progress(progress["max_steps"], "pretrain", progress["step"])
     if progress["step"] == 0 or progress["step"] >= progress["max_steps"]:
         val_loss, bits = evaluate(model, held_out, args, runtime)
         if progress["step"] == 0:  # else a resume with nothing left: it only reports
@@ -310,6 +313,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1
         progress["position"] += per_micro_step * args.accumulation_steps
+        progress["tokens"] += int(targets)
         log.count(targets)
         bar.update()
 
@@ -323,7 +327,8 @@ def main(args):
         if step % args.log_interval == 0 or done or step == 1 or nonfinite.in_a_row:
             extra = {"balance": balance_value} if model.config.num_experts else {}
             rate = log.rate()
-            log.log(step, loss=loss_value, lr=lr, grad_norm=grad_norm, tokens_per_s=rate, **extra)
+            log.log(step, loss=loss_value, lr=lr, grad_norm=grad_norm, tokens_per_s=rate, **extra,
+                    **watch.numbers(grad_norm))
             bar.set_postfix_str(f"loss {loss_value:.3f}{log.expected(step, 'loss')}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             val_loss, bits = evaluate(model, held_out, args, runtime)
@@ -346,6 +351,7 @@ def main(args):
              "bits_per_byte": bits, "steps": progress["step"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
+    report.refresh(args.save_dir, runtime.is_main)
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out loss {val_loss:.3f}, {bits:.3f} bits per byte. "
                   f"Curves: {folder}/curves.png. Next: python train_sft.py --from_weight {args.save_weight}")
     runtime.close()

@@ -31,9 +31,11 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import common
+import health
 import logs
 import metrics
 import optim
+import report
 from dataset import PreferenceData, expand_paths, pack_batch
 from model import ScalarHead
 from tokenizer import Tokenizer
@@ -164,20 +166,21 @@ def main(args):
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of pairs drawn so far by all ranks together: the order does not depend on the rank count
-    progress = {"step": 0, "position": 0, "max_steps": max_steps}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optim.load_state(optimizer, state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
-        progress = state["progress"]
+        progress |= state["progress"]
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "reward", model.config, [data, held_out], [parent],
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker, conditions)
+                         args.tracker, conditions, args.plot_interval)
+    watch = health.Watch(model, optimizer, progress, args, runtime, log)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -205,7 +208,7 @@ def main(args):
 
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
     per_micro_step = args.batch_size * runtime.world_size
-    bar = logs.progress(progress["max_steps"], "reward", progress["step"], runtime.is_main)
+    bar = log.progress(progress["max_steps"], "reward", progress["step"])
     result = None
     if progress["step"] == 0:
         before = evaluate(model, held_out, args, runtime)
@@ -248,6 +251,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1
         progress["position"] += per_micro_step * args.accumulation_steps
+        progress["tokens"] += int(tokens)
         log.count(tokens)
         bar.update()
 
@@ -259,7 +263,7 @@ def main(args):
         if step % args.log_interval == 0 or done or step == 1 or nonfinite.in_a_row:
             rate = log.rate()
             log.log(step, loss=loss_value, accuracy=accuracy, margin=margin, lr=lr, grad_norm=grad_norm,
-                    tokens_per_s=rate)
+                    tokens_per_s=rate, **watch.numbers(grad_norm))
             bar.set_postfix_str(f"loss {loss_value:.3f}, accuracy {accuracy:.2f}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(model, held_out, args, runtime)
@@ -286,6 +290,7 @@ def main(args):
                       "steps": progress["step"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
+    report.refresh(args.save_dir, runtime.is_main)
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out loss {result['val_loss']:.3f}, "
                   f"{describe(result)}. Curves: {folder}/curves.png")
     runtime.print(advice(result, args))

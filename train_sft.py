@@ -28,10 +28,12 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import common
+import health
 import logs
 import lora
 import metrics
 import optim
+import report
 import sharding
 from dataset import PretrainData, PromptData, SFTData, expand_paths, join_windows
 from model import Transformer, row_uniforms, token_logprobs
@@ -208,12 +210,12 @@ def main(args):
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of rows drawn so far by all ranks together: the order does not depend on the rank count
-    progress = {"step": 0, "position": 0, "max_steps": max_steps}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         sharding.load_full_state(trained, optimizer, state["model"], state["optimizer"], optim.load_state)
         runtime.scaler.load_state_dict(state["scaler"])
-        progress = state["progress"]
+        progress |= state["progress"]
         del state  # twice the size of the weights, or more
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
@@ -221,7 +223,8 @@ def main(args):
     conditions = checkpoint.conditions(runtime, args, "sft", model.config, [data, held_out, replay], [parent],
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker, conditions)
+                         args.tracker, conditions, args.plot_interval)
+    watch = health.Watch(model, optimizer, progress, args, runtime, log)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats,
                                          **({"replay": replay.stats} if replay else {})})
@@ -249,7 +252,7 @@ def main(args):
 
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
     per_micro_step = args.batch_size * runtime.world_size
-    bar = logs.progress(progress["max_steps"], "sft", progress["step"], runtime.is_main)
+    bar = log.progress(progress["max_steps"], "sft", progress["step"])
     if progress["step"] == 0 or progress["step"] >= progress["max_steps"]:
         val_loss = evaluate_loss(model, held_out, args, runtime)
         count = args.eval_prompts if progress["step"] else args.eval_prompts // 5
@@ -318,6 +321,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1
         progress["position"] += per_micro_step * args.accumulation_steps
+        progress["tokens"] += int(tokens)
         log.count(tokens)
         bar.update()
 
@@ -329,7 +333,8 @@ def main(args):
         if step % args.log_interval == 0 or done or step == 1 or nonfinite.in_a_row:
             extra = {"balance": balance_value / max(tokens, 1)} if model.config.num_experts else {}
             rate = log.rate()
-            log.log(step, loss=loss_value, lr=lr, grad_norm=grad_norm, tokens_per_s=rate, **extra)
+            log.log(step, loss=loss_value, lr=lr, grad_norm=grad_norm, tokens_per_s=rate, **extra,
+                    **watch.numbers(grad_norm))
             bar.set_postfix_str(f"loss {loss_value:.3f}{log.expected(step, 'loss')}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             val_loss = evaluate_loss(model, held_out, args, runtime)
@@ -360,6 +365,7 @@ def main(args):
                   **{name: answered[name] for name in ("stop_rate", "n", "by_skill", "by_lang")}}
     save(finished=True, final=final)
     log.close()
+    report.refresh(args.save_dir, runtime.is_main)
     score = f", exact match {answered['total']:.3f}" if answered else ""
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out loss {val_loss:.3f}{score}. Curves: "
                   f"{folder}/curves.png. Next: python eval.py --weight {args.save_weight} --stream 1")

@@ -10,6 +10,7 @@ import torch
 import checkpoint
 import cli
 import common
+import report
 from model import ModelConfig, ScalarHead, Transformer
 from tokenizer import train
 
@@ -17,12 +18,20 @@ from tokenizer import train
 # use, this rules them out, and no test kills pytest. 0.0: bf16 crashes all the same, tests that need it skip.
 BF16_SPEEDUP = common.bf16_speedup()
 
+draw_report = report.draw  # the real one, for its own tests
+
 SENTENCES = ["What is 2 + 3? The answer is 5.", "Sure! It is a brown cat, and the dog is grey.",
              "请问 1 + 4 等于多少？答案是：5。", "好的！小猫是棕色的。",
              "Anna has three apples and gives away one.", "user assistant system"]
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 KINDS = {"dense": {}, "moe": EXPERTS, "shared": EXPERTS | {"n_shared_experts": 1}}
 TEACHER = dict(hidden_size=48, initializer_range=0.2)  # larger than a student, and with clear opinions
+
+
+@pytest.fixture(autouse=True)
+def no_report_pictures(monkeypatch):
+    """Every run ends with a report; its pictures would take most of a small run's time."""
+    monkeypatch.setattr(report, "draw", lambda *inputs: "")
 
 
 @pytest.fixture(scope="session")

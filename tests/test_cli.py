@@ -82,7 +82,7 @@ def names_read(path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_no_flag_is_dead(name, parser_of):
-    read = set().union(*(names_read(ROOT / f"{file}.py") for file in (name, "cli", "common", "checkpoint")))
+    read = set().union(*(names_read(ROOT / f"{file}.py") for file in (name, "cli", "common", "checkpoint", "health")))
     assert not set(flags(parser_of(name))) - read
 
 

@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import re
 import shlex
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -140,6 +142,22 @@ def test_wrong_command_is_noticed(line):
     'echo "x" | python tokenizer.py encode --text "a | b"'])
 def test_right_command_passes(line):
     check_command(line)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_targets_of_the_makefile_are_commands_that_parse():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    stages = re.search(r"addprefix train-,(.*)\)", text)[1].split()
+    targets = re.search(r"^\.PHONY: (.*) \$", text, re.M)[1].split() + [f"train-{stage}" for stage in stages]
+    assert {"train-pretrain", "train-sft", "train-dpo", "test", "lint", "smoke"} <= set(targets)
+    for target in targets:
+        line, = subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True,
+                               text=True).stdout.strip().split("\n")
+        line = line.replace("${VENV_DIR:-.venv}/bin/", "").replace("${OUT:-out}", "out")
+        assert COMMAND.match(line), line
+        check_command(line)
+        if target.startswith("train-"):
+            assert line == f"bash run.sh {target.removeprefix('train-')}"
 
 
 # -- Names -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_logs.py
 """
+import io
 import json
 import re
 import signal
@@ -88,6 +89,19 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
                                             "count": 10**12}]
 
 
+def test_alarms_are_printed_and_known_behind_a_resume(tmp_path, capsys):
+    log = write(tmp_path, [1], loss=1.0)
+    log.log(2, loss=1.0, alarm="grad_attn 0: cut off", sys_alarm="sys_rss_mb 9: full")
+    log.log(3, alarm="update_mlp 1: too high")
+    assert capsys.readouterr().out == ("    step 2: grad_attn 0: cut off\n    step 2: sys_rss_mb 9: full\n"
+                                       "    step 3: update_mlp 1: too high\n")
+    log.file.close()
+    again = logs.MetricLog(tmp_path, resume_step=2)
+    assert again.alarms == ["grad_attn 0: cut off", "sys_rss_mb 9: full"], "that of step 3 may come again"
+    assert logs.MetricLog(tmp_path, is_main=False).alarms == []
+    again.file.close()
+
+
 def test_other_ranks_write_nothing(tmp_path):
     log = logs.MetricLog(tmp_path / "run", is_main=False)
     log.log(1, loss=1.0)
@@ -134,6 +148,77 @@ def test_rate_counts_tokens_since_the_last_call(tmp_path, monkeypatch):
     log.count(100)
     assert log.rate() == 100
     assert log.rate() == 0
+
+
+# -- Live --------------------------------------------------------------------------------------------------------------
+def test_curves_are_drawn_at_their_interval_and_cost_no_throughput(tmp_path, monkeypatch):
+    now, drawn = [0.0], []
+
+    def draw(folder):
+        now[0] += 100.0
+        drawn.append(steps(folder)[-1])
+
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(logs, "plot_curves", draw)
+    log = logs.MetricLog(tmp_path, plot_interval=20)
+    for step in range(1, 51):
+        now[0] += 1.0
+        log.count(7)
+        if step % 8 == 0:
+            assert log.rate() == 7
+            log.log(step, loss=1.0)
+    assert drawn == [24, 48], "at the first line 20 steps behind the last picture"
+    log.close()
+    assert drawn == [24, 48, 48]
+    logs.MetricLog(tmp_path, resume_step=24, plot_interval=20).log(40, loss=1.0)
+    assert drawn == [24, 48, 48], "20 steps behind the resume"
+    logs.MetricLog(tmp_path, resume_step=24).log(999, loss=1.0)
+    assert drawn == [24, 48, 48], "0: never on the way"
+
+
+@pytest.mark.parametrize("values, line", [([1.0], "▁"), ([2.0, 2.0], "▁▁"), ([-1.0, 0.0, 1.0], "▁▅█"),
+                                          ([0.01, 0.1, 1.0], "▁▅█"), ([8.0, 4.0, 2.0, 1.0], "█▆▃▁")])
+def test_sparkline_reaches_from_lowest_to_highest(values, line):
+    assert logs.sparkline(values) == line
+
+
+def test_long_sparkline_averages_neighbours():
+    line = logs.sparkline([float(-i) for i in range(1000)], width=10)
+    assert line == "█▇▆▆▅▄▃▃▂▁" and logs.sparkline([1.0, 1.0, 100.0, 100.0], width=2) == "▁█"
+
+
+class Screen(io.StringIO):
+    """A terminal that keeps what is written to it, or a file."""
+
+    def __init__(self, live):
+        super().__init__()
+        self.isatty = lambda: live
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_sparkline_is_drawn_in_a_terminal_only(live, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Screen(live))
+    log = logs.MetricLog(tmp_path)
+    bar = log.progress(3, "sft")
+    for step, loss in ((1, 4.0), (2, float("nan")), (3, 1.0)):
+        bar.update()
+        log.log(step, loss=loss)
+    log.log(3, val_loss=2.0)
+    bar.close()
+    text = sys.stderr.getvalue()
+    assert ("█▁ 4 -> 1" in text) == live and (" -> " in text) == live and "sft" in text
+    log.file.close()
+
+
+def test_sparkline_of_a_policy_shows_its_reward_and_goes_on_after_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Screen(True))
+    write(tmp_path, [1, 2], loss=0.1, reward=-1.0).file.close()
+    log = logs.MetricLog(tmp_path, resume_step=2)
+    bar = log.progress(3, "grpo", 2)
+    log.log(3, loss=0.5, reward=1.0)
+    bar.close()
+    assert "▁▁█ -1 -> 1" in sys.stderr.getvalue()
+    log.file.close()
 
 
 def test_table_aligns_chinese():
@@ -499,6 +584,7 @@ def test_run_is_told_what_is_expected_and_draws_it(tmp_path, curves, capsys):
     assert text.startswith(" (expected ") and text.endswith(" here)") and log.expected(60, "entropy") == ""
     log.judge()
     assert capsys.readouterr().out == "    verdict: fine\n"
+    assert logs.read_metrics(tmp_path / "again")[-1] == {"step": 60, "verdict": "fine"}
     log.close()
     plain = tmp_path / "plain" / "curves.png"
     plain.parent.mkdir()

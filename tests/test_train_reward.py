@@ -54,9 +54,10 @@ def weights(run, name="reward"):
 
 
 def log_rows(run, name="reward"):
-    """metrics.jsonl without what depends on the clock."""
+    """The numbers of metrics.jsonl, without verdicts and what depends on clock and machine."""
     lines = (run.out / "logs" / name / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s" and not k.startswith("sys_")}
+            for line in lines if "verdict" not in json.loads(line)]
 
 
 # -- The pure functions ------------------------------------------------------------------------------------------------
