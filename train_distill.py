@@ -33,8 +33,10 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import common
+import health
 import logs
 import optim
+import report
 from dataset import PretrainData, SFTData, expand_paths
 from model import PRESETS, ModelConfig, Transformer
 from tokenizer import Tokenizer
@@ -213,13 +215,13 @@ def main(args):
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of rows drawn so far by all ranks together: the order does not depend on the rank count
-    progress = {"step": 0, "position": 0, "max_steps": max_steps}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optim.load_state(optimizer, state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
-        progress = state["progress"]
+        progress |= state["progress"]
         del state  # twice the size of the weights, or more
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
@@ -227,7 +229,8 @@ def main(args):
     conditions = checkpoint.conditions(runtime, args, f"distill {args.stage}", model.config, [data, held_out], parents,
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
-                         args.tracker, conditions)
+                         args.tracker, conditions, args.plot_interval)
+    watch = health.Watch(model, optimizer, progress, args, runtime, log)
     log.save_json("args.json", vars(args) | {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads})
     log.save_json("dataset_stats.json", {"train": data.stats, "held_out": held_out.stats})
     if args.show_batch:
@@ -253,7 +256,7 @@ def main(args):
 
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
     per_micro_step = args.batch_size * runtime.world_size
-    bar = logs.progress(progress["max_steps"], "distill", progress["step"], runtime.is_main)
+    bar = log.progress(progress["max_steps"], "distill", progress["step"])
     if progress["step"] == 0 or progress["step"] >= progress["max_steps"]:
         result = evaluate(model, teacher, held_out, args, runtime)
         if progress["step"] == 0:  # else a resume with nothing left: it only reports
@@ -312,6 +315,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1
         progress["position"] += per_micro_step * args.accumulation_steps
+        progress["tokens"] += int(tokens)
         log.count(tokens)
         bar.update()
 
@@ -324,7 +328,7 @@ def main(args):
             extra = {"balance": balance_value / max(tokens, 1)} if model.config.num_experts else {}
             rate = log.rate()
             log.log(step, loss=loss_value, kl=kl_value, nll=nll_value, lr=lr, grad_norm=grad_norm, tokens_per_s=rate,
-                    **extra)
+                    **extra, **watch.numbers(grad_norm))
             bar.set_postfix_str(f"loss {loss_value:.3f}{log.expected(step, 'loss')}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(model, teacher, held_out, args, runtime)
@@ -345,6 +349,7 @@ def main(args):
                       "after": result["val_kl"], "steps": progress["step"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
+    report.refresh(args.save_dir, runtime.is_main)
     following = (f"python eval.py --weight {args.save_weight} --stream 1" if args.stage == "sft"
                  else f"python train_sft.py --from_weight {args.save_weight}")
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, {describe(result)}. Curves: {folder}/curves.png. "
