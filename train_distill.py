@@ -345,7 +345,7 @@ def main(args):
 
     # -- 8. Final save and summary -------------------------------------------------------------------------------------
     bar.close()
-    final = result | {"metric": "KL(teacher || student) per token", "before": progress["before"],
+    final = result | {"metric": "held-out KL to the teacher", "before": progress["before"],
                       "after": result["val_kl"], "steps": progress["step"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
