@@ -275,8 +275,8 @@ def main(args):
     kept = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     print(f"{output}: {ARCHITECTURES[model.config.model_type]}, {model.num_parameters() / 1e6:.2f}M parameters, "
           f"{size / 1e6:.1f} MB, tensors: {kept}")
-    run = ["llama-cli", "-m", str(output)]
-    run += [] if template else ["-no-cnv", "-p", f"{opening(tokenizer)}Once upon a time"]
+    run = ["llama-cli", "-m", str(output)] if template else [
+        "llama-completion", "-m", str(output), "-p", f"{opening(tokenizer)}Once upon a time"]
     create = shlex.join(["ollama", "create", name, "-f", str(recipe)])
     print(f"next: {shlex.join(run)}   or: {create} && {shlex.join(['ollama', 'run', name])}")
     return {"file": str(output), "modelfile": str(recipe), "tensors": counts, "bytes": size}

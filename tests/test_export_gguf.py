@@ -182,7 +182,7 @@ def test_a_pretrained_model_continues_text_and_holds_no_conversation(gguf, folde
     assert "tokenizer.chat_template" not in read(gguf, done["file"])[0]
     text = (path / "dense-f32.Modelfile").read_text(encoding="utf-8")
     assert 'TEMPLATE """<|bos|>{{ .Prompt }}"""' in text and 'stop "<|bos|>"' in text
-    assert "-no-cnv -p '<|bos|>" in capsys.readouterr().out
+    assert re.search(r"next: llama-completion -m \S+ -p '<\|bos\|>", capsys.readouterr().out)
 
 
 def test_a_qwen_folder_keeps_its_pieces_template_and_token_kinds(gguf, folder, tokenizer):
