@@ -42,6 +42,11 @@ def transformers():
     return pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
 
 
+# Spread of random weights with which a model of three layers says dozens of different words; with test_model.py's 0.08
+# it says two or three over and over, and equal answers would prove little.
+LIVELY = 0.2
+
+
 def sizes(tokenizer):
     """Fields of a ModelConfig that belong to this tokenizer."""
     return dict(vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
@@ -64,7 +69,8 @@ def ours(tokenizer, tmp_path_factory):
             if kind.startswith("reward "):
                 make_head(kind.split()[1], tokenizer).save_pretrained(path)
             else:
-                make_model("dense" if kind == "adapter" else kind, **sizes(tokenizer)).save_pretrained(path)
+                model = make_model("dense" if kind == "adapter" else kind, **sizes(tokenizer))
+                randomize(model, LIVELY).save_pretrained(path)
             tokenizer.save_pretrained(path)
         if kind == "adapter" and not (path := made[kind] / "adapter").exists():
             adapters = lora.Adapters(Transformer.from_pretrained(made[kind]), 4, 12, [], base=made[kind])
@@ -109,13 +115,15 @@ def test_model_opens_without_missing_keys_and_gives_the_same_logits(transformers
 @pytest.mark.parametrize("kind", ["dense", "yarn", "moe", "shared", "adapter"])
 def test_greedy_generation_is_the_same(transformers, ours, kind):
     model, theirs = open_ours(ours(kind)), open_theirs(transformers, ours(kind))
-    stop = model.config.eos_token_id
+    stop, varied = model.config.eos_token_id, 0
     for seed in range(4):
         prompt = random_ids(1, 9 + seed, seed=seed)
         found = answers(model, prompt.tolist(), 32, temperature=0, stop_ids={stop})[0]
         expected = theirs.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32,
                                    do_sample=False, temperature=None, top_p=None)
         assert found == expected[0, prompt.shape[1]:].tolist()
+        varied = max(varied, len(set(found)))
+    assert varied > 8
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
@@ -273,7 +281,7 @@ def foreign(transformers, tokenizer, tmp_path_factory):
                 shape |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
                 model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**shape))
             path = made[kind] = tmp_path_factory.mktemp("foreign") / kind
-            randomize(model).to(torch.bfloat16).save_pretrained(path, max_shard_size="40KB")
+            randomize(model, LIVELY).to(torch.bfloat16).save_pretrained(path, max_shard_size="40KB")
             assert (path / "model.safetensors.index.json").is_file() and len(list(path.glob("*.safetensors"))) > 1
             for name, text in qwen_files(tokenizer).items():
                 (path / name).write_text(text, encoding="utf-8")

@@ -15,8 +15,8 @@ import venv
 
 import pytest
 import torch
-from test_ecosystem import CODE, QUESTION, QWEN_TEMPLATE, qwen_files, sizes
-from test_model import answers, make_model, random_ids
+from test_ecosystem import CODE, LIVELY, QUESTION, QWEN_TEMPLATE, qwen_files, sizes
+from test_model import answers, make_model, random_ids, randomize
 from test_tokenizer import CHAT, CHINESE, EMOJI, ENGLISH, split_stage
 
 import checkpoint
@@ -39,7 +39,7 @@ def folder(tokenizer, tmp_path):
     """folder(kind, **fields) -> Path of a random model with a tokenizer."""
     def made(kind="dense", **fields):
         path = tmp_path / "out" / kind
-        make_model(kind, **sizes(tokenizer), **fields).save_pretrained(path)
+        randomize(make_model(kind, **sizes(tokenizer), **fields), LIVELY).save_pretrained(path)
         tokenizer.save_pretrained(path)
         return path
     return made
