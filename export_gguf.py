@@ -230,7 +230,7 @@ def write_gguf(path: Path, model: Transformer, tokenizer: Tokenizer, name: str, 
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        with open(tmp, "rb") as file:
+        with open(tmp, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(tmp, path)
     except BaseException:
@@ -251,7 +251,7 @@ def modelfile(gguf_name: str, tokenizer: Tokenizer, config: ModelConfig, chat: b
     stops = [tokenizer.decode([i]) for i in sorted(tokenizer.stop_ids(chat))]
     # Ollama's own values would be: a context of 4096 whatever the model's, and a penalty on repeated words
     settings = [f"num_ctx {config.max_position_embeddings}", "temperature 0.8", "top_p 0.9", "repeat_penalty 1.0",
-                *(f'stop "{text}"' for text in stops)]
+                *(f"stop {json.dumps(text, ensure_ascii=False)}" for text in stops)]
     return "\n".join([f"FROM ./{gguf_name}", f'TEMPLATE """{opening(tokenizer)}{template}"""',
                       *(f"PARAMETER {line}" for line in settings), ""])
 
