@@ -49,8 +49,8 @@ LIVELY = 0.2
 
 
 def sizes(tokenizer):
-    """Fields of a ModelConfig that belong to this tokenizer."""
-    return dict(vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
+    """Fields of a ModelConfig that belong to this tokenizer, and a theta that is nobody's default."""
+    return dict(rope_theta=5e5, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
                 pad_token_id=tokenizer.pad_id)
 
 
