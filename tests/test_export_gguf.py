@@ -321,7 +321,7 @@ def test_llama_cpp_gives_the_same_64_tokens_and_the_same_ids(gguf, folder, token
     found = run_llama(llama_python, tmp_path, [*kinds, *rounded], prompt, texts, control)
     for file, kind in kinds.items():
         expected = answers(Transformer.from_pretrained(tmp_path / "out" / kind), [prompt], 64, temperature=0)[0]
-        assert found["answers"][file] == expected and len(set(expected)) > 8, kind
+        assert found["answers"][file] == expected and len(set(expected)) > 4, kind
         assert found["ids"][file] == [tokenizer.encode(text) for text in texts] and found["chat"][file] == chat
     # llama.cpp rounds the activations as well, so these only run; their weights are compared above
     assert all(len(found["answers"][file]) == 64 for file in rounded)
