@@ -126,13 +126,20 @@ def _damage(path, resume=False):
     facts = read_minillm(path)
     if not facts and (path / "minillm.json").exists():
         return "minillm.json is unreadable"
-    for name, size in facts.get("files", {}).items():
-        file = path / name
-        if not file.is_file():
+    sizes, checksums = facts.get("files", {}), facts.get("crc32", {})
+    if not isinstance(sizes, dict) or not isinstance(checksums, dict):
+        return "minillm.json is unreadable"
+    for name in sizes | checksums:
+        # a folder from elsewhere must not make us read what lies around it
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"minillm.json names {name}, which is outside"
+        if not (path / name).is_file():
             return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, not {size}"
-    for name, crc in facts.get("crc32", {}).items():
+    for name, size in sizes.items():
+        found = (path / name).stat().st_size
+        if found != size:
+            return f"{name} has {found} bytes, not {size}"
+    for name, crc in checksums.items():
         if (resume or not name.startswith("resume")) and _crc32(path / name) != crc:
             return f"{name} has other bytes than were written"
     return ""
@@ -163,9 +170,10 @@ def write_minillm(folder, facts):
 def read_minillm(folder):
     """minillm.json of a checkpoint folder as a dict; {} for a folder from elsewhere or an unreadable file."""
     try:
-        return json.loads((Path(folder) / "minillm.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        facts = json.loads((Path(folder) / "minillm.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def save(runtime, args, parts, state, facts, finished=False):

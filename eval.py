@@ -48,7 +48,7 @@ import metrics
 import report
 from dataset import PreferenceData, conversation, expand_paths, pad_rows, preference, read_rows
 from generation import beam_search
-from model import ScalarHead, Transformer, token_logprobs
+from model import ScalarHead, Transformer, read_json, token_logprobs
 from tokenizer import StreamDecoder, Tokenizer
 
 SPEAKERS = ("pretrain", "sft", "dpo", "ppo", "grpo")  # stages to talk to, in the order in which run.sh makes them
@@ -198,8 +198,8 @@ def stage_order(name):
 def is_reward(folder):
     """Whether a folder holds a model that scores answers and cannot give any."""
     # the class in config.json, not our own stage: a folder from elsewhere has only that
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    return any("SequenceClassification" in name for name in config.get("architectures") or [])
+    names = read_json(Path(folder) / "config.json").get("architectures")
+    return isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
 
 
 def is_chat(facts, tokenizer, eval_mode):

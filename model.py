@@ -717,9 +717,11 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return [folder / "model.safetensors"]
     names = read_json(index).get("weight_map")
-    # a bare file name only: "../../secret" in a downloaded index must not be opened
-    safe = isinstance(names, dict) and all(isinstance(n, str) and Path(n).name == n for n in names.values())
-    need(safe and names, f"weight_map of {index}", "it maps tensor names to files of the same folder", "restore it")
+    # bare names of this one format: "../../secret" in a downloaded index must not be opened, nor a pickle
+    safe = isinstance(names, dict) and all(isinstance(n, str) and Path(n).name == n and n.endswith(".safetensors")
+                                           for n in names.values())
+    need(safe and names, f"weight_map of {index}", "it maps tensor names to .safetensors files of the same folder",
+         "restore it")
     return [folder / name for name in sorted(set(names.values()))]
 
 
@@ -734,12 +736,14 @@ def read_tensors(folder: Path) -> dict[str, tuple[Path, tuple, str]]:
                                     "of the model")
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():
-                    part = file.get_slice(name)
-                    found[name] = (path, tuple(part.get_shape()), part.get_dtype())
+                parts = {name: file.get_slice(name) for name in file.keys()}
+                here = {name: (path, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is not a readable safetensors file ({error}); it is damaged or incomplete; copy "
                              "it again or use an earlier checkpoint") from None
+        for name in sorted(found.keys() & here.keys())[:1]:
+            raise ValueError(f"{name} is in {found[name][0]} and {path}; a tensor has one place; copy the model again")
+        found |= here
     return found
 
 
@@ -799,9 +803,15 @@ def load_model(build, folder: Path, device, dtype, absent: dict, ignore: tuple[s
     is taken, no time is lost on random numbers, and the global random state stays as it was (the exactness of a resumed
     run depends on it).
     """
+    config, found = read_config(folder), read_tensors(folder)
+    # a million modules take minutes even without memory: what config.json asks for is compared with the files first
+    layers = config.num_hidden_layers
+    least = layers + config.num_experts * sum(map(config.is_moe_layer, range(layers)))
+    need(least <= max(len(found), 4096), f"num_hidden_layers={layers} with num_experts={config.num_experts} in "
+         f"{folder}", f"that is over {least} tensors, and the files hold {len(found)}", "take config.json and weights "
+         "from one folder")
     with torch.device("meta"), SkipInit():
-        model = build(read_config(folder))
-    found = read_tensors(folder)
+        model = build(config)
     check_names(model.state_dict(), found, folder, tuple(absent), ignore)
     tensors = {}
     for path in sorted({path for path, _, _ in found.values()}):

@@ -90,6 +90,10 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
+# A text with every kind of character: a split pattern must not lose any of them
+PROBE = "We've 12345 x_y (z)!?  \t\r\n\n \u4f60\u597d\uff0c\u4e16\u754c\u3002 e\u0301\xa0\U0001f600\u200d\u0663 \x00 "
+MAX_IDS = 2**24  # far above any real vocabulary: what a broken file asks for must not take all memory
+
 # What inspect cuts when it is given no text
 SENTENCES = [
     "The weather is fine today, so we're going to the park at 10:30.",
@@ -507,6 +511,17 @@ def _dump(value):
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
+def _object(files, name):
+    """The JSON object in one text of a folder; {} where the folder has no such file."""
+    try:
+        value = json.loads(files.get(name, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON ({error}); the file is damaged; copy it anew") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} holds a {type(value).__name__}; it is a JSON object; copy it anew")
+    return value
+
+
 def _refuse(what, rule):
     """The error for a tokenizer.json that this file could only read with different ids. Refusing beats guessing."""
     return ValueError(f"tokenizer.json: {what}; {rule}; use a byte-level BPE tokenizer (GPT-2, Llama 3, Qwen style)")
@@ -534,7 +549,20 @@ def _read_pattern(spec):
     if splits[0].get("behavior") != "Isolated" or splits[0].get("invert") or "Regex" not in splits[0]["pattern"]:
         raise _refuse("a Split that is not an isolated regular expression", "nothing else is read")
     # Hugging Face's engine reads {1,3}+ as "one or more groups of up to three", tiktoken as possessive
-    return re.sub(r"(\\p\{N\}\{1,3\})\+", r"(?:\1)+", splits[0]["pattern"]["Regex"])
+    pattern = re.sub(r"(\\p\{N\}\{1,3\})\+", r"(?:\1)+", splits[0]["pattern"]["Regex"])
+    _check_pattern(pattern)
+    return pattern
+
+
+def _check_pattern(pattern):
+    """Refuse an expression that leaves text out, matches nothing, or does not come to an end: tiktoken would lose the
+    text or abort the process."""
+    try:
+        pieces = [match[0] for match in regex.finditer(pattern, PROBE, timeout=5)]
+    except (regex.error, TimeoutError, RecursionError) as error:
+        raise _refuse(f"split pattern {pattern!r:.100} ({error})", "it is a regular expression") from None
+    if "".join(pieces) != PROBE or "" in pieces:
+        raise _refuse(f"split pattern {pattern!r:.100}", "it cuts every text into pieces and leaves nothing out")
 
 
 def _read_nfc(spec):
@@ -570,8 +598,10 @@ def _read_ranks(spec, added):
     last = -1
     made = set()
     for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge  # "a b" until tokenizers 0.20
-        index = model["vocab"].get(left + right, -1)
+        pair = merge.split(" ") if isinstance(merge, str) else merge  # "a b" until tokenizers 0.20
+        if len(pair) != 2:
+            raise _refuse(f"merge {merge!r:.100}", "a merge joins two tokens")
+        index = model["vocab"].get(pair[0] + pair[1], -1)
         # equal is fine: files converted from tiktoken (Llama 3) list every way to make a token
         if index < last:
             raise _refuse(f"merge {merge!r} makes id {index} after id {last}", "merges must be in the order of ids")
@@ -601,8 +631,7 @@ class Tokenizer:
     def __init__(self, files):
         """files: {name: text} of a tokenizer folder; tokenizer.json is required."""
         self.files = dict(files)
-        spec = json.loads(self.files["tokenizer.json"])
-        config = json.loads(self.files.get("tokenizer_config.json", "{}"))
+        spec, config = _object(self.files, "tokenizer.json"), _object(self.files, "tokenizer_config.json")
         added = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
         if "" in added or len(set(added.values())) != len(added):
             raise _refuse("an empty or doubled special token", "each has a text and an id of its own")
@@ -611,9 +640,15 @@ class Tokenizer:
         self.nfc = _read_nfc(spec)
         ranks = _read_ranks(spec, added)
 
+        ids = [*ranks.values(), *added.values()]
+        padded = config.get("padded_vocab_size") or 0
+        if not all(type(n) is int and 0 <= n < MAX_IDS for n in (*ids, padded)) or len(set(ids)) != len(ids):
+            raise _refuse("an id or size that is doubled, negative, too large or no number",
+                          f"each token has an id of its own below {MAX_IDS}")
+
         self.special_ids = set(added.values())
-        self.max_id = max(*ranks.values(), *added.values(), 0)
-        self.vocab_size = max(self.max_id + 1, config.get("padded_vocab_size") or 0)
+        self.max_id = max(ids)
+        self.vocab_size = max(self.max_id + 1, padded)
         self.token_bytes = [b""] * self.vocab_size
         for token, index in ranks.items():
             self.token_bytes[index] = token
@@ -663,17 +698,18 @@ class Tokenizer:
                 f"{folder}: no tokenizer.json there; a tokenizer is a folder with that file; make one with "
                 "python tokenizer.py train, or name a checkpoint folder"
             )
-        present = [name for name in FILES if (folder / name).is_file()]
-        # bytes, not read_text(): line ends of a foreign template must survive
+        files = {}
         try:
-            files = {name: (folder / name).read_bytes().decode() for name in present}
+            for name in [name for name in FILES if (folder / name).is_file()]:
+                # bytes, not read_text(): line ends of a foreign template must survive
+                files[name] = (folder / name).read_bytes().decode()
             return cls(files)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            # what a truncated or hand-edited file raises; messages of _refuse are ValueErrors and pass through
+        except UnicodeError as error:
+            what = f"{name} is not UTF-8: {error}"
+        except (LookupError, TypeError, AttributeError, OverflowError) as error:
+            # what a hand-edited file raises; messages of _refuse are ValueErrors and pass through
             what = f"{type(error).__name__}: {error}"
-            raise ValueError(
-                f"{folder}: a tokenizer file is damaged ({what}); all must be whole; copy it anew"
-            ) from None
+        raise ValueError(f"{folder}: a tokenizer file is damaged ({what}); all must be whole; copy it anew")
 
     def save_pretrained(self, folder):
         """Write the folder that from_pretrained() and transformers.AutoTokenizer open; files of others unchanged."""

@@ -10,10 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
-import logs
 import lora
 from model import ModelConfig, Transformer
-from tokenizer import Tokenizer
 
 SHAPE = dict(vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
              head_dim=16, intermediate_size=80, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
@@ -454,38 +452,3 @@ def test_adapters_alone_can_be_resumed_into_a_merged_folder(stage, tmp_path):
     assert not lora.alone(out / "run")
     run, whole = (load_file(out / name / "model.safetensors") for name in ("run", "whole"))
     assert all(torch.equal(run[name], whole[name]) for name in whole)
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_folder_of_transformers_with_its_own_tokenizer_is_adapted(stage, transformers, tokenizer, tmp_path, kind):
-    """A Qwen3 or Qwen3-MoE folder as others publish it: bf16, shards, its own template, no bos, no minillm.json."""
-    shape = dict(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=16, intermediate_size=64, max_position_embeddings=256,
-                 eos_token_id=tokenizer.eos_id, tie_word_embeddings=False)
-    if kind == "qwen3":
-        foreign = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape))
-    else:
-        shape |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[0])
-        foreign = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**shape))
-    folder = tmp_path / kind
-    randomize(foreign).to(torch.bfloat16).save_pretrained(folder, max_shard_size="40KB")
-    tokenizer.save_pretrained(folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings.pop("bos_token")
-    settings["pad_token"] = "<|im_end|>"
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    (folder / "chat_template.jinja").write_text(template)
-    train(stage, "--dtype", "float32", "--max_steps", "12", parent=folder)
-    out, ids = tmp_path / "out" / "run", torch.arange(24)[None]
-    assert (out / "chat_template.jinja").read_text() == template
-    losses = [row["loss"] for row in logs.read_metrics(tmp_path / "out" / "logs" / "run") if "loss" in row]
-    assert losses[-1] < losses[0]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    with torch.no_grad():
-        assert close(Transformer.from_pretrained(out)(ids), theirs(ids).logits, 1e-5)
-    talk = [{"role": "user", "content": "What is 2 + 3?"}]
-    theirs = transformers.AutoTokenizer.from_pretrained(out)
-    expected = theirs.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert Tokenizer.from_pretrained(out).render(talk, add_generation_prompt=True)[0] == list(expected)

@@ -1,4 +1,4 @@
-"""The model equals transformers, equals itself on every path (cached, ragged, packed, padded), and names bad input.
+"""The model equals itself on every path (cached, ragged, packed, padded), and names bad input.
 
     python -m pytest tests/test_model.py
 """
@@ -29,7 +29,6 @@ KINDS = {
     "shared_scaled": EXPERTS | dict(n_shared_experts=2, routed_scaling_factor=2.5, first_k_dense_replace=1,
                                     rope_scaling=YARN),
 }  # fmt: skip
-CLASSES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "dots1": "Dots1ForCausalLM"}
 
 
 @torch.no_grad()
@@ -105,39 +104,7 @@ def test_unknown_preset_and_field_are_refused():
             ModelConfig.preset(name, **fields)
 
 
-# -- Equal to transformers ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_equal_transformers_in_both_directions(transformers, tmp_path, kind):
-    ours, ids = make_model(kind), random_ids(2, 70)
-    ours.save_pretrained(tmp_path / "ours")
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32,
-                                                                       output_loading_info=True)
-    assert type(theirs).__name__ == CLASSES[ours.config.model_type]
-    assert not any(report.values()), f"transformers reports {report}"
-    with torch.no_grad():
-        logits, expected = ours(ids), theirs.eval()(ids).logits
-        assert (logits - expected).abs().max() < 1e-4 and expected.abs().max() > 1
-        # their save: only the new spelling in config.json, and the weights in many shards
-        theirs.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
-        assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
-        back = Transformer.from_pretrained(tmp_path / "theirs")
-        assert (back(ids) - expected).abs().max() < 1e-4
-    assert back.config == ours.config
-
-
-def test_transformers_own_bf16_model_opens_as_fp32(transformers, tmp_path):
-    config = transformers.Qwen3Config(vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=6,
-                                      num_key_value_heads=2, head_dim=16, intermediate_size=80,
-                                      eos_token_id=[2, 5], tie_word_embeddings=False,
-                                      rope_parameters={"rope_type": "default", "rope_theta": 1e6})
-    randomize(transformers.Qwen3ForCausalLM(config)).to(torch.bfloat16).save_pretrained(tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    ours, ids = Transformer.from_pretrained(tmp_path), random_ids(2, 20)
-    assert ours.config.rope_theta == 1e6 and ours.config.eos_token_id == (2, 5)
-    with torch.no_grad():
-        assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
-
-
+# -- The folder (opened by transformers: test_ecosystem.py) ------------------------------------------------------------
 def test_config_written_by_transformers_4_is_understood(tmp_path):
     model, ids = make_model("yarn", rope_theta=5e5), random_ids(1, 60)
     model.save_pretrained(tmp_path)
@@ -170,21 +137,6 @@ def test_balance_loss_equals_transformers_formula(transformers):
         logits = hooked[0].view(2, 20, -1)[row] @ model.model.layers[0].mlp.gate.weight.t()
         expected = load_balancing_loss_func((logits,), num_experts=4, top_k=2)
         assert abs(balance[row] - expected) < 1e-5
-
-
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_reward_model_equals_transformers_classifier(transformers, tmp_path, kind):
-    head = randomize(ScalarHead(ModelConfig(**(SHAPE | KINDS[kind])))).eval()
-    head.save_pretrained(tmp_path)
-    theirs, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tmp_path, dtype=torch.float32, output_loading_info=True)
-    assert not any(report.values()) and theirs.config.num_labels == 1
-    ids, lengths = random_ids(3, 12), torch.tensor([12, 5, 8])
-    ids[torch.arange(12) >= lengths[:, None]] = 3  # padding
-    with torch.no_grad():
-        expected = theirs.eval()(ids, attention_mask=(ids != 3).long()).logits[:, 0]
-        assert (head(ids, lengths) - expected).abs().max() < 1e-5
-        assert torch.equal(ScalarHead.from_pretrained(tmp_path)(ids, lengths), head(ids, lengths))
 
 
 def test_exported_float_type_is_written_to_the_config(tmp_path):

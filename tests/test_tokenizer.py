@@ -1,10 +1,10 @@
 """What is proved here: the Rust trainer and its Python twin learn the same merges; encoding equals three independent
-encoders; a saved folder opens in transformers with the same ids and the same chat text; text is never parsed for
-control tokens; only the assistant's words are trained; nothing a user types or feeds breaks it.
+encoders (transformers: test_ecosystem.py); text is never parsed for control tokens; only the assistant's words are
+trained; nothing a user types or feeds breaks it.
 
     python -m pytest tests/test_tokenizer.py
 
-Without Rust, tokenizers, transformers or shared data the tests that need them skip by name.
+Without Rust, tokenizers or shared data the tests that need them skip by name.
 """
 
 import gzip
@@ -526,26 +526,6 @@ def test_fingerprint_changes_with_the_vocabulary_only(tok):
     assert len(tok.fingerprint) == 16
     assert train(TEXTS, vocab_size=401, backend="python", progress=False).fingerprint != tok.fingerprint
     assert Tokenizer({**tok.files, "chat_template.jinja": "x"}).fingerprint == tok.fingerprint
-
-
-def test_transformers_opens_the_folder_with_identical_ids_and_chat(tok, folder):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    other = transformers.AutoTokenizer.from_pretrained(folder)
-    assert (other.bos_token_id, other.eos_token_id, other.pad_token_id) == (tok.bos_id, tok.eos_id, tok.pad_id)
-    assert set(other("x")) == {"input_ids", "attention_mask"}
-    for text in TEXTS[:-1]:
-        assert other(text)["input_ids"] == tok.encode(text)
-        assert other.decode(tok.encode(text)) == text
-    marker = other(TEXTS[-1], split_special_tokens=True)["input_ids"]
-    assert marker == tok.encode(TEXTS[-1])
-    for messages, prompt in ((CHAT, False), (CHAT[:2], True), (CHAT[1:4], False)):
-        ids, mask = tok.render(messages, add_generation_prompt=prompt)
-        assert other.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt) == tok.decode(ids)
-        theirs = other.apply_chat_template(
-            messages, add_generation_prompt=prompt, return_dict=True, return_assistant_tokens_mask=True
-        )
-        assert theirs["input_ids"] == ids
-        assert theirs["assistant_masks"] == mask
 
 
 def variant(tok, **changes):
