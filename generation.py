@@ -1,24 +1,36 @@
 """Decoding beyond sampling: what model.Transformer.generate does not do. Functions take a model object.
 
-Here: beam search. Not here: greedy decoding, temperature, top-k, top-p and streaming (model.py), stop strings and chat
-(eval.py).
+Here: beam search; prompt lookup, which writes several tokens a step where a text repeats itself; copies of the weights
+from which a CPU decodes faster. Not here: greedy decoding, temperature, top-k, top-p, batching and streaming (model.py),
+stop strings and chat (eval.py).
 
 Beam search keeps the `num_beams` most probable beginnings instead of one, and so finds answers whose first word is not
 the most likely one. For open text it is a poor choice (it prefers short, repetitive answers); for tasks with one right
 answer it is the strongest simple decoder.
 
-Papers: Sutskever et al. 2014 (arXiv:1409.3215); length normalisation, Wu et al. 2016 (arXiv:1609.08144).
+Prompt lookup guesses that what followed the last words earlier in the text follows again, and lets the model check
+several guessed tokens in one forward: reading T tokens costs less than T times reading one. A guess is kept as far as
+it is what the model would have chosen, so the answer is exactly that of greedy decoding.
 
-    from generation import beam_search
+Papers: Sutskever et al. 2014 (arXiv:1409.3215); length normalisation, Wu et al. 2016 (arXiv:1609.08144); speculative
+decoding, Leviathan et al. 2022 (arXiv:2211.17192); lookup in the prompt, Yang et al. 2023 (arXiv:2304.04487); int8
+products with a scale for each row and column, Dettmers et al. 2022 (arXiv:2208.07339).
+
+    from generation import accelerate, beam_search, lookup_decoding
+    print(accelerate(model));  model.generate(...)                # the same answers, sooner; int8=True: sooner still
     ids, score = beam_search(model, prompt_ids, num_beams=4, max_new_tokens=64, stop_ids={eos})[0]
 
-Letters: V vocabulary, T tokens, K beams.
+Letters: B batch, T tokens, N rows (B * T) or rows of a matrix, V vocabulary, D hidden size, H heads, K kv heads, C
+head_dim; in beam search K beams.
 """
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 
 
+# -- Beam search -------------------------------------------------------------------------------------------------------
 @torch.inference_mode()
 def beam_search(model, prompt: list[int], num_beams: int = 4, max_new_tokens: int = 64, length_penalty: float = 1.0,
                 stop_ids: Iterable[int] = (), num_return: int = 1) -> list[tuple[list[int], float]]:
@@ -82,3 +94,288 @@ def _split(totals, answers, stops, num_beams, last):
         elif len(running) < num_beams:
             running.append((beam, ids, value))
     return running, ended
+
+
+# -- Prompt lookup -----------------------------------------------------------------------------------------------------
+def lookup_decoding(model, prompt: list[int], max_new_tokens: int, lookahead: int = 4, stop_ids: Iterable[int] = (),
+                    counts: dict | None = None) -> Iterator[int]:
+    """Yield the ids of model.generate([prompt], max_new_tokens, temperature=0, stop_ids=stop_ids), some at a time.
+
+    lookahead: how many tokens are guessed at most in a step. counts: a dict that receives steps (forwards), guessed and
+    accepted (tokens); 1 + accepted / steps tokens come of a step.
+    Raises: ValueError for an empty or too long prompt, and for a lookahead below 1.
+    """
+    room = model.config.max_position_embeddings - len(prompt)
+    if not prompt or room < 1 or lookahead < 1:
+        raise ValueError(f"prompt of {len(prompt)} tokens, lookahead={lookahead}; a prompt has at least 1 token and "
+                         f"leaves room in max_position_embeddings {model.config.max_position_embeddings}, and at least "
+                         "1 is guessed; correct the value")
+    return _lookup(model, list(prompt), min(max_new_tokens, room), lookahead, frozenset(stop_ids),
+                   {} if counts is None else counts)
+
+
+def _lookup(model, text, limit, lookahead, stops, counts):
+    """The loop of lookup_decoding(); `text` grows by the answer."""
+    counts |= {"steps": 0, "guessed": 0, "accepted": 0}
+    decoder, context = model._decoder()
+    device = model.model.embed_tokens.weight.device
+    end = len(text) + limit
+    with torch.inference_mode(), context():
+        cache = decoder.new_cache(1, end - 1)
+    read = 0  # tokens in the cache
+    while len(text) < end:
+        # the last token of the text is always read anew: its logits say what comes next
+        guess = look_up(text, min(lookahead, end - len(text) - 1)) if read else []
+        with torch.inference_mode(), context():
+            h = decoder.hidden_states(torch.tensor([text[read:] + guess], device=device), cache=cache)  # [1,T,D]
+            choices = decoder.lm_head(h[0, -1 - len(guess):]).argmax(-1).tolist()  # 1 + guesses
+        # choices[i] follows guess[:i]: it counts as long as the guesses before it were right
+        right = next((i for i, (a, b) in enumerate(zip(guess, choices, strict=False)) if a != b), len(guess))
+        counts["steps"] += 1
+        counts["guessed"] += len(guess)
+        counts["accepted"] += right
+        read = len(text) + right
+        cache.truncate(read)  # what was read of a wrong guess
+        for token in choices[: right + 1]:
+            text.append(token)
+            yield token
+            if token in stops:
+                return
+
+
+def look_up(text: list[int], count: int, longest: int = 3) -> list[int]:
+    """Up to `count` tokens that followed the last `longest` tokens of the text where these stood before, latest place
+    first; with no such place the last two, then the last one, are looked up; else []."""
+    for size in range(min(longest, len(text) - 1), 0, -1):
+        tail = text[-size:]
+        for at in range(len(text) - size - 1, -1, -1):
+            if text[at : at + size] == tail:
+                return text[at + size : at + size + count]
+    return []
+
+
+# -- Inference copies --------------------------------------------------------------------------------------------------
+def accelerate(model, int8: bool = False, dtype: torch.dtype | None = None) -> str:
+    """Give the model a copy of its weights that generate() decodes with, if it is faster. Returns what was done, in
+    words.
+
+    The answers are those of the model within rounding; with int8 or a narrower dtype they are those of slightly other
+    weights. The copy costs as much memory as the weights it holds. When the weights change it is passed over, and
+    another call makes a new one. Only on CPUs: a GPU has fast products for one row, and other costs.
+    """
+    model.inference_copy = None
+    device, dtype = model.model.embed_tokens.weight.device, dtype or model.model.embed_tokens.weight.dtype
+    if device.type != "cpu" or dtype == torch.float16:
+        return f"decoding with the model itself: copies are made on CPUs, not for {device.type} with {dtype}"
+    with torch.inference_mode():
+        copy = InferenceCopy(model, dtype, int8)
+        before, after = (_seconds_of_a_step(decoder, device) for decoder in (model, copy))
+    if after > before and not int8:  # int8 was asked for, and may be wanted for its numbers
+        return f"decoding with the model itself: a copy of the weights is {after / before:.2f}x as slow"
+    model.inference_copy = copy
+    kind = "int8" if int8 else str(dtype)[6:]
+    return f"decoding with a copy of the weights in {kind} ({copy.form}), {before / after:.2f}x as fast"
+
+
+def _seconds_of_a_step(decoder, device, steps=4) -> float:
+    """Seconds that one token of one row takes, the best of some."""
+    cache, times = decoder.new_cache(1, steps), []
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for _ in range(steps):
+        start = time.perf_counter()
+        decoder.lm_head(decoder.hidden_states(token, cache=cache)[:, -1])
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class InferenceCopy:
+    """The weights of a Transformer once more, arranged for decoding. generate() finds here what it needs of a model:
+    config, new_cache(), hidden_states(), lm_head().
+
+    At one token a step, calling functions costs about as much as the arithmetic of a small model. So there are fewer of
+    them: q, k and v come of one product, gate and up of another; the gain of the norm before a product is part of its
+    matrix; q and k are normalised and turned together; keys and values are written by one copy. Inside a head the two
+    numbers of a rotated pair are neighbours, not halves apart: as a complex number they turn by one product. That
+    reorders q and k alike, so their dot products stay. Experts stay as they are.
+    """
+
+    def __init__(self, model, dtype: torch.dtype, int8: bool = False):
+        self.config, self.model, self.dtype = model.config, model, dtype
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.parameters = [(p, p._version) for p in model.parameters()]
+        self.forms = INT8_FORMS if int8 else FORMS
+        self.embedding = model.model.embed_tokens.weight.detach()  # [V,D], shared
+        self.layers = [self._layer(block) for block in model.model.layers]
+        self.head = model.lm_head.weight.detach().to(dtype)  # [V,D]
+        self.form = self._choose_form()
+        self.head, *_ = self._packed([self.head])
+        for layer in self.layers:
+            matrices = [name for name in ("qkv", "o", "up", "down") if name in layer]
+            layer |= dict(zip(matrices, self._packed([layer[name] for name in matrices]), strict=True))
+        self.turns = torch.zeros(0)
+
+    def __deepcopy__(self, memo):
+        return None  # a copy of a model has weights of its own
+
+    def is_of(self, model) -> bool:
+        """Whether this is a copy of what the model's weights are now."""
+        now = list(model.parameters())
+        return len(now) == len(self.parameters) and all(
+            p is old and p._version == version for p, (old, version) in zip(now, self.parameters, strict=True))
+
+    def _layer(self, block) -> dict:
+        """The matrices of one block, as plain tensors."""
+        c, attention, mlp = self.config.head_dim, block.self_attn, block.mlp
+        order = torch.arange(c).view(2, -1).T.flatten()  # [C], 0, C/2, 1, C/2 + 1 ...
+        q, k = (p.weight.detach().unflatten(0, (-1, c))[:, order].flatten(0, 1)
+                for p in (attention.q_proj, attention.k_proj))
+        qkv = torch.cat((q, k, attention.v_proj.weight.detach()))  # [(H+2K)*C,D]
+        gains = [norm.weight.detach()[order].expand(count, c) for norm, count in (
+            (attention.q_norm, self.config.num_attention_heads), (attention.k_norm, self.config.num_key_value_heads))]
+        layer = {"qkv": (qkv * block.input_layernorm.weight.detach()).to(self.dtype),
+                 "gains": torch.cat(gains).to(self.wide),  # [H+K,C]
+                 "o": attention.o_proj.weight.detach().to(self.dtype)}
+        if block.is_moe:
+            return layer | {"experts": block}
+        parts = [mlp.gate_proj, mlp.up_proj] if mlp.gated else [mlp.up_proj]
+        up = torch.cat([part.weight.detach() for part in parts])  # [2F,D] or [F,D]
+        return layer | {"up": (up * block.post_attention_layernorm.weight.detach()).to(self.dtype), "act": mlp.act,
+                        "gated": mlp.gated, "down": mlp.down_proj.weight.detach().to(self.dtype)}
+
+    def _choose_form(self) -> str:
+        """The fastest of the forms that give the right product, on the matrices of the first layers."""
+        matrices, size = [self.head], 0
+        for layer in self.layers:  # more than a processor keeps in its second cache, as in decoding
+            matrices += [layer[name] for name in ("qkv", "o", "up", "down") if name in layer]
+            if (size := size + sum(m.nbytes for m in matrices)) > 2**26:
+                break
+        rows = [torch.linspace(-1, 1, m.shape[1], dtype=m.dtype)[None] for m in matrices]  # [1,K]
+        right = [F.linear(x, m) for x, m in zip(rows, matrices, strict=True)]
+        seconds = {}
+        for name, (pack, multiply) in self.forms.items():
+            try:
+                packed = [pack(m) for m in matrices]
+                times = []
+                for _ in range(3):
+                    start = time.perf_counter()
+                    found = [multiply(x, p) for x, p in zip(rows, packed, strict=True)]
+                    times.append(time.perf_counter() - start)
+            except (RuntimeError, AttributeError):
+                continue  # this build of torch has no such product
+            # a saturated int8 product is fast as well
+            if all((a.double() - b.double()).norm() < 0.03 * b.double().norm() for a, b in zip(found, right)):
+                seconds[name] = min(times)
+        return min(seconds, key=seconds.get)
+
+    def _packed(self, matrices):
+        """Functions that multiply rows x [N,K] with these matrices [M,K]: x -> x @ matrix.T [N,M]."""
+        pack, multiply = self.forms[self.form]
+        return [lambda x, packed=pack(matrix): multiply(x, packed) for matrix in matrices]
+
+    def new_cache(self, batch: int, slots: int):
+        """An empty KVCache for this copy. Its keys are in this copy's order: no other decoder can go on with it."""
+        return type(self.model.new_cache(1, 1))(self.config, batch, slots, self.dtype)
+
+    def lm_head(self, h):
+        """h [B,D] -> logits [B,V]."""
+        return self.head(h)
+
+    @torch.no_grad()
+    def hidden_states(self, ids, cache):
+        """ids [B,T], appended to the cache -> hidden states after the final norm [B,T,D]."""
+        b, t = ids.shape
+        empty = cache.end == 0
+        positions = cache.reserve(t)  # [B,T] or [1,T]
+        mask = None if empty else cache.mask()  # [B,1,T,S] bool
+        if mask is not None:  # as attention adds it to its scores: made once for all layers
+            mask = torch.zeros(mask.shape, dtype=self.dtype).masked_fill_(~mask, float("-inf"))
+        if cache.slots > len(self.turns):  # e^(i * angle) of every position
+            cos, sin = self.model.model.rotary(torch.arange(cache.slots)[None], self.wide)
+            self.turns = torch.complex(cos, sin).view(cache.slots, 1, -1)  # [S,1,C/2]
+        turns = self.turns[positions].expand(b, -1, -1, -1).reshape(b * t, 1, -1)  # [N,1,C/2]
+        x = F.embedding(ids.reshape(-1), self.embedding).to(self.wide)  # [N,D]
+        for i, layer in enumerate(self.layers):
+            q, kv = self._rotated(layer, x, turns, (b, t))  # [B,T,H,C], [2,B,K,T,C]
+            keys, values = cache.write(i, kv).unbind(0)  # [B,K,S,C]
+            x = x + layer["o"](self._attend(q, keys, values, mask, empty))
+            x = x + self._mlp(layer, x, (b, t))
+        cache.advance(t)
+        return self.model.model.norm(x).to(self.dtype).view(b, t, -1)
+
+    def _norm(self, x):
+        """x [N,D] / root mean square, in the dtype of the products; the gain is in the next matrix."""
+        return F.rms_norm(x, x.shape[-1:], None, self.config.rms_norm_eps).to(self.dtype)
+
+    def _rotated(self, layer, x, turns, shape):
+        """Queries [B,T,H,C], and keys and values [2,B,K,T,C], of x [N,D]; turns [N,1,C/2]."""
+        heads, kv_heads, c = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        qkv = layer["qkv"](self._norm(x)).to(self.wide).unflatten(1, (-1, c))  # [N,H+2K,C]
+        qk = qkv[:, : heads + kv_heads]
+        torch.mul(F.rms_norm(qk, (c,), None, self.config.rms_norm_eps), layer["gains"], out=qk)
+        torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(turns)  # in place: v stays behind q and k
+        q, kv = qkv.view(*shape, -1, c).split((heads, 2 * kv_heads), dim=2)
+        return q.to(self.dtype), kv.unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)  # [B,T,2,K,C] -> [2,B,K,T,C]
+
+    def _attend(self, q, keys, values, mask, causal):
+        """q [B,T,H,C], keys and values [B,K,S,C] -> [N,H*C]."""
+        b, t, heads, c = q.shape
+        if t == 1:  # the query heads of a kv head as rows of one head, as in model.Attention
+            y = F.scaled_dot_product_attention(q.reshape(b, keys.shape[1], -1, c), keys, values, attn_mask=mask)
+            return y.reshape(b, heads * c)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal,
+                                           enable_gqa=True)
+        return y.transpose(1, 2).reshape(b * t, heads * c)
+
+    def _mlp(self, layer, x, shape):
+        """What the second half of a block adds to x [N,D]."""
+        if "experts" in layer:
+            block = layer["experts"]
+            return block.mlp(block.post_attention_layernorm(x).view(*shape, -1))[0].view(x.shape)
+        h = layer["up"](self._norm(x))  # [N,2F] or [N,F]
+        if not layer["gated"]:
+            return layer["down"](layer["act"](h))
+        gate, up = h.chunk(2, dim=-1)
+        return layer["down"](layer["act"](gate) * up)
+
+
+# Forms of a matrix [M,K]: (how it is stored, how rows x [N,K] are multiplied with it). Which one is fastest for a single
+# row depends on processor, libraries and threads, by factors; so they are timed.
+def _in_two(matrix):
+    """[M,K] as two blocks [2,M/2,K]."""
+    return matrix.view(2, -1, matrix.shape[1])
+
+
+def _multiply_in_two(x, blocks):
+    """The blocks as a batch of two: some libraries read each with a thread of its own, but a lone matrix with one. With
+    x transposed the row's stride is K; with stride 1 the same libraries are slow."""
+    if len(x) > 1:
+        return F.linear(x, blocks.flatten(0, 1))
+    return torch.bmm(blocks, x.t().expand(2, -1, 1)).view(1, -1)
+
+
+def _quantize(matrix):
+    """int8 numbers [M,K] and a scale for each row [M]: matrix ~ numbers * scales[:, None]."""
+    scales = matrix.float().abs().amax(1).clamp(min=1e-12) / 127
+    return (matrix / scales[:, None]).round().to(torch.int8), scales
+
+
+def _multiply_int8(x, packed):
+    """Rows in int8 as well, with a scale each, so that the product is one of whole numbers."""
+    weight, scales = packed
+    largest = x.abs().amax(1, keepdim=True).clamp_(min=1e-12)  # [N,1]
+    rows = (x * (127 / largest)).round_().to(torch.int8)
+    return (torch._int_mm(rows, weight.t()) * (largest / 127 * scales)).to(x.dtype)
+
+
+def _multiply_weights_int8(x, packed):
+    """Only the weights in int8; the row in bf16, for which torch has this product."""
+    weight, scales = packed
+    if len(x) > 4:  # the kernel is made for few rows
+        return F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype)
+    return torch._weight_int8pack_mm(x.bfloat16(), weight, scales.bfloat16()).to(x.dtype)
+
+
+FORMS = {"plain products": (lambda matrix: matrix, F.linear),
+         "transposed": (lambda matrix: matrix.t().contiguous(), torch.matmul),
+         "split in two": (_in_two, _multiply_in_two)}
+INT8_FORMS = {"int8 products": (_quantize, _multiply_int8), "int8 weights": (_quantize, _multiply_weights_int8)}
