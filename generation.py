@@ -1,7 +1,7 @@
 """Decoding beyond sampling: what model.Transformer.generate does not do. Functions take a model object.
 
 Here: beam search; prompt lookup, which writes several tokens a step where a text repeats itself; copies of the weights
-from which a CPU decodes faster. Not here: greedy decoding, temperature, top-k, top-p, batching and streaming (model.py),
+from which a CPU decodes faster. Not here: greedy decoding, temperature, top-k, top-p, batches and streaming (model.py),
 stop strings and chat (eval.py).
 
 Beam search keeps the `num_beams` most probable beginnings instead of one, and so finds answers whose first word is not
@@ -262,9 +262,12 @@ class InferenceCopy:
                     times.append(time.perf_counter() - start)
             except (RuntimeError, AttributeError):
                 continue  # this build of torch has no such product
-            # a saturated int8 product is fast as well
-            if all((a.double() - b.double()).norm() < 0.03 * b.double().norm() for a, b in zip(found, right)):
+            # a product that overflows may be fast as well
+            if all((a - b).norm() <= 0.03 * b.norm() for a, b in zip(found, right, strict=True)):
                 seconds[name] = min(times)
+        if not seconds:
+            raise ValueError(f"no product in {', '.join(self.forms)} is right on this CPU; an inference copy needs one; "
+                             "decode with the model itself")
         return min(seconds, key=seconds.get)
 
     def _packed(self, matrices):
@@ -338,8 +341,8 @@ class InferenceCopy:
         return layer["down"](layer["act"](gate) * up)
 
 
-# Forms of a matrix [M,K]: (how it is stored, how rows x [N,K] are multiplied with it). Which one is fastest for a single
-# row depends on processor, libraries and threads, by factors; so they are timed.
+# Forms of a matrix [M,K]: (how it is stored, how rows x [N,K] are multiplied with it). Which one is fastest for a
+# single row depends on processor, libraries and threads, by factors; so they are timed.
 def _in_two(matrix):
     """[M,K] as two blocks [2,M/2,K]."""
     return matrix.view(2, -1, matrix.shape[1])

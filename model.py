@@ -1275,9 +1275,10 @@ class _Decoding:
         if not self.rows:
             return []
         ids = torch.tensor([[row.last] for row in self.rows], device=self.device)  # [B,1]
-        if self.prefix is not None:
+        h = self.decoder.hidden_states(ids, cache=self.cache)[:, 0]  # [B,D]
+        if self.prefix is not None:  # only now: Ctrl-C may have come before all layers had written
             self.prefix.ids.append(self.rows[0].last)
-        return self._choose(self.decoder.hidden_states(ids, cache=self.cache)[:, 0], 0)
+        return self._choose(h, 0)
 
     def _leave(self):
         """Take out the rows that have ended: they cost nothing from here on."""

@@ -9,8 +9,8 @@ products cost nothing; what is left is the program around them. sampling: drawin
 lengths: many prompts whose answers end at different lengths, 16 rows at a time.
 
 Contenders take turns within a round, so that a slow minute of the machine hits all of them; numbers are medians over
-the rounds, ratios are against the first contender. Weights are random: an exact contender whose greedy ids are not those
-of `transformers` stops the bench. bf16 takes part where this CPU is fast at it.
+the rounds, ratios are against the first contender. Weights are random. An exact contender whose greedy ids are not
+those of `transformers` stops the bench. bf16 takes part where this CPU is fast at it.
 
 Letters: B rows, V vocabulary.
 """
