@@ -951,19 +951,20 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
         if min_p > 0:
             logits = logits.masked_fill(logits < lowest(logits.amax(-1, True), temperature, min_p), -math.inf)
         return invert((logits / temperature).softmax(-1).cumsum(-1), uniform)
-    # Sorting a whole vocabulary costs more than a small model's forward pass, and in a trained model the 128 most
-    # likely ids usually hold the mass p. Rows where they do not are drawn again from a full sort.
-    values, order = logits.topk(min(size, 128) if keep_all else top_k, dim=-1)  # [B,k], most likely first
-    if not keep_all or order.shape[1] == size:
-        return draw_sorted(values, order, None, temperature, top_p, min_p, uniform)
-    total = (logits / temperature).logsumexp(-1, keepdim=True)  # [B,1], over the ids behind the 128 as well
-    ids = draw_sorted(values, order, total, temperature, top_p, min_p, uniform)
-    short = (values / temperature - total).exp().sum(-1) < top_p  # [B]
-    if short.any():
+    if not keep_all:
+        return draw_sorted(*logits.topk(top_k, dim=-1), None, temperature, top_p, min_p, uniform)
+    # Sorting a whole vocabulary costs more than a small model's forward pass, and in a trained model the 64 most
+    # likely ids usually hold the mass p. Rows where they do not are drawn again from more.
+    total = (logits / temperature).logsumexp(-1, keepdim=True)  # [B,1], over all ids
+    ids, rows, count = torch.empty(len(logits), dtype=torch.int64, device=logits.device), slice(None), 64
+    while True:
+        values, order = logits[rows].topk(min(count, size), dim=-1)  # [rows,k], most likely first
+        ids[rows] = draw_sorted(values, order, total[rows], temperature, top_p, min_p, uniform[rows])
+        short = (values / temperature - total[rows]).exp().sum(-1) < top_p  # [rows]
+        if count >= size or not short.any():
+            return ids
         # only the rows concerned, so that no row's draw depends on its neighbours
-        values, order = logits[short].sort(dim=-1, descending=True)
-        ids[short] = draw_sorted(values, order, total[short], temperature, top_p, min_p, uniform[short])
-    return ids
+        rows, count = torch.arange(len(logits), device=logits.device)[rows][short], 8 * count
 
 
 def lowest(best: Tensor, temperature: float, min_p: float) -> Tensor:

@@ -179,8 +179,9 @@ def compare_sampling(args, bf16):
     size, calls = 320 if args.quick else 6400, 5 if args.quick else 200
     draw = torch.Generator().manual_seed(0)
     for rows in (1, 16):
-        # as peaked as a trained model's: the 50 likeliest of 6400 words hold most of the mass
-        logits = torch.randn(rows, size, generator=draw) * 3  # [B,V]
+        # as of words in a text: the likelihood falls with the 1.5th power of the rank
+        ranks = torch.stack([torch.randperm(size, generator=draw) for _ in range(rows)])  # [B,V]
+        logits = -1.5 * (ranks + 1.0).log()  # [B,V]
         uniform = torch.rand(rows, generator=draw)  # [B]
         for top_k in (50, 0):
             steps = [TemperatureLogitsWarper(0.8), *([TopKLogitsWarper(top_k)] if top_k else []), TopPLogitsWarper(0.9)]
