@@ -23,6 +23,7 @@ products with a scale for each row and column, Dettmers et al. 2022 (arXiv:2208.
 Letters: B batch, T tokens, N rows (B * T) or rows of a matrix, V vocabulary, D hidden size, H heads, K kv heads, C
 head_dim; in beam search K beams.
 """
+import contextlib
 import time
 from collections.abc import Iterable, Iterator
 
@@ -155,6 +156,85 @@ def look_up(text: list[int], count: int, longest: int = 3) -> list[int]:
     return []
 
 
+# -- Forms of a matrix -------------------------------------------------------------------------------------------------
+# A form says how a matrix [M,K] is stored and how rows x [N,K] are multiplied with it. Which one is fastest depends on
+# processor, libraries, threads and shape, by factors; so they are timed.
+def fastest_form(forms: dict, matrices: list) -> str:
+    """Name of the form whose products are right and cost least for these matrices [M,K]: time of a single row, plus a
+    sixteenth of that of 16 rows. Raises: ValueError where none is right."""
+    size = matrices[0].shape[1]
+    inputs = [torch.linspace(-1, 1, rows * size, dtype=matrices[0].dtype).view(rows, size) for rows in (1, 16)]
+    seconds = {}
+    for name, (pack, multiply) in forms.items():
+        with contextlib.suppress(RuntimeError, AttributeError):  # this build of torch may lack the product
+            packed = [pack(matrix) for matrix in matrices]
+            # a product that overflows may be fast as well
+            wrong = [multiply(x, packed[0]) - F.linear(x, matrices[0]) for x in inputs]
+            if all(e.norm() <= 0.03 * F.linear(x, matrices[0]).norm() for e, x in zip(wrong, inputs, strict=True)):
+                seconds[name] = sum(_seconds_of_products(multiply, x, packed) / len(x) for x in inputs)
+    if not seconds:
+        raise ValueError(f"no right product among {', '.join(forms)} on this CPU; an inference copy needs one; decode "
+                         "with the model itself")
+    return min(seconds, key=seconds.get)
+
+
+def _seconds_of_products(multiply, x, packed) -> float:
+    """Seconds for the products of x with all matrices, the best of three."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for matrix in packed:
+            multiply(x, matrix)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _product(multiply, packed):
+    """The product with one matrix as a function of the rows."""
+    return lambda x: multiply(x, packed)
+
+
+def _in_two(matrix):
+    """[M,K] as two blocks [2,M/2,K]."""
+    return matrix.view(2, -1, matrix.shape[1])
+
+
+def _multiply_in_two(x, blocks):
+    """The blocks as a batch of two: some libraries read each with a thread of its own, but a lone matrix with one. With
+    x transposed the row's stride is K; with stride 1 the same libraries are slow."""
+    if len(x) > 1:
+        return F.linear(x, blocks.flatten(0, 1))
+    return torch.bmm(blocks, x.t().expand(2, -1, 1)).view(1, -1)
+
+
+def _quantize(matrix):
+    """int8 numbers [M,K] and a scale for each row [M]: matrix ~ numbers * scales[:, None]."""
+    scales = matrix.float().abs().amax(1).clamp(min=1e-12) / 127
+    return (matrix / scales[:, None]).round().to(torch.int8), scales
+
+
+def _multiply_int8(x, packed):
+    """Rows in int8 as well, with a scale each, so that the product is one of whole numbers."""
+    weight, scales = packed
+    steps = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True).clamp_(min=1e-12).div_(127)  # [N,1]
+    rows = (x / steps).round_().to(torch.int8)
+    return (torch._int_mm(rows, weight.t()) * (steps * scales)).to(x.dtype)
+
+
+def _multiply_weights_int8(x, packed):
+    """Only the weights in int8; the row in bf16, for which torch has this product."""
+    weight, scales = packed
+    if len(x) > 4:  # the kernel is made for few rows
+        return F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype)
+    return torch._weight_int8pack_mm(x.bfloat16(), weight, scales.bfloat16()).to(x.dtype)
+
+
+FORMS = {"plain products": (lambda matrix: matrix, F.linear),
+         "transposed": (lambda matrix: matrix.t().contiguous(), torch.matmul),
+         "split in two": (_in_two, _multiply_in_two)}
+INT8_FORMS = {"int8 products": (_quantize, _multiply_int8), "int8 weights": (_quantize, _multiply_weights_int8)}
+
+
 # -- Inference copies --------------------------------------------------------------------------------------------------
 def accelerate(model, int8: bool = False, dtype: torch.dtype | None = None) -> str:
     """Give the model a copy of its weights that generate() decodes with, if it is faster. Returns what was done, in
@@ -175,7 +255,8 @@ def accelerate(model, int8: bool = False, dtype: torch.dtype | None = None) -> s
         return f"decoding with the model itself: a copy of the weights is {after / before:.2f}x as slow"
     model.inference_copy = copy
     kind = "int8" if int8 else str(dtype)[6:]
-    return f"decoding with a copy of the weights in {kind} ({copy.form}), {before / after:.2f}x as fast"
+    return (f"decoding with a copy of the weights in {kind} ({', '.join(sorted(copy.products))}), "
+            f"{before / after:.2f}x as fast")
 
 
 def _seconds_of_a_step(decoder, device, steps=4) -> float:
@@ -207,12 +288,13 @@ class InferenceCopy:
         self.forms = INT8_FORMS if int8 else FORMS
         self.embedding = model.model.embed_tokens.weight.detach()  # [V,D], shared
         self.layers = [self._layer(block) for block in model.model.layers]
-        self.head = model.lm_head.weight.detach().to(dtype)  # [V,D]
-        self.form = self._choose_form()
-        self.head, *_ = self._packed([self.head])
-        for layer in self.layers:
-            matrices = [name for name in ("qkv", "o", "up", "down") if name in layer]
-            layer |= dict(zip(matrices, self._packed([layer[name] for name in matrices]), strict=True))
+        layers = [layer for layer in self.layers if "up" in layer]
+        self.products = set()  # names of the forms in use
+        for name in ("qkv", "o", "up", "down"):
+            self._pack(name, layers if name in ("up", "down") else self.layers)
+        head = {"head": model.lm_head.weight.detach().to(dtype)}  # [V,D]
+        self._pack("head", [head])
+        self.lm_head = head["head"]  # h [B,D] -> logits [B,V]
         self.turns = torch.zeros(0)
         sizes = torch.tensor([model.config.hidden_size, model.config.head_dim], dtype=self.wide)
         self.eps, self.head_eps = (sizes * model.config.rms_norm_eps).sqrt()  # see _unit
@@ -246,50 +328,19 @@ class InferenceCopy:
         return layer | {"up": (up * block.post_attention_layernorm.weight.detach() * root).to(self.dtype),
                         "act": mlp.act, "gated": mlp.gated, "down": mlp.down_proj.weight.detach().to(self.dtype)}
 
-    def _choose_form(self) -> str:
-        """The fastest of the forms that give the right product, on the matrices of the first layers."""
-        matrices, size = [self.head], 0
-        for layer in self.layers:  # more than a processor keeps in its second cache, as in decoding
-            matrices += [layer[name] for name in ("qkv", "o", "up", "down") if name in layer]
-            if (size := size + sum(m.nbytes for m in matrices)) > 2**26:
-                break
-        rows = [torch.linspace(-1, 1, m.shape[1], dtype=m.dtype)[None] for m in matrices]  # [1,K]
-        right = [F.linear(x, m) for x, m in zip(rows, matrices, strict=True)]
-        seconds = {}
-        for name, (pack, multiply) in self.forms.items():
-            try:
-                packed = [pack(m) for m in matrices]
-                times = []
-                for _ in range(3):
-                    start = time.perf_counter()
-                    found = [multiply(x, p) for x, p in zip(rows, packed, strict=True)]
-                    times.append(time.perf_counter() - start)
-            except (RuntimeError, AttributeError):
-                continue  # this build of torch has no such product
-            # a product that overflows may be fast as well
-            if all((a - b).norm() <= 0.03 * b.norm() for a, b in zip(found, right, strict=True)):
-                seconds[name] = min(times)
-        if not seconds:
-            raise ValueError(f"no right product among {', '.join(self.forms)} on this CPU; an inference copy needs "
-                             "one; decode with the model itself")
-        return min(seconds, key=seconds.get)
-
-    def _packed(self, matrices):
-        """Functions that multiply rows x [N,K] with these matrices [M,K]: x -> x @ matrix.T [N,M]."""
-        pack, multiply = self.forms[self.form]
-
-        def product(packed):
-            return lambda x: multiply(x, packed)
-
-        return [product(pack(matrix)) for matrix in matrices]
+    def _pack(self, name: str, layers: list[dict]):
+        """Replace this matrix [M,K] of each layer by the product with it: a function of rows x [N,K] -> [N,M]."""
+        if not layers:
+            return
+        form = fastest_form(self.forms, [layer[name] for layer in layers[:4]])
+        self.products.add(form)
+        pack, multiply = self.forms[form]
+        for layer in layers:
+            layer[name] = _product(multiply, pack(layer[name]))
 
     def new_cache(self, batch: int, slots: int):
         """An empty KVCache for this copy. Its keys are in this copy's order: no other decoder can go on with it."""
         return type(self.model.new_cache(1, 1))(self.config, batch, slots, self.dtype)
-
-    def lm_head(self, h):
-        """h [B,D] -> logits [B,V]."""
-        return self.head(h)
 
     @torch.no_grad()
     def hidden_states(self, ids, cache):
@@ -349,46 +400,3 @@ class InferenceCopy:
             return layer["down"](layer["act"](h))
         gate, up = h.chunk(2, dim=-1)
         return layer["down"](layer["act"](gate) * up)
-
-
-# Forms of a matrix [M,K]: (how it is stored, how rows x [N,K] are multiplied with it). Which one is fastest for a
-# single row depends on processor, libraries and threads, by factors; so they are timed.
-def _in_two(matrix):
-    """[M,K] as two blocks [2,M/2,K]."""
-    return matrix.view(2, -1, matrix.shape[1])
-
-
-def _multiply_in_two(x, blocks):
-    """The blocks as a batch of two: some libraries read each with a thread of its own, but a lone matrix with one. With
-    x transposed the row's stride is K; with stride 1 the same libraries are slow."""
-    if len(x) > 1:
-        return F.linear(x, blocks.flatten(0, 1))
-    return torch.bmm(blocks, x.t().expand(2, -1, 1)).view(1, -1)
-
-
-def _quantize(matrix):
-    """int8 numbers [M,K] and a scale for each row [M]: matrix ~ numbers * scales[:, None]."""
-    scales = matrix.float().abs().amax(1).clamp(min=1e-12) / 127
-    return (matrix / scales[:, None]).round().to(torch.int8), scales
-
-
-def _multiply_int8(x, packed):
-    """Rows in int8 as well, with a scale each, so that the product is one of whole numbers."""
-    weight, scales = packed
-    largest = x.abs().amax(1, keepdim=True).clamp_(min=1e-12)  # [N,1]
-    rows = (x * (127 / largest)).round_().to(torch.int8)
-    return (torch._int_mm(rows, weight.t()) * (largest / 127 * scales)).to(x.dtype)
-
-
-def _multiply_weights_int8(x, packed):
-    """Only the weights in int8; the row in bf16, for which torch has this product."""
-    weight, scales = packed
-    if len(x) > 4:  # the kernel is made for few rows
-        return F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype)
-    return torch._weight_int8pack_mm(x.bfloat16(), weight, scales.bfloat16()).to(x.dtype)
-
-
-FORMS = {"plain products": (lambda matrix: matrix, F.linear),
-         "transposed": (lambda matrix: matrix.t().contiguous(), torch.matmul),
-         "split in two": (_in_two, _multiply_in_two)}
-INT8_FORMS = {"int8 products": (_quantize, _multiply_int8), "int8 weights": (_quantize, _multiply_weights_int8)}

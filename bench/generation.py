@@ -203,15 +203,15 @@ def compare_sampling(args, bf16):
 
 def compare_lengths(args, bf16):
     """Answers that end by themselves at different lengths, about geometrically distributed."""
-    shape, waves = ("quick", 2) if args.quick else ("A", 4)
-    size, longest, rows = SHAPES[shape]["vocab_size"], 4 * NEW_TOKENS[shape], 16
+    shape, waves, mean = ("quick", 2, 8) if args.quick else ("A", 4, 64)
+    size, longest, rows = SHAPES[shape]["vocab_size"], 4 * mean, 16
     model = random_model(shape)
     generation.accelerate(model)
     draw = torch.Generator().manual_seed(2)
     lengths = torch.randint(4, PROMPT, (waves * rows,), generator=draw).tolist()
     prompts = [random_prompts(1, length, size)[0] for length in sorted(lengths, reverse=True)]
-    # every id is about equally likely, so that one of so many ends an answer after NEW_TOKENS on average
-    options = dict(temperature=1.0, stop_ids=set(range(size // NEW_TOKENS[shape])))
+    # every id is about equally likely, so an answer ends after about `mean` tokens
+    options = dict(temperature=1.0, stop_ids=set(range(size // mean)))
     seeds = list(range(len(prompts)))
     expected = our_answers(model, prompts, longest, row_seeds=seeds, max_batch=rows, **options)
     batches = [slice(at, at + rows) for at in range(0, len(prompts), rows)]

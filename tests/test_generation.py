@@ -135,7 +135,7 @@ def test_lookup_fills_the_context_and_names_what_is_impossible():
 # -- Inference copies --------------------------------------------------------------------------------------------------
 def copy_with(monkeypatch, model, form, forms=FORMS, dtype=None):
     """An InferenceCopy with this form of product, whatever is fastest here."""
-    monkeypatch.setattr(InferenceCopy, "_choose_form", lambda self: form)
+    monkeypatch.setattr(generation, "fastest_form", lambda forms, matrices: form)
     return InferenceCopy(model, dtype or model.lm_head.weight.dtype, forms is INT8_FORMS)
 
 
@@ -189,7 +189,8 @@ def test_copy_decodes_what_the_model_decodes(monkeypatch, kind, dtype):
     model.inference_copy = copy_with(monkeypatch, model, "plain products")
     assert [answers(model, prompts, 16, **options) for options in settings] == expected
     used = []
-    monkeypatch.setattr(copy := model.inference_copy, "lm_head", lambda h: used.append(1) or copy.head(h))
+    head = model.inference_copy.lm_head
+    monkeypatch.setattr(model.inference_copy, "lm_head", lambda h: used.append(1) or head(h))
     answers(model, prompts[:1], 2)
     assert used, "the copy was not used"
 
@@ -219,7 +220,7 @@ def test_a_wrong_product_is_never_chosen(monkeypatch):
     forms = {"nothing": (lambda matrix: matrix, lambda x, matrix: x.new_zeros(len(x), len(matrix))),
              "missing": (lambda matrix: matrix, lambda x, matrix: torch.no_such_product(x)), **FORMS}
     monkeypatch.setattr(generation, "FORMS", forms)
-    assert InferenceCopy(model_of(), torch.float32).form in FORMS
+    assert InferenceCopy(model_of(), torch.float32).products <= FORMS.keys()
     monkeypatch.setattr(generation, "FORMS", {"nothing": forms["nothing"]})
     with pytest.raises(ValueError, match="nothing on this CPU; .*; "):
         InferenceCopy(model_of(), torch.float32)
