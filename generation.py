@@ -118,7 +118,7 @@ def lookup_decoding(model, prompt: list[int], max_new_tokens: int, lookahead: in
 def _lookup(model, text, limit, lookahead, stops, counts):
     """The loop of lookup_decoding(); `text` grows by the answer."""
     counts |= {"steps": 0, "guessed": 0, "accepted": 0}
-    decoder, context = model._decoder()
+    decoder, context = model.decoder()
     device = model.model.embed_tokens.weight.device
     end = len(text) + limit
     with torch.inference_mode(), context():
@@ -248,6 +248,8 @@ def accelerate(model, int8: bool = False, dtype: torch.dtype | None = None) -> s
     device, dtype = model.model.embed_tokens.weight.device, dtype or model.model.embed_tokens.weight.dtype
     if device.type != "cpu" or dtype == torch.float16:
         return f"decoding with the model itself: copies are made on CPUs, not for {device.type} with {dtype}"
+    if any(name.endswith("_proj") and type(module) is not torch.nn.Linear for name, module in model.named_modules()):
+        return "decoding with the model itself: adapters stand beside its matrices; merge them to copy it"
     with torch.inference_mode():
         copy = InferenceCopy(model, dtype, int8)
         before, after = (_seconds_of_a_step(decoder, device) for decoder in (model, copy))
@@ -340,7 +342,7 @@ class InferenceCopy:
 
     def new_cache(self, batch: int, slots: int):
         """An empty KVCache for this copy. Its keys are in this copy's order: no other decoder can go on with it."""
-        return type(self.model.new_cache(1, 1))(self.config, batch, slots, self.dtype)
+        return self.model.new_cache(batch, slots, self.dtype)
 
     @torch.no_grad()
     def hidden_states(self, ids, cache):

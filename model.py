@@ -1127,10 +1127,10 @@ class Transformer(nn.Module):
         model.load_state_dict(tensors, assign=True)
         return model
 
-    def new_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty KVCache that fits this model's shape, device and (autocast) dtype."""
+    def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty KVCache that fits this model's shape, device and (if not given) autocast dtype, else its own."""
         weight = self.model.embed_tokens.weight
-        dtype = autocast_dtype(weight.device.type) or weight.dtype
+        dtype = dtype or autocast_dtype(weight.device.type) or weight.dtype
         return KVCache(self.config, batch, slots, dtype, weight.device)
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
@@ -1169,7 +1169,7 @@ class Transformer(nn.Module):
 
     def _stream(self, prompts, max_new_tokens, choice, row_seeds, max_batch, prefix):
         """The loop behind generate(). It computes in chunks of one step inside, and yields outside, inference mode."""
-        decoder, context = self._decoder()
+        decoder, context = self.decoder()
         limits = [min(max_new_tokens, self.config.max_position_embeddings - len(p)) for p in prompts]
         state = None
         while True:
@@ -1182,7 +1182,7 @@ class Transformer(nn.Module):
                 return
             yield from events
 
-    def _decoder(self):
+    def decoder(self):
         """(what to decode with, autocast context). Under autocast every matrix would be cast again for every token;
         a twin whose Linear weights are cast once, and which shares everything else, gives the same numbers."""
         if hasattr(self, "unshard"):  # FSDP: weights come and go with every forward, there is nothing to share

@@ -157,7 +157,7 @@ def compare_single(args, bf16):
 def compare_batch(args, bf16):
     """16 prompts at once."""
     shape = "quick" if args.quick else "A"
-    count = NEW_TOKENS[shape]
+    count = NEW_TOKENS[shape] // 2
     prompts = random_prompts(16, PROMPT, SHAPES[shape]["vocab_size"])
     seconds = in_turns(contenders(shape, bf16), args.rounds, prompts, count)
     report(f"batch of 16, {shape}", seconds, 16 * count, "tokens/s", args)
@@ -203,7 +203,7 @@ def compare_sampling(args, bf16):
 
 def compare_lengths(args, bf16):
     """Answers that end by themselves at different lengths, about geometrically distributed."""
-    shape, waves, mean = ("quick", 2, 8) if args.quick else ("A", 4, 64)
+    shape, waves, mean = ("quick", 2, 8) if args.quick else ("A", 4, 32)
     size, longest, rows = SHAPES[shape]["vocab_size"], 4 * mean, 16
     model = random_model(shape)
     generation.accelerate(model)

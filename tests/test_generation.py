@@ -201,7 +201,7 @@ def test_a_copy_is_passed_over_when_the_weights_change(monkeypatch):
     assert copy.is_of(model) and not copy.is_of(model_of())
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(-1)
-    assert not copy.is_of(model) and model._decoder()[0] is model
+    assert not copy.is_of(model) and model.decoder()[0] is model
     fresh = answers(model, [[5, 9]], 12, temperature=0)
     model.inference_copy = None
     assert fresh == answers(model, [[5, 9]], 12, temperature=0)
@@ -214,6 +214,13 @@ def test_the_faster_way_is_taken(monkeypatch):
         monkeypatch.setattr(generation, "_seconds_of_a_step", lambda decoder, device, times=times: next(times))
         assert word in accelerate(model) and (model.inference_copy is None) == ("slow" in word)
     assert "half" not in accelerate(model, dtype=torch.float16) and model.inference_copy is None
+
+
+def test_adapters_are_not_forgotten():
+    """A copy of the matrices alone would decode without them."""
+    model = model_of()
+    model.model.layers[0].self_attn.q_proj = type("Adapted", (torch.nn.Linear,), {})(48, 96, bias=False)
+    assert "adapters" in accelerate(model) and model.inference_copy is None
 
 
 def test_a_wrong_product_is_never_chosen(monkeypatch):

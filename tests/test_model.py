@@ -593,7 +593,7 @@ def test_greedy_generation_equals_recomputing_the_whole_text():
 def test_generation_under_autocast_uses_the_numbers_of_the_autocast_forward(kind):
     model, ids = make_model(kind), random_ids(2, 12)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        twin, _ = model._decoder()
+        twin, _ = model.decoder()
         assert torch.equal(twin(ids), model(ids))
         assert twin.lm_head.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
         assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
