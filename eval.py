@@ -509,8 +509,9 @@ def batch(player, args):
         if args.output:
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(args.output, "w", encoding="utf-8"))
-        for first in range(0, len(prompts), args.batch_size):
-            rows = range(first, min(first + args.batch_size, len(prompts)))
+        # some batches at a time: a row that ends makes room for the next prompt, and answers still appear early
+        for first in range(0, len(prompts), 4 * args.batch_size):
+            rows = range(first, min(first + 4 * args.batch_size, len(prompts)))
             for row, ids in zip(rows, decode_rows(player, [prompts[i] for i in rows], args, rows), strict=True):
                 tokens += len(ids)
                 line = {"index": row, "prompt": conversations[row][-1]["content"], **row_answer(player, ids, args)}

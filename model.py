@@ -469,7 +469,8 @@ class Prefix:
     """What a chat has read so far: ids, and their keys and values in row 0 of a cache.
 
     generate(..., prefix=p) begins behind the longest common beginning of p.ids and the prompt, and leaves in p what it
-    has read and written itself. So each turn of a chat reads only what is new.
+    has read and written itself. So each turn of a chat reads only what is new. Keys belong to the weights that made
+    them: where weights change, a new Prefix is due.
     """
 
     ids: list[int] = field(default_factory=list)
