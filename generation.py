@@ -179,9 +179,9 @@ def fastest_form(forms: dict, matrices: list) -> str:
 
 
 def _seconds_of_products(multiply, x, packed) -> float:
-    """Seconds for the products of x with all matrices, the best of three."""
+    """Seconds for the products of x with all matrices, the better of two."""
     times = []
-    for _ in range(3):
+    for _ in range(2):
         start = time.perf_counter()
         for matrix in packed:
             multiply(x, matrix)
@@ -334,7 +334,7 @@ class InferenceCopy:
         """Replace this matrix [M,K] of each layer by the product with it: a function of rows x [N,K] -> [N,M]."""
         if not layers:
             return
-        form = fastest_form(self.forms, [layer[name] for layer in layers[:4]])
+        form = fastest_form(self.forms, [layer[name] for layer in layers[:3]])
         self.products.add(form)
         pack, multiply = self.forms[form]
         for layer in layers:
