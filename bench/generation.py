@@ -99,35 +99,35 @@ def accelerated(model, **kind):
 
 
 def contenders(shape, bf16):
-    """{name: (function of prompts and count that returns ids, whether they must equal transformers' ids)}."""
+    """{name: (function of prompts and count that returns rows of ids, share of rows that must equal transformers')}."""
     model = random_model(shape)
     other, fast, int8 = theirs(model), accelerated(model), accelerated(model, int8=True)
     found = {
-        "transformers fp32": (lambda p, n: their_answers(other, p, n), True),
-        "minillm, the model itself": (lambda p, n: our_answers(model, p, n), True),
-        "minillm, fast copy": (lambda p, n: our_answers(fast, p, n), True),
-        "minillm, int8 copy": (lambda p, n: our_answers(int8, p, n), False),
+        "transformers fp32": (lambda p, n: their_answers(other, p, n), 1.0),
+        "minillm, the model itself": (lambda p, n: our_answers(model, p, n), 1.0),
+        "minillm, fast copy": (lambda p, n: our_answers(fast, p, n), 1.0),
+        "minillm, int8 copy": (lambda p, n: our_answers(int8, p, n), 0.0),
     }
     if bf16:
         half, short = copy.deepcopy(other).bfloat16(), accelerated(model, dtype=torch.bfloat16)
-        found["transformers bf16"] = (lambda p, n: their_answers(half, p, n), False)
-        found["minillm, bf16 copy"] = (lambda p, n: our_answers(short, p, n), False)
+        found["transformers bf16"] = (lambda p, n: their_answers(half, p, n), 0.0)
+        found["minillm, bf16 copy"] = (lambda p, n: our_answers(short, p, n), 0.0)
     return found
 
 
 def in_turns(found, rounds, *inputs):
-    """Run {name: (function, exact)} in turns, once to warm up and `rounds` times measured. Returns {name: seconds}.
-    Raises: RuntimeError where an exact one gives other ids than the first."""
+    """Run {name: (function, share)} in turns, once to warm up and `rounds` times measured. Returns {name: seconds}.
+    Raises: RuntimeError where less than that share of a contender's rows equals those of the first."""
     seconds = {name: [] for name in found}
     for round_ in range(rounds + 1):
         first = None
-        for name, (function, exact) in found.items():
+        for name, (function, share) in found.items():
             begin = time.perf_counter()
             ids = function(*inputs)
             seconds[name] += [time.perf_counter() - begin] * (round_ > 0)
             first = ids if first is None else first
-            if exact and ids != first:
-                raise RuntimeError(f"{name} gives other ids than {next(iter(found))}; both are exact, so that is a bug")
+            if share and sum(a == b for a, b in zip(ids, first, strict=True)) < share * len(first):
+                raise RuntimeError(f"{name} gives other ids than {next(iter(found))}; that is a bug of one of them")
     return seconds
 
 
@@ -195,7 +195,7 @@ def compare_sampling(args, bf16):
                 for _ in range(calls):
                     sample(logits, 0.8, top_k, 0.9, uniform)
 
-            found = {"transformers": (their_draw, False), "minillm": (our_draw, False)}
+            found = {"transformers": (their_draw, 0.0), "minillm": (our_draw, 0.0)}
             with torch.inference_mode():
                 seconds = in_turns(found, args.rounds)
             report(f"sampling, {rows} rows, top-k {top_k or 'off'}", seconds, calls, "us a step", args)
@@ -210,8 +210,9 @@ def compare_lengths(args, bf16):
     draw = torch.Generator().manual_seed(2)
     lengths = torch.randint(4, PROMPT, (waves * rows,), generator=draw).tolist()
     prompts = [random_prompts(1, length, size)[0] for length in sorted(lengths, reverse=True)]
-    # every id is about equally likely, so an answer ends after about `mean` tokens
-    options = dict(temperature=1.0, stop_ids=set(range(size // mean)))
+    # Every id is about equally likely, so an answer ends after about `mean` tokens. A batch of another size rounds
+    # differently, and a draw near a border may then fall on its other side: not every row must be equal.
+    options = dict(temperature=1.0, top_k=50, stop_ids=set(range(size // mean)))
     seeds = list(range(len(prompts)))
     expected = our_answers(model, prompts, longest, row_seeds=seeds, max_batch=rows, **options)
     batches = [slice(at, at + rows) for at in range(0, len(prompts), rows)]
@@ -220,7 +221,7 @@ def compare_lengths(args, bf16):
         made = []
         for part in batches:
             count = max(map(len, expected[part]))
-            ids = our_answers(model, prompts[part], count, row_seeds=seeds[part], temperature=1.0)
+            ids = our_answers(model, prompts[part], count, row_seeds=seeds[part], **options | {"stop_ids": ()})
             made += [row[: len(end)] for row, end in zip(ids, expected[part], strict=True)]
         return made
 
@@ -231,8 +232,8 @@ def compare_lengths(args, bf16):
     def continuous():
         return our_answers(model, prompts, longest, row_seeds=seeds, max_batch=rows, **options)
 
-    found = {"padded to the longest": (padded, True), "rows leave": (shrinking, True),
-             "rows leave, prompts join": (continuous, True)}
+    found = {"padded to the longest": (padded, 0.9), "rows leave": (shrinking, 0.9),
+             "rows leave, prompts join": (continuous, 0.9)}
     report(f"lengths, {shape}", in_turns(found, args.rounds), sum(map(len, expected)), "tokens/s", args)
 
 
