@@ -47,8 +47,8 @@ import lora
 import metrics
 import report
 from dataset import PreferenceData, conversation, expand_paths, pad_rows, preference, read_rows
-from generation import beam_search
-from model import ScalarHead, Transformer, read_json, token_logprobs
+from generation import accelerate, beam_search, lookup_decoding
+from model import Prefix, ScalarHead, Transformer, read_json, token_logprobs
 from tokenizer import StreamDecoder, Tokenizer
 
 SPEAKERS = ("pretrain", "sft", "dpo", "ppo", "grpo")  # stages to talk to, in the order in which run.sh makes them
@@ -89,10 +89,19 @@ def parse_args(argv=None):
     g.add_argument("--temperature", type=at_least_0, default=0.7, help="0 = always the most likely token")
     g.add_argument("--top_k", type=count, default=0, help="draw from the k most likely tokens, 0 = from all")
     g.add_argument("--top_p", type=at_least_0, default=0.9, help="draw from the fewest tokens with this probability")
+    g.add_argument("--min_p", type=at_least_0, default=0.0,
+                   help="draw from tokens at least so many times as likely as the most likely one, 0 = from all")
+    g.add_argument("--min_new_tokens", type=count, default=0, help="shortest answer, in tokens")
     g.add_argument("--repetition_penalty", type=cli.positive(float), default=1.0,
                    help="above 1: tokens that have occurred become less likely")
     g.add_argument("--num_beams", type=cli.positive(int), default=1,
                    help="beams of a search for the likeliest answer (nothing is drawn or streamed); 1 = no search")
+    g.add_argument("--speculate", type=count, default=0,
+                   help="guess so many tokens a step from what stood in the text before; the answer stays the same; "
+                        "needs --temperature 0; 0 = off")
+    g.add_argument("--decoder", default="fast", choices=("fast", "int8", "plain"),
+                   help="fast: a copy of the weights that a CPU decodes from sooner, if it does; int8: a copy in 8 "
+                        "bits; plain: the model itself, which needs half the memory. Scores use the model itself")
     g.add_argument("--stop", nargs="+", default=[], help="strings that end an answer; they are not shown")
     cli.switch(g, "--stream", 1, "show an answer while it is made")
     cli.switch(g, "--show_speed", 1, "show tokens per second after each answer")
@@ -243,6 +252,9 @@ def speaker(args, runtime):
     about += ", not finished" * (not player.facts.get("finished", True))
     print(f"model {folder} ({about}), {player.model.num_parameters() / 1e6:.2f}M parameters, context {player.context} "
           "tokens")
+    if args.decoder != "plain":
+        narrow = runtime.dtype if runtime.dtype == torch.bfloat16 else None
+        print(accelerate(player.model, int8=args.decoder == "int8", dtype=narrow))
     if not player.chat:
         # without this line users take a base model's continuation for a bad answer
         print("this is a base model: it only continues text, it does not answer (for answers: --weight sft)")
@@ -260,6 +272,7 @@ class Answer:
     ended: bool = False  # by itself or by a stop string, not by a limit
     interrupted: bool = False
     seconds: float = 0.0
+    counts: dict = field(default_factory=dict)  # of guessed tokens, see generation.lookup_decoding
 
 
 def until_stop(pieces, stops):
@@ -285,23 +298,36 @@ def stop_ids(player):
     return player.tokenizer.stop_ids(chat=player.chat)
 
 
-def token_stream(player, prompts, args, row_seeds):
-    """(row, token id) as they are made: drawn, or with --num_beams found and handed over row by row."""
+def token_stream(player, prompts, args, row_seeds, counts=None, prefix=None):
+    """(row, token id) as they are made: drawn, or with --num_beams found and handed over row by row.
+
+    counts: a dict for the facts of --speculate. prefix: model.Prefix of a chat, whose beginning is not read again.
+    """
     if args.num_beams > 1:
         # which beam wins is known at the end only, so there is nothing to stream before
         for row, prompt in enumerate(prompts):
             found = beam_search(player.model, prompt, args.num_beams, args.max_new_tokens, stop_ids=stop_ids(player))
             yield from ((row, token) for token in found[0][0])
         return
+    if args.speculate:
+        if args.temperature or args.repetition_penalty != 1 or args.min_new_tokens:
+            raise ValueError(f"--speculate {args.speculate} with other choices than greedy ones; a guess is checked "
+                             "against the most likely token; give --temperature 0, without --repetition_penalty and "
+                             "--min_new_tokens")
+        for row, prompt in enumerate(prompts):
+            found = lookup_decoding(player.model, prompt, args.max_new_tokens, args.speculate, stop_ids(player), counts)
+            yield from ((row, token) for token in found)
+        return
     yield from player.model.generate(prompts, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-                                     top_p=args.top_p, repetition_penalty=args.repetition_penalty,
-                                     stop_ids=stop_ids(player), seed=args.seed, row_seeds=row_seeds)
+                                     top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty,
+                                     min_new_tokens=args.min_new_tokens, stop_ids=stop_ids(player), seed=args.seed,
+                                     row_seeds=row_seeds, max_batch=args.batch_size, prefix=prefix)
 
 
-def text_stream(player, prompt, args, row_seed, answer):
+def text_stream(player, prompt, args, row_seed, answer, prefix=None):
     """Text of one answer, piece by piece and never half a character; notes ids and end in `answer`."""
     decoder = StreamDecoder(player.tokenizer)
-    for _, token in token_stream(player, [prompt], args, [row_seed]):
+    for _, token in token_stream(player, [prompt], args, [row_seed], answer.counts, prefix):
         answer.ids.append(token)
         if token in stop_ids(player):
             answer.ended = True  # the stop token is no text, and the row ends with it
@@ -310,12 +336,13 @@ def text_stream(player, prompt, args, row_seed, answer):
     yield decoder.flush()
 
 
-def speak(player, prompt, args, row_seed=0):
+def speak(player, prompt, args, row_seed=0, prefix=None):
     """Answer one prompt on the screen. Ctrl-C ends the answer, not the program. Returns an Answer."""
     answer, start = Answer(), time.perf_counter()
     try:
         with player.runtime.autocast():
-            for text, stopped in until_stop(text_stream(player, prompt, args, row_seed, answer), args.stop):
+            pieces = text_stream(player, prompt, args, row_seed, answer, prefix)
+            for text, stopped in until_stop(pieces, args.stop):
                 answer.text += text
                 answer.ended |= stopped
                 print(text if args.stream else "", end="", flush=True)
@@ -332,6 +359,9 @@ def remarks(answer, args, player):
     """What a user should know about an answer: its speed, why it ended, that it loops."""
     if args.show_speed and answer.ids:
         yield f"{len(answer.ids)} tokens, {len(answer.ids) / max(answer.seconds, 1e-9):.3g} tokens/s"
+    if args.show_speed and answer.counts.get("guessed"):
+        steps, guessed, accepted = (answer.counts[name] for name in ("steps", "guessed", "accepted"))
+        yield f"{accepted} of {guessed} guessed tokens were right: {len(answer.ids) / steps:.2f} tokens a step"
     if answer.interrupted:
         yield "stopped"
     elif not answer.ended and player.chat:
@@ -406,7 +436,7 @@ def command(line, messages, player):
 def chat(player, args):
     """Talk until /exit or the end of input. Returns {"answers": texts}."""
     print(HELP)
-    messages, answers = opening(args), []
+    messages, answers, prefix = opening(args), [], Prefix()
     for line in typed_lines():
         if line.startswith("/"):
             messages = command(line, messages, player)
@@ -424,7 +454,7 @@ def chat(player, args):
             print(f"(the oldest {dropped} messages are dropped: the conversation fills the context of {player.context} "
                   "tokens)")
         # each answer has its own stream of random numbers, so a question asked twice can be answered in two ways
-        answer = speak(player, prompt, args, row_seed=len(answers))
+        answer = speak(player, prompt, args, row_seed=len(answers), prefix=prefix)
         answers.append(answer.text)
         # what a model thought is not part of the conversation it goes on with
         said = {"role": "assistant", "content": answer.text.rsplit("</think>", 1)[-1].lstrip()}
@@ -488,8 +518,9 @@ def batch(player, args):
         if args.output:
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(args.output, "w", encoding="utf-8"))
-        for first in range(0, len(prompts), args.batch_size):
-            rows = range(first, min(first + args.batch_size, len(prompts)))
+        # some batches at a time: a row that ends makes room for the next prompt, and answers still appear early
+        for first in range(0, len(prompts), 4 * args.batch_size):
+            rows = range(first, min(first + 4 * args.batch_size, len(prompts)))
             for row, ids in zip(rows, decode_rows(player, [prompts[i] for i in rows], args, rows), strict=True):
                 tokens += len(ids)
                 line = {"index": row, "prompt": conversations[row][-1]["content"], **row_answer(player, ids, args)}

@@ -90,7 +90,8 @@ def pick(items: Sequence, count: int, seed: int = 0) -> list:
 def complete(model, tokenizer, prompts_ids: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int = 64,
              temperature: float = 0.0, seed: int = 0, row_seeds: Sequence[int] | None = None,
              stop_ids: Iterable[int] | None = None, top_k: int = 0, top_p: float = 1.0) -> list[Completion]:
-    """Answer prompts in batches; results in the order of the prompts. Shows nothing.
+    """Answer prompts, batch_size at a time (one that ends makes room for the next); results in the order of the
+    prompts. Shows nothing.
 
     The draws of a prompt depend on (seed, its row seed) only, by default its place in the list: batch size and number
     of processes change nothing. stop_ids: by default those of a chat. The mode of the model is restored.
@@ -98,18 +99,16 @@ def complete(model, tokenizer, prompts_ids: Sequence[Sequence[int]], max_new_tok
     stop_ids = set(tokenizer.stop_ids(chat=True) if stop_ids is None else stop_ids)
     row_seeds = range(len(prompts_ids)) if row_seeds is None else row_seeds
     answers = [[] for _ in prompts_ids]
-    # Neighbours in length share a batch, so little padding is computed; the longest come first: if memory is too small,
-    # it fails at once.
+    # Neighbours in length are read together, so little padding is computed; the longest come first: if memory is too
+    # small, it fails at once.
     order = sorted(range(len(prompts_ids)), key=lambda i: -len(prompts_ids[i]))
     was_training = model.training
     model.eval()
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        prompts, seeds = [list(prompts_ids[i]) for i in rows], [int(row_seeds[i]) for i in rows]
-        stream = model.generate(prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                                repetition_penalty=1.0, stop_ids=stop_ids, seed=seed, row_seeds=seeds)
-        for row, token in stream:
-            answers[rows[row]].append(token)
+    stream = model.generate([list(prompts_ids[i]) for i in order], max_new_tokens, temperature=temperature, top_k=top_k,
+                            top_p=top_p, repetition_penalty=1.0, stop_ids=stop_ids, seed=seed,
+                            row_seeds=[int(row_seeds[i]) for i in order], max_batch=batch_size)
+    for row, token in stream:
+        answers[order[row]].append(token)
     model.train(was_training)
     completions = []
     for ids in answers:

@@ -24,8 +24,9 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -383,69 +384,97 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch: int, slots: int, dtype=torch.float32, device="cpu"):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
-        # zeros, not empty: a masked slot's weight is 0, and 0 times the NaN of unwritten memory would be NaN
-        self.k = torch.zeros(shape, dtype=dtype, device=device)  # [L,B,K,S,C]
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.slots, self.batch = slots, batch
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # [B]
-        # `end` >= every length and `ragged` live on the Python side: asking the tensor would stall a GPU at each token
-        self.end, self.ragged = 0, False
+        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, slots, config.head_dim)
+        # Keys and values side by side, so that one copy writes both. Zeros, not empty: a masked slot's weight is 0, and
+        # 0 times the NaN of unwritten memory would be NaN.
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)  # [L,2,B,K,S,C]
+        self.slots = slots
+        self.lengths = [0] * batch  # Python numbers: asking a tensor would stall a GPU at each token
+
+    @property
+    def end(self) -> int:
+        """Length of the longest row."""
+        return max(self.lengths, default=0)
 
     def reserve(self, count: int) -> Tensor:
-        """Positions [B,count] of the next tokens. Raises: ValueError when they do not fit."""
-        need(self.end + count <= self.slots, f"KV cache overflow: {self.end} + {count} tokens in {self.slots} slots",
+        """Positions [B,count] of the next tokens ([1,count] where rows are equally long). Raises: ValueError when they
+        do not fit."""
+        end, rows = self.end, len(self.lengths)
+        need(end + count <= self.slots, f"KV cache overflow: {end} + {count} tokens in {self.slots} slots",
              "a cache holds prompt and answer", "make it longer, or call truncate()")
-        self.positions = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+        self.ragged = len(set(self.lengths)) > 1
+        first = torch.tensor(self.lengths if self.ragged else [end], device=self.kv.device)  # [B] or [1]
+        self.positions = first[:, None] + torch.arange(count, device=self.kv.device)
+        # the views of all layers in one call each: taken layer by layer they cost as much as a small matrix product
+        self.seen = self.kv[:, :, :rows, :, : end + count].unbind(0)  # L times [2,B,K,S',C]
+        self.fresh = self.kv[:, :, :rows, :, end : end + count].unbind(0)  # L times [2,B,K,count,C]
         return self.positions
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B,T,K,C] at the reserved positions; returns all keys and values so far [B,K,S',C]."""
-        count, b = k.shape[1], self.batch
-        keys, values = self.k[layer, :b], self.v[layer, :b]  # [B,K,S,C]
+    def mask(self) -> Tensor | None:
+        """Which slots each reserved token may look at [B,1,count,S'], or None when it is all of them."""
+        count, end = self.positions.shape[1], self.seen[0].shape[3]
+        if count == 1 and not self.ragged:
+            return None
+        return torch.arange(end, device=self.kv.device) <= self.positions[:, None, :, None]
+
+    def write(self, layer: int, kv: Tensor) -> Tensor:
+        """Store keys and values kv [2,B,K,T,C] at the reserved positions; returns all so far [2,B,K,S',C]. No gradient
+        flows through a cache."""
+        kv = kv.detach()
         if self.ragged:
-            rows = torch.arange(b, device=k.device)[:, None]  # [B,1]
-            keys[rows, :, self.positions] = k.to(keys.dtype)  # indexed dimensions come first: [B,T,K,C]
-            values[rows, :, self.positions] = v.to(keys.dtype)
+            rows = torch.arange(len(self.lengths), device=kv.device)[:, None]  # [B,1]
+            # indexed dimensions come first: [B,T,2,K,C]
+            self.seen[layer][:, rows, :, self.positions] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)
         else:  # equal lengths: one strided copy, half the time of an indexed one
-            keys[:, :, self.end : self.end + count] = k.transpose(1, 2)
-            values[:, :, self.end : self.end + count] = v.transpose(1, 2)
-        return keys[:, :, : self.end + count], values[:, :, : self.end + count]
+            self.fresh[layer].copy_(kv)
+        return self.seen[layer]
 
     def advance(self, count: int):
         """Count the tokens that all layers have written."""
-        self.lengths = self.lengths + count
-        self.end += count
+        self.lengths = [length + count for length in self.lengths]
 
     def set_lengths(self, lengths: list[int]):
         """Say how many slots of each row are real, after a prompt batch with padding on the right was written."""
-        self.lengths = torch.tensor(lengths, dtype=torch.int64, device=self.lengths.device)
-        self.end, self.ragged = max(lengths), len(set(lengths)) > 1
+        self.lengths = list(lengths)
 
     def keep(self, rows: list[int]):
         """Row i becomes what row rows[i] was; rows may be dropped, reordered or repeated."""
-        assert len(rows) <= self.k.shape[1], "more rows than the cache was made for"
-        moves = [(new, old) for new, old in enumerate(rows) if new != old]
+        assert len(rows) <= self.kv.shape[2], "more rows than the cache was made for"
+        moves, end = [(new, old) for new, old in enumerate(rows) if new != old], self.end
         if all(old >= len(rows) for _, old in moves):  # holes filled from the tail: only those rows are copied
             for new, old in moves:
-                self.k[:, new, :, : self.end] = self.k[:, old, :, : self.end]
-                self.v[:, new, :, : self.end] = self.v[:, old, :, : self.end]
+                self.kv[:, :, new, :, :end] = self.kv[:, :, old, :, :end]
         else:  # any other order (beam search): the right side is read whole before it is written
-            for table in (self.k, self.v):
-                table[:, : len(rows), :, : self.end] = table[:, rows, :, : self.end]
-        self.lengths = self.lengths[rows]
-        self.batch = len(rows)
+            self.kv[:, :, : len(rows), :, :end] = self.kv[:, :, rows, :, :end]
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def append(self, other: "KVCache", rows: list[int]):
+        """Add these rows of another cache behind the present ones."""
+        start, end = len(self.lengths), other.end
+        self.kv[:, :, start : start + len(rows), :, :end] = other.kv[:, :, rows, :, :end]
+        self.lengths += [other.lengths[row] for row in rows]
 
     def expand(self, count: int):
         """Repeat every row `count` times, neighbours together: one prompt, many samples."""
-        self.k, self.v = self.k.repeat_interleave(count, dim=1), self.v.repeat_interleave(count, dim=1)
-        self.lengths = self.lengths.repeat_interleave(count)
-        self.batch = self.batch * count
+        self.kv = self.kv.repeat_interleave(count, dim=2)
+        self.lengths = [length for length in self.lengths for _ in range(count)]
 
     def truncate(self, length: int):
         """Forget everything behind position `length`: the next chat turn keeps the common prefix."""
-        self.lengths = self.lengths.clamp(max=length)
-        self.end = min(self.end, length)
+        self.lengths = [min(n, length) for n in self.lengths]
+
+
+@dataclass
+class Prefix:
+    """What a chat has read so far: ids, and their keys and values in row 0 of a cache.
+
+    generate(..., prefix=p) begins behind the longest common beginning of p.ids and the prompt, and leaves in p what it
+    has read and written itself. So each turn of a chat reads only what is new. Keys belong to the weights that made
+    them: where weights change, a new Prefix is due.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    cache: KVCache | None = None
 
 
 class Attention(nn.Module):
@@ -470,7 +499,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(b, t, -1, self.head_dim)  # [B,T,K,C]
         q, keys, values = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,H,T,C], [B,K,T,C] twice
         if cache is not None:
-            keys, values = cache.write(self.layer, k, v)  # [B,K,S,C]
+            keys, values = cache.write(self.layer, torch.stack((keys, values)))  # [2,B,K,T,C] -> [B,K,S,C] each
             # under autocast q is fp32 (its norm's type) while the cache holds what the products made
             q, keys, values = q.to(v.dtype), keys.to(v.dtype), values.to(v.dtype)
         if cache is not None and t == 1:
@@ -636,9 +665,9 @@ class Backbone(nn.Module):
         mask, causal = None, True
         if cache is not None:
             assert documents is None and positions is None, "a cache brings its own positions, and no documents"
-            if cache.end > 0:  # else the cache is empty and the causal rule says it all: padding lies on the right
-                mask, causal = self._cache_mask(cache, t), False
+            empty = cache.end == 0  # then the causal rule says it all: padding lies on the right
             positions = cache.reserve(t)
+            mask, causal = (None, True) if empty else (cache.mask(), False)
         elif documents is not None:
             same = documents[:, None, :, None] == documents[:, None, None, :]  # [B,1,T,T]
             # built once for all layers; a token always sees itself, so no row of the softmax is empty
@@ -659,15 +688,6 @@ class Backbone(nn.Module):
         if cache is not None:
             cache.advance(t)
         return self.norm(x), torch.stack(balances).mean(0) if balances else x.new_zeros(b)
-
-    @staticmethod
-    def _cache_mask(cache: KVCache, count: int) -> Tensor | None:
-        """Which slots each new token may look at [B,1,count,S'], or None when it is all of them."""
-        if count == 1 and not cache.ragged:
-            return None
-        slots = torch.arange(cache.end + count, device=cache.lengths.device)
-        positions = cache.lengths[:, None] + slots[:count]  # [B,count]
-        return slots <= positions[:, None, :, None]
 
 
 @torch.no_grad()
@@ -925,47 +945,71 @@ def _pieces(h: Tensor, weight: Tensor) -> list[slice]:
     return [slice(i, i + rows) for i in range(0, len(h), rows)]
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor, min_p=0.0) -> Tensor:
     """Draw one id a row: logits [B,V], uniform [B] in [0,1) -> ids [B].
 
     Inverse transform: the id at which the running sum of probabilities passes `uniform`. One number a row decides, so a
     row's draw does not depend on its neighbours. temperature 0 = the most likely id. top_k keeps the k most likely ids
-    (0, or k >= V: all); then top_p keeps the smallest set whose mass reaches p (1: all; 0: the most likely id only).
+    (0, or k >= V: all); of these top_p keeps the smallest set whose mass reaches p (1: all; 0: the most likely id
+    only), and min_p those at least min_p times as likely as the most likely one (Nguyen et al. 2024, arXiv:2407.01082).
     """
     if temperature == 0 or top_k == 1 or top_p == 0:
         return logits.argmax(-1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     size = logits.shape[-1]
     keep_all = not 0 < top_k < size
     if keep_all and top_p >= 1:
-        return invert(logits.softmax(-1).cumsum(-1), math.inf, uniform)
-    # Sorting a whole vocabulary costs more than a small model's forward pass, and in a trained model the 128 most
-    # likely ids usually hold the mass p. Rows where they do not are drawn again from a full sort.
-    values, order = logits.topk(min(size, 128) if keep_all else top_k, dim=-1)  # [B,k], most likely first
-    total = (logits if keep_all else values).logsumexp(-1, keepdim=True)  # [B,1]
-    sums = (values - total).exp().cumsum(-1)  # [B,k]
-    limit = top_p if top_p < 1 else math.inf  # not 1: a rounded sum may reach 1 before its last entry
-    ids = order.gather(1, invert(sums, limit, uniform)[:, None]).squeeze(1)
-    short = (sums[:, -1] < top_p) & (keep_all and order.shape[1] < size)  # [B]
-    if short.any():
+        if min_p > 0:
+            logits = logits.masked_fill(logits < lowest(logits.amax(-1, True), temperature, min_p), -math.inf)
+        return invert((logits / temperature).softmax(-1).cumsum(-1), uniform)
+    if not keep_all:
+        return draw_sorted(*logits.topk(top_k, dim=-1), None, temperature, top_p, min_p, uniform)
+    # Sorting a whole vocabulary costs more than a small model's forward pass, and in a trained model the 64 most
+    # likely ids usually hold the mass p. Rows where they do not are drawn again from more.
+    total = (logits / temperature).logsumexp(-1, keepdim=True)  # [B,1], over all ids
+    ids, rows, count = torch.empty(len(logits), dtype=torch.int64, device=logits.device), slice(None), 64
+    while True:
+        values, order = logits[rows].topk(min(count, size), dim=-1)  # [rows,k], most likely first
+        ids[rows] = draw_sorted(values, order, total[rows], temperature, top_p, min_p, uniform[rows])
+        short = (values / temperature - total[rows]).exp().sum(-1) < top_p  # [rows]
+        if count >= size or not short.any():
+            return ids
         # only the rows concerned, so that no row's draw depends on its neighbours
-        values, order = logits[short].sort(dim=-1, descending=True)
-        sums = (values - total[short]).exp().cumsum(-1)
-        ids[short] = order.gather(1, invert(sums, limit, uniform[short])[:, None]).squeeze(1)
-    return ids
+        rows, count = torch.arange(len(logits), device=logits.device)[rows][short], 8 * count
 
 
-def invert(sums: Tensor, limit: float, uniform: Tensor) -> Tensor:
-    """Index [B] at which the running sums [B,k] pass uniform * (mass of the kept entries). Kept are the entries up to
-    the one at which the sum reaches `limit`."""
-    last = (sums < limit).sum(-1).clamp(max=sums.shape[-1] - 1)  # [B]
-    target = uniform.to(sums.dtype)[:, None] * sums.gather(1, last[:, None])  # [B,1]
-    index = torch.searchsorted(sums, target, right=True).squeeze(1)  # right: an entry of probability 0 is never drawn
-    return torch.minimum(index, last)  # rounding may carry uniform ~ 1 past the end
+def lowest(best: Tensor, temperature: float, min_p: float) -> Tensor:
+    """The smallest logits that min_p keeps beside the best ones."""
+    return best + temperature * math.log(min_p)
+
+
+def draw_sorted(values, order, total, temperature, top_p, min_p, uniform) -> Tensor:
+    """Draw from logits sorted downwards: values [B,k] of the ids order [B,k] -> ids [B]. total [B,1]: logsumexp of all
+    logits / temperature, None where the k are all that counts."""
+    values = values / temperature
+    sums = (values.softmax(-1) if total is None else (values - total).exp()).cumsum(-1)  # [B,k]
+    last = None
+    if top_p < 1:  # kept are the entries up to the one at which the sum reaches p
+        last = (sums < top_p).sum(-1, keepdim=True).clamp_(max=sums.shape[1] - 1)  # [B,1]
+    if min_p > 0:  # sorted, so these are the first ones as well
+        likely = (values >= lowest(values[:, :1], 1.0, min_p)).sum(-1, keepdim=True) - 1  # [B,1]
+        last = likely if last is None else torch.minimum(last, likely)
+    return order.gather(1, invert(sums, uniform, last)[:, None]).squeeze(1)
+
+
+def invert(sums: Tensor, uniform: Tensor, last: Tensor | None = None) -> Tensor:
+    """Index [B] at which the running sums [B,k] pass uniform * (mass of the kept entries). Kept are all entries, or
+    those up to `last` [B,1]."""
+    mass = sums[:, -1:] if last is None else sums.gather(1, last)  # [B,1]
+    # right: an entry of probability 0 is never drawn
+    index = torch.searchsorted(sums, uniform.to(sums.dtype)[:, None] * mass, right=True)  # [B,1]
+    # rounding may carry uniform ~ 1 past the end
+    return (index.clamp_(max=sums.shape[1] - 1) if last is None else torch.minimum(index, last)).squeeze(1)
 
 
 def row_uniforms(seed: int, rows: list[int], count: int) -> Tensor:
-    """[len(rows), count] numbers in [0,1); each row's stream depends on (seed, row) only, not on who else is there."""
+    """[len(rows), count] numbers in [0,1); each row's stream depends on (seed, row) only, not on who else is there, and
+    a longer one begins with the shorter one."""
     out = []
     for row in rows:
         # torch's CPU generator uses 32 bits of its seed; an odd factor keeps all rows of one seed apart
@@ -987,6 +1031,7 @@ class Transformer(nn.Module):
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # [V,D], as the embedding
         self.gradient_checkpointing = False  # set to True: activations are computed twice, memory falls
+        self.inference_copy = None  # generation.accelerate(): what generate() decodes with while the weights stay
         initialize(self, config.initializer_range)
         self.tie()
 
@@ -1093,21 +1138,24 @@ class Transformer(nn.Module):
         model.load_state_dict(tensors, assign=True)
         return model
 
-    def new_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty KVCache that fits this model's shape, device and (autocast) dtype."""
+    def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty KVCache that fits this model's shape, device and (if not given) autocast dtype, else its own."""
         weight = self.model.embed_tokens.weight
-        dtype = autocast_dtype(weight.device.type) or weight.dtype
+        dtype = dtype or autocast_dtype(weight.device.type) or weight.dtype
         return KVCache(self.config, batch, slots, dtype, weight.device)
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
                  top_p: float = 1.0, repetition_penalty: float = 1.0, stop_ids: Iterable[int] = (), seed: int = 0,
-                 row_seeds: list[int] | None = None) -> Iterator[tuple[int, int]]:
+                 row_seeds: list[int] | None = None, min_p: float = 0.0, min_new_tokens: int = 0, max_batch: int = 0,
+                 prefix: Prefix | None = None) -> Iterator[tuple[int, int]]:
         """Yield (row, token id) as tokens are made, row by row within a step.
 
-        A row ends with its stop id (which is yielded), after max_new_tokens, or when prompt and answer fill
-        max_position_embeddings. Its draws depend on (seed, row_seeds[row], default the row number) only. An empty
-        prompt becomes [bos_token_id]. See sample() for temperature, top_k and top_p; repetition_penalty divides
-        positive and multiplies negative logits of ids that occur in prompt or answer (arXiv:1909.05858), 1 = off.
+        A row ends with its stop id (which is yielded; never among its first min_new_tokens), after max_new_tokens, or
+        when prompt and answer fill max_position_embeddings. Its draws depend on (seed, row_seeds[row], default the row
+        number) only. An empty prompt becomes [bos_token_id]. See sample() for temperature, top_k, top_p and min_p;
+        repetition_penalty divides positive and multiplies negative logits of ids that occur in prompt or answer
+        (arXiv:1909.05858), 1 = off. At most max_batch rows (0 = all) are decoded together: a row that ends makes room
+        for the next prompt (continuous batching, Yu et al. 2022, Orca). prefix: see Prefix; for one prompt.
         Raises: ValueError for a prompt that is empty without bos, too long, or has ids outside the vocabulary.
         """
         bos = self.config.bos_token_id
@@ -1115,44 +1163,44 @@ class Transformer(nn.Module):
         row_seeds = list(range(len(prompts))) if row_seeds is None else list(row_seeds)
         need(len(row_seeds) == len(prompts), f"{len(row_seeds)} row_seeds for {len(prompts)} prompts",
              "each row has one", "give as many seeds as prompts")
+        need(prefix is None or len(prompts) == 1, f"a prefix with {len(prompts)} prompts", "it is the memory of one "
+             "chat", "give one prompt")
         check_prompts(prompts, self.config)
+        choice = Choice(temperature, top_k, top_p, min_p, repetition_penalty, min_new_tokens, frozenset(stop_ids), seed)
         rules = {"max_new_tokens": (int, 0, 2**31), "temperature": (float, 0, 1e4), "top_k": (int, 0, 2**31),
-                 "top_p": (float, 0, 1), "repetition_penalty": (float, 0.01, 100)}
-        given = (max_new_tokens, temperature, top_k, top_p, repetition_penalty)
-        for (name, rule), value in zip(rules.items(), given, strict=True):
-            wrong, allowed = f"{name}={value!r}", f"it is a number from {rule[1]} to {rule[2]}"
-            need(is_number(value, *rule), wrong, allowed, "correct it")
+                 "top_p": (float, 0, 1), "repetition_penalty": (float, 0.01, 100), "min_p": (float, 0, 1),
+                 "min_new_tokens": (int, 0, 2**31), "max_batch": (int, 0, 2**31)}
+        given = choice._asdict() | {"max_new_tokens": max_new_tokens, "max_batch": max_batch}
+        for name, rule in rules.items():
+            wrong, allowed = f"{name}={given[name]!r}", f"it is a number from {rule[1]} to {rule[2]}"
+            need(is_number(given[name], *rule), wrong, allowed, "correct it")
         if not prompts or max_new_tokens == 0:
             return iter(())
-        return self._stream(prompts, max_new_tokens, given[1:], frozenset(stop_ids), seed, row_seeds)
+        return self._stream(prompts, max_new_tokens, choice, row_seeds, max_batch, prefix)
 
-    def _stream(self, prompts, max_new_tokens, choose, stop_ids, seed, row_seeds):
+    def _stream(self, prompts, max_new_tokens, choice, row_seeds, max_batch, prefix):
         """The loop behind generate(). It computes in chunks of one step inside, and yields outside, inference mode."""
-        decoder, context = self._decoder()
+        decoder, context = self.decoder()
         limits = [min(max_new_tokens, self.config.max_position_embeddings - len(p)) for p in prompts]
-        live = list(range(len(prompts)))  # which prompt sits in each row of the batch
-        # not around the yields: the caller's own code would run in inference mode
-        with torch.inference_mode(), context():
-            state = _Decoding(decoder, prompts, max(limits), choose, seed, row_seeds)
-            tokens = state.first()
-        for step in range(max(limits)):
-            yield from zip(live, tokens, strict=True)
-            keep = [i for i, row in enumerate(live) if tokens[i] not in stop_ids and step + 1 < limits[row]]
-            if not keep:
-                return
+        state = None
+        while True:
+            # not around the yield: the caller's own code would run in inference mode
             with torch.inference_mode(), context():
-                if len(keep) < len(live):  # a finished row costs nothing from here on
-                    keep = fill_holes(keep, len(keep))
-                    live = [live[i] for i in keep]
-                    state.keep(keep)
-                tokens = state.more(step + 1)
+                state = state or _Decoding(decoder, self.model.embed_tokens.weight.device, prompts, limits, choice,
+                                           row_seeds, max_batch or len(prompts), prefix)
+                events = state.step()
+            if not events:
+                return
+            yield from events
 
-    def _decoder(self):
-        """(model to decode with, autocast context). Under autocast every matrix would be cast again for every token;
+    def decoder(self):
+        """(what to decode with, autocast context). Under autocast every matrix would be cast again for every token;
         a twin whose Linear weights are cast once, and which shares everything else, gives the same numbers."""
         if hasattr(self, "unshard"):  # FSDP: weights come and go with every forward, there is nothing to share
             return self, nullcontext
         device = self.model.embed_tokens.weight.device.type
+        if self.inference_copy is not None and self.inference_copy.is_of(self):
+            return self.inference_copy, lambda: torch.autocast(device, enabled=False)
         dtype = autocast_dtype(device)
         needs_eval = self.training and self.config.dropout > 0
         if dtype is None and not needs_eval:
@@ -1191,58 +1239,129 @@ def fill_holes(keep: list[int], count: int) -> list[int]:
     return [row if row in stay else tail.pop() for row in range(count)]
 
 
+class Choice(NamedTuple):
+    """How generate() chooses ids; see there."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    min_new_tokens: int
+    stop_ids: frozenset
+    seed: int
+
+
+@dataclass
+class _Row:
+    """One row of a running batch: which prompt it answers, its numbers in [0,1), its newest id, how many it made."""
+
+    prompt: int
+    draws: Iterator[float]
+    last: int = 0
+    made: int = 0
+
+
 class _Decoding:
-    """State of a running batch: cache, random numbers, and the ids seen so far (for the repetition penalty)."""
+    """A running batch: rows leave when they end, and prompts that wait take their places."""
 
-    def __init__(self, model: Transformer, prompts, steps, choose, seed, row_seeds):
-        self.model, self.prompts = model, prompts
-        self.temperature, self.top_k, self.top_p, self.penalty = choose
-        self.device = model.model.embed_tokens.weight.device
-        draws = 1 if self.temperature == 0 else steps  # drawn up front: one call a row, not one a token
-        self.uniform = row_uniforms(seed, row_seeds, draws).to(self.device)  # [B,steps]
+    def __init__(self, decoder, device, prompts, limits, choice: Choice, row_seeds, max_batch, prefix):
+        self.decoder, self.device, self.prompts, self.limits = decoder, device, prompts, limits
+        self.choice, self.row_seeds, self.prefix = choice, row_seeds, prefix
+        self.places = min(max_batch, len(prompts))
+        self.waiting = list(range(len(prompts)))[::-1]  # the next one last
+        self.rows: list[_Row] = []
         # the last token is never fed back, hence - 1
-        self.cache = model.new_cache(len(prompts), max(map(len, prompts)) + steps - 1)
-        self.seen = None
-        if self.penalty != 1:
-            self.seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=self.device)
-            for row, prompt in enumerate(prompts):
-                self.seen[row, prompt] = True
+        slots = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True)) - 1
+        self.cache = decoder.new_cache(self.places, slots)
+        self.cache.keep([])
+        self.seen = torch.zeros(0, decoder.config.vocab_size, dtype=torch.bool, device=device)  # [B,V], for the penalty
 
-    def first(self) -> list[int]:
-        """Read the prompts, equal ones once (GRPO asks for many answers to each); logits of the last positions only."""
-        rows = {tuple(p): None for p in self.prompts}
-        rows = {prompt: row for row, prompt in enumerate(rows)}  # distinct prompt -> row
-        lengths = [len(p) for p in rows]
-        padded = [[*p, *[0] * (max(lengths) - len(p))] for p in rows]  # padding on the right is invisible
-        self.cache.keep(list(range(len(rows))))
-        h = self.model.hidden_states(torch.tensor(padded, device=self.device), cache=self.cache)  # [distinct,T,D]
-        self.cache.set_lengths(lengths)
-        index = [rows[tuple(p)] for p in self.prompts]
-        h = h[torch.arange(len(h)), self.cache.lengths - 1][index]  # [B,D]
-        self.cache.keep(index)
-        return self._pick(h, 0)
+    def step(self) -> list[tuple[int, int]]:
+        """The next events: one id for every row, or the first ids of prompts that take free places; [] at the end."""
+        self._leave()
+        free = min(self.places - len(self.rows), len(self.waiting))
+        # A prompt read alone costs much more than its share of a batch: wait until there are places for some.
+        if free and (free >= self.places / 8 or free == len(self.waiting)):
+            return self._begin([self.waiting.pop() for _ in range(free)])
+        if not self.rows:
+            return []
+        ids = torch.tensor([[row.last] for row in self.rows], device=self.device)  # [B,1]
+        h = self.decoder.hidden_states(ids, cache=self.cache)[:, 0]  # [B,D]
+        if self.prefix is not None:  # only now: Ctrl-C may have come before all layers had written
+            self.prefix.ids.append(self.rows[0].last)
+        return self._choose(h, 0)
 
-    def more(self, step: int) -> list[int]:
-        """One more token for every row of the batch."""
-        return self._pick(self.model.hidden_states(self.ids, cache=self.cache)[:, 0], step)
+    def _leave(self):
+        """Take out the rows that have ended: they cost nothing from here on."""
+        keep = [i for i, row in enumerate(self.rows)
+                if row.last not in self.choice.stop_ids and row.made < self.limits[row.prompt]]
+        if len(keep) < len(self.rows):
+            keep = fill_holes(keep, len(keep))
+            self.cache.keep(keep)
+            self.rows = [self.rows[i] for i in keep]
+            self.seen = self.seen[keep] if len(self.seen) else self.seen
 
-    def _pick(self, h: Tensor, step: int) -> list[int]:
-        """Choose an id for each row from its hidden state h [B,D]."""
-        logits = self.model.lm_head(h)  # [B,V]
-        if self.seen is not None:
-            weaker = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
-            logits = torch.where(self.seen, weaker, logits)
-        uniform = self.uniform[:, min(step, self.uniform.shape[1] - 1)]
-        self.ids = sample(logits, self.temperature, self.top_k, self.top_p, uniform)[:, None]  # [B,1]
-        if self.seen is not None:
-            self.seen.scatter_(1, self.ids, True)
-        return self.ids[:, 0].tolist()  # the one wait for the device in each step
+    def _begin(self, numbers: list[int]) -> list[tuple[int, int]]:
+        """Read prompts, equal ones once (GRPO asks for many answers to each), and choose their first ids."""
+        prompts = [tuple(self.prompts[i]) for i in numbers]
+        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        lengths = [len(prompt) for prompt in distinct]
+        cache = self.decoder.new_cache(len(distinct), max(lengths))
+        known = self._recall(cache, prompts[0]) if self.prefix is not None else 0
+        padded = [[*p[known:], *[0] * (max(lengths) - len(p))] for p in distinct]  # padding on the right is invisible
+        h = self.decoder.hidden_states(torch.tensor(padded, device=self.device), cache=cache)  # [distinct,T,D]
+        cache.set_lengths(lengths)
+        index = [distinct[prompt] for prompt in prompts]
+        # logits of the last positions only
+        h = h[torch.arange(len(h)), torch.tensor(lengths) - known - 1][index]  # [B,D]
+        self.cache.append(cache, index)
+        if self.prefix is not None:
+            self.prefix.ids, self.prefix.cache = list(prompts[0]), self.cache
+        count = max(self.limits[i] for i in numbers) if self.choice.temperature else 0
+        # drawn up front: one call a row, not one a token
+        draws = row_uniforms(self.choice.seed, [self.row_seeds[i] for i in numbers], count).tolist()
+        self.rows += [_Row(i, iter(row)) for i, row in zip(numbers, draws, strict=True)]
+        if self.choice.repetition_penalty != 1:
+            seen = torch.zeros(len(prompts), self.seen.shape[1], dtype=torch.bool, device=self.device)
+            for i, prompt in enumerate(prompts):
+                seen[i, list(prompt)] = True
+            self.seen = torch.cat((self.seen, seen))
+        return self._choose(h, len(self.rows) - len(numbers))
 
-    def keep(self, rows: list[int]):
-        """Finished rows leave the batch."""
-        self.cache.keep(rows)
-        self.ids, self.uniform = self.ids[rows], self.uniform[rows]
-        self.seen = None if self.seen is None else self.seen[rows]
+    def _recall(self, cache: KVCache, prompt: tuple[int, ...]) -> int:
+        """Put the beginning that the chat has read before into an empty cache. Returns its length: less than the
+        prompt's, whose last token gives the logits."""
+        pairs = zip(self.prefix.ids, prompt[:-1], strict=False)
+        known = next((i for i, (old, new) in enumerate(pairs) if old != new),
+                     min(len(self.prefix.ids), len(prompt) - 1))
+        if known:
+            self.prefix.cache.set_lengths([known])
+            cache.keep([])
+            cache.append(self.prefix.cache, [0])
+        return known
+
+    def _choose(self, h: Tensor, start: int) -> list[tuple[int, int]]:
+        """Choose an id for the rows from `start` on, from their hidden states h [B,D]. Returns their events."""
+        rows, choice = self.rows[start:], self.choice
+        logits = self.decoder.lm_head(h)  # [B,V]
+        if len(self.seen):
+            seen = self.seen[start:]
+            weaker = torch.where(logits > 0, logits / choice.repetition_penalty, logits * choice.repetition_penalty)
+            logits = torch.where(seen, weaker, logits)
+        young = [i for i, row in enumerate(rows) if row.made < choice.min_new_tokens]
+        if young:
+            stops = [i for i in choice.stop_ids if 0 <= i < logits.shape[1]]
+            logits[torch.tensor(young)[:, None], stops] = -math.inf
+        uniform = None  # nothing is drawn
+        if choice.temperature:
+            uniform = torch.tensor([next(row.draws) for row in rows], device=self.device)  # [B]
+        ids = sample(logits, choice.temperature, choice.top_k, choice.top_p, uniform, choice.min_p)  # [B]
+        if len(self.seen):
+            seen.scatter_(1, ids[:, None], True)
+        for row, token in zip(rows, ids.tolist(), strict=True):  # the one wait for the device in each step
+            row.last, row.made = token, row.made + 1
+        return [(row.prompt, row.last) for row in rows]
 
 
 # -- The reward and value model ----------------------------------------------------------------------------------------

@@ -200,6 +200,29 @@ def test_seed_decides_and_temperature_0_needs_none(stage, parse):
     assert say("--num_beams", 3, "--seed", 1) == say("--num_beams", 3, "--seed", 2)
 
 
+def test_guessed_tokens_are_reported_and_change_no_answer(stage, parse, capsys):
+    stage("sft")
+    flags = ["--prompt", "hello", "--max_new_tokens", 40, "--temperature", 0, "--min_p", 0.1]
+    plain = evaluation.main(parse(*flags))
+    capsys.readouterr()
+    assert evaluation.main(parse(*flags, "--speculate", 4)) == plain
+    assert "guessed tokens were right: " in capsys.readouterr().out
+    for other in (["--temperature", 1], ["--repetition_penalty", 1.1], ["--min_new_tokens", 3]):
+        with pytest.raises(ValueError, match="--speculate 4 with .*; .*; give --temperature 0"):
+            evaluation.main(parse(*flags, "--speculate", 4, *other))
+
+
+def test_decoders_give_the_same_answer_and_say_what_they_are(stage, parse, capsys):
+    stage("sft")
+    answers = {}
+    for decoder in ("plain", "fast", "int8"):
+        args = parse("--prompt", "hello", "--max_new_tokens", 12, "--temperature", 1, "--min_new_tokens", 12,
+                     "--decoder", decoder)
+        answers[decoder] = evaluation.main(args)
+        assert ("decoding with" in capsys.readouterr().out) == (decoder != "plain")
+    assert answers["plain"] == answers["fast"] and answers["int8"]["tokens"] == 12
+
+
 # -- Conversations -----------------------------------------------------------------------------------------------------
 def test_oldest_turns_are_dropped_whole_and_it_is_said(player, scripted, tokenizer, monkeypatch, capsys):
     sft, args = player("sft", "--system", "Be kind.", "--max_new_tokens", 64)
@@ -236,6 +259,22 @@ def test_ctrl_c_ends_the_answer_then_the_chat(player, scripted, tokenizer, monke
     answers = evaluation.chat(sft, args)["answers"]
     assert answers[1] == "abcdefgh" and answers[1].startswith(answers[0]) and len(answers[0]) < 8
     assert "(stopped)" in capsys.readouterr().out and answers[0] in tokenizer.decode(seen[1])
+
+
+def test_a_chat_answers_as_if_it_read_everything_anew(player, monkeypatch):
+    sft, args = player("sft", "--temperature", 1, "--max_new_tokens", 12, "--stop", "q")
+    text = "hello\nWhat is 2 + 3?\n/system Be kind.\nonce more\n/reset\nhello\n"
+    reads, forward = [], Transformer.hidden_states
+    monkeypatch.setattr(Transformer, "hidden_states", lambda self, ids, cache: reads.append(ids.shape[1]) or forward(
+        self, ids, cache=cache))
+    found, read = [], []
+    for memory in (evaluation.Prefix, lambda: None):
+        monkeypatch.setattr(evaluation, "Prefix", memory)
+        typed(monkeypatch, text)
+        found.append(evaluation.chat(sft, args)["answers"])
+        read.append(sum(reads))
+        reads.clear()
+    assert found[0] == found[1] and len(found[0]) == 4 and read[0] < read[1]
 
 
 def test_commands(player, scripted, tokenizer, monkeypatch, capsys):

@@ -1,14 +1,25 @@
-"""Beam search finds what transformers' beam search finds, and what exhaustive search finds.
+"""Beam search finds what transformers' and exhaustive search find; guessed tokens change no answer; copies of the
+weights decode what the model decodes; the bench runs.
 
     python -m pytest tests/test_generation.py
 """
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import BF16_SPEEDUP
+from test_model import KINDS, answers, random_ids
+from test_model import make_model as model_of
 
-from generation import beam_search
+import generation
+from generation import FORMS, INT8_FORMS, InferenceCopy, accelerate, beam_search, look_up, lookup_decoding
 from model import ModelConfig, Transformer
+
+BENCH = Path(__file__).parent.parent / "bench" / "generation.py"
 
 
 def make_model(vocab_size=40, **fields):
@@ -75,3 +86,206 @@ def test_search_stops_at_the_context_limit():
 def test_impossible_requests_are_named(prompt, fields):
     with pytest.raises(ValueError, match="; .*; "):
         beam_search(make_model(), prompt, **fields)
+
+
+# -- Prompt lookup -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["dense", "moe", "shared"])
+@pytest.mark.parametrize("lookahead", [1, 4, 9])
+def test_guessed_tokens_change_no_answer(kind, lookahead):
+    model, accepted = model_of(kind, torch.float64), 0
+    for prompt in ([5, 9, 30] * 5, random_ids(12).tolist(), [7]):
+        greedy = answers(model, [prompt], 40, temperature=0)[0]
+        counts = {}
+        assert list(lookup_decoding(model, prompt, 40, lookahead, counts=counts)) == greedy
+        assert 0 <= counts["accepted"] <= counts["guessed"] <= lookahead * counts["steps"]
+        assert counts["steps"] <= 40 <= counts["steps"] + counts["accepted"] + lookahead
+        accepted += counts["accepted"]
+        stop = greedy[7]
+        assert list(lookup_decoding(model, prompt, 40, lookahead, {stop})) == greedy[: greedy.index(stop) + 1]
+    assert accepted > 0, "no guess was right: the test would not notice a wrong cache behind one"
+
+
+def test_a_loop_is_guessed_in_a_fraction_of_the_steps():
+    """A model whose blocks are the identity and whose head is its embedding repeats its last token for ever."""
+    model = Transformer(ModelConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                    num_key_value_heads=2, max_position_embeddings=64)).eval()
+    counts = {}
+    assert list(lookup_decoding(model, [5], 50, 4, counts=counts)) == [5] * 50
+    assert counts["steps"] <= 50 / 5 + 2 and counts["accepted"] == 50 - counts["steps"]
+
+
+@pytest.mark.parametrize("text, count, expected", [
+    ([1, 2, 3, 9, 8, 1, 2, 3], 2, [9, 8]),  # three tokens stood there before
+    ([1, 2, 3, 4, 2, 3, 5, 2, 3], 1, [5]),  # the latest place of the last two
+    ([1, 2, 3], 4, []), ([7], 4, []), ([4, 4], 3, [4, 4, 4]), ([1, 2, 1, 2], 0, []),
+    ([9, 1, 2, 3, 1, 2, 3], 7, [1, 2, 3, 1, 2, 3, 1]),  # a loop is taken to go on
+])
+def test_lookup_takes_the_longest_and_latest_place(text, count, expected):
+    assert look_up(text, count) == expected
+
+
+def test_lookup_fills_the_context_and_names_what_is_impossible():
+    model = model_of()
+    assert len(list(lookup_decoding(model, [5] * 120, 50))) == 8  # prompt and answer fill the 128 positions
+    for prompt, lookahead in (([], 4), ([5] * 128, 4), ([5], 0)):
+        with pytest.raises(ValueError, match="; .*; "):
+            lookup_decoding(model, prompt, 5, lookahead)
+
+
+# -- Inference copies --------------------------------------------------------------------------------------------------
+def copy_with(monkeypatch, model, form, forms=FORMS, dtype=None):
+    """An InferenceCopy with this form of product, whatever is fastest here."""
+    monkeypatch.setattr(generation, "fastest_form", lambda forms, matrices: form)
+    return InferenceCopy(model, dtype or model.lm_head.weight.dtype, forms is INT8_FORMS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(6, 5), (64, 48), (10, 33)])
+def test_every_form_of_a_matrix_gives_its_product(form, shape):
+    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pack, multiply = FORMS[form]
+    for rows in (1, 2, 7):
+        x = torch.randn(rows, shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(multiply(x, pack(matrix)), x @ matrix.T, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("form", INT8_FORMS)
+def test_int8_products_are_off_by_their_rounding_only(form):
+    """A rounding error is uniform within half a step of largest / 127: of standard deviation step / sqrt(12)."""
+    draw = torch.Generator().manual_seed(0)
+    matrix, (pack, multiply) = torch.randn(64, 256, generator=draw), INT8_FORMS[form]
+    packed = pack(matrix)
+    assert packed[0].dtype == torch.int8 and packed[0].abs().max() == 127
+    for rows in (1, 3, 20):
+        x = torch.randn(rows, 256, generator=draw)
+        error = (multiply(x, packed) - x @ matrix.T).norm() / (x @ matrix.T).norm()
+        step = (matrix.abs().amax(1).mean() + x.abs().amax(1).mean()) / 127
+        assert 1e-4 < error < 2 * step / 12**0.5
+    zero = multiply(torch.zeros(1, 256), packed)
+    assert not zero.any() and not multiply(x, pack(torch.zeros(64, 256))).any(), "no division by zero"
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "plain"])
+@pytest.mark.parametrize("chunks", [[24], [1] * 24, [5, 1, 1, 10, 7]], ids=["one", "single", "mixed"])
+def test_copy_gives_the_models_logits(monkeypatch, kind, chunks):
+    model = model_of("dense", torch.float64, mlp_type="plain") if kind == "plain" else model_of(kind, torch.float64)
+    copy, ids = copy_with(monkeypatch, model, "transposed"), random_ids(3, 24)
+    cache, parts, start = copy.new_cache(3, 24), [], 0
+    for count in chunks:
+        h = copy.hidden_states(ids[:, start : start + count], cache)
+        parts.append(copy.lm_head(h.flatten(0, 1)).view(3, count, -1))
+        start += count
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids).detach(), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "shared", "yarn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_copy_decodes_what_the_model_decodes(monkeypatch, kind, dtype):
+    model = model_of(kind, dtype)
+    prompts = [random_ids(n, seed=n).tolist() for n in (3, 17, 2, 30, 17, 3)]
+    settings = [dict(temperature=0.0), dict(temperature=0.8, top_k=10, top_p=0.9, seed=4, max_batch=2),
+                dict(top_p=0.7, repetition_penalty=1.3, stop_ids=range(4, 30))]
+    expected = [answers(model, prompts, 16, **options) for options in settings]
+    model.inference_copy = copy_with(monkeypatch, model, "plain products")
+    assert [answers(model, prompts, 16, **options) for options in settings] == expected
+    used = []
+    head = model.inference_copy.lm_head
+    monkeypatch.setattr(model.inference_copy, "lm_head", lambda h: used.append(1) or head(h))
+    answers(model, prompts[:1], 2)
+    assert used, "the copy was not used"
+
+
+def test_a_copy_is_passed_over_when_the_weights_change(monkeypatch):
+    model = model_of()
+    model.inference_copy = copy = copy_with(monkeypatch, model, "plain products")
+    assert copy.is_of(model) and not copy.is_of(model_of())
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(-1)
+    assert not copy.is_of(model) and model.decoder()[0] is model
+    fresh = answers(model, [[5, 9]], 12, temperature=0)
+    model.inference_copy = None
+    assert fresh == answers(model, [[5, 9]], 12, temperature=0)
+
+
+def test_the_faster_way_is_taken(monkeypatch):
+    model = model_of()
+    for seconds, word in (([2.0, 1.0], "2.00x as fast"), ([1.0, 2.0], "2.00x as slow")):
+        times = iter(seconds)
+        monkeypatch.setattr(generation, "_seconds_of_a_step", lambda decoder, device, times=times: next(times))
+        assert word in accelerate(model) and (model.inference_copy is None) == ("slow" in word)
+    assert "half" not in accelerate(model, dtype=torch.float16) and model.inference_copy is None
+
+
+def test_adapters_are_not_forgotten():
+    """A copy of the matrices alone would decode without them."""
+    model = model_of()
+    model.model.layers[0].self_attn.q_proj = type("Adapted", (torch.nn.Linear,), {})(48, 96, bias=False)
+    assert "adapters" in accelerate(model) and model.inference_copy is None
+
+
+def test_a_wrong_product_is_never_chosen(monkeypatch):
+    forms = {"nothing": (lambda matrix: matrix, lambda x, matrix: x.new_zeros(len(x), len(matrix))),
+             "missing": (lambda matrix: matrix, lambda x, matrix: torch.no_such_product(x)), **FORMS}
+    monkeypatch.setattr(generation, "FORMS", forms)
+    assert InferenceCopy(model_of(), torch.float32).products <= FORMS.keys()
+    monkeypatch.setattr(generation, "FORMS", {"nothing": forms["nothing"]})
+    with pytest.raises(ValueError, match="nothing on this CPU; .*; "):
+        InferenceCopy(model_of(), torch.float32)
+
+
+def train_on_counting(steps):
+    """A model that has learnt to continue arithmetic sequences modulo 61, and rows to measure it on."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=61, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                    num_key_value_heads=2, max_position_embeddings=32))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    def rows(count):
+        start, step = torch.randint(61, (count, 1)), torch.randint(1, 6, (count, 1))
+        noise = (torch.rand(count, 16) < 0.05) * torch.randint(61, (count, 16))
+        return (start + step * torch.arange(16) + noise) % 61
+
+    for _ in range(steps):
+        ids = rows(32)
+        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval(), rows(64)
+
+
+@pytest.mark.parametrize("forms, form, dtype", [(INT8_FORMS, form, torch.float32) for form in INT8_FORMS]
+                         + [(FORMS, "plain products", torch.bfloat16)])
+def test_narrow_copies_of_a_trained_model_keep_its_perplexity(monkeypatch, trained, forms, form, dtype):
+    if dtype == torch.bfloat16 and not BF16_SPEEDUP:
+        pytest.skip("bf16 products crash on this machine")
+    model, ids = trained
+    copy = copy_with(monkeypatch, model, form, forms, dtype)
+    h = copy.hidden_states(ids[:, :-1], copy.new_cache(len(ids), 15))
+    logits = copy.lm_head(h.flatten(0, 1)).float()  # [N,V]
+    with torch.no_grad():
+        exact = model(ids[:, :-1]).flatten(0, 1)
+    before, after = (F.cross_entropy(x, ids[:, 1:].flatten()) for x in (exact, logits))
+    assert before < 2 and abs((after - before).exp() - 1) < 0.01 and not torch.equal(exact, logits)
+    model.inference_copy = copy
+    greedy = answers(model, ids[:8, :4].tolist(), 8, temperature=0)
+    model.inference_copy = None
+    pairs = zip(sum(greedy, []), sum(answers(model, ids[:8, :4].tolist(), 8, temperature=0), []), strict=True)
+    assert sum(a == b for a, b in pairs) > 0.9 * 64
+
+
+@pytest.fixture(scope="module")
+def trained():
+    with torch.random.fork_rng():
+        return train_on_counting(150)
+
+
+# -- The bench ---------------------------------------------------------------------------------------------------------
+def test_bench_runs_and_finds_equal_ids():
+    pytest.importorskip("transformers", reason="the contender, transformers, is not installed")
+    done = subprocess.run([sys.executable, BENCH, "--quick", "1", "--rounds", "1", "--threads", "1"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for words in ("single, quick", "batch of 16, quick", "overhead, quick", "sampling, 16 rows", "lengths, quick",
+                  "minillm, fast copy", "minillm, int8 copy", "rows leave, prompts join"):
+        assert words in done.stdout

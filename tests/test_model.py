@@ -398,6 +398,41 @@ def test_sampling_edge_cases():
     assert sample(first_is_impossible, 1.0, 0, 1.0, torch.zeros(1)).tolist() == [1]
 
 
+@pytest.mark.parametrize("temperature, top_k, top_p, min_p", [(1.0, 0, 1.0, 0.1), (0.7, 0, 0.8, 0.02),
+                                                              (1.5, 7, 1.0, 0.3), (1.0, 20, 0.6, 0.5),
+                                                              (1.0, 0, 1.0, 1.0)])
+def test_min_p_keeps_what_transformers_keeps(transformers, temperature, top_k, top_p, min_p):
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(3)) * 2
+    uniform = (torch.arange(20_000) + 0.5) / 20_000
+    ids = sample(logits.expand(20_000, -1), temperature, top_k, top_p, uniform, min_p)
+    warpers = [transformers.TemperatureLogitsWarper(temperature), transformers.TopKLogitsWarper(top_k or 300),
+               transformers.TopPLogitsWarper(top_p), transformers.MinPLogitsWarper(min_p)]
+    scores = transformers.LogitsProcessorList(warpers)(None, logits[None])  # [1,V]
+    frequency, expected = torch.bincount(ids, minlength=300) / 20_000, scores[0].softmax(-1)
+    assert (frequency - expected).abs().max() < 2e-4 and not frequency[expected == 0].any()
+    assert (expected > 0).sum() < 300
+
+
+def test_top_p_beyond_the_first_ids_equals_a_full_sort():
+    """64 and 512 of 3000 flat logits do not hold the mass: the search goes on."""
+    logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.1], [1], [3], [9]])
+    uniform, found = torch.rand(200, 4, generator=torch.Generator().manual_seed(1)), []
+    p, order = logits.softmax(-1).sort(dim=-1, descending=True)
+    for u in uniform:
+        found.append(sample(logits, 1.0, 0, 0.9, u))
+    for row in range(4):
+        sums = p[row].double().cumsum(0)
+        last = int((sums < 0.9).sum())
+        index = torch.searchsorted(sums, uniform[:, row].double() * sums[last], right=True)
+        same = torch.stack(found)[:, row] == order[row][index]
+        assert same.float().mean() > 0.98  # a rounded sum may fall on the other side of a border
+
+
+def test_random_streams_of_a_row_begin_alike_whatever_their_length():
+    long, short = model_file.row_uniforms(3, [5, 8], 100), model_file.row_uniforms(3, [8], 7)
+    assert torch.equal(long[1:, :7], short) and 0 <= long.min() and long.max() < 1
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe", "shared"])
 @pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=0.8, top_k=10, top_p=0.9),
                                      dict(top_p=0.7, repetition_penalty=1.3, stop_ids=range(4, 30))],
@@ -412,6 +447,79 @@ def test_a_row_in_a_ragged_batch_equals_the_row_alone(kind, options):
         assert len({len(a) for a in together}) > 1 and all(not set(a[:-1]) & set(range(4, 30)) for a in together)
     else:
         assert {len(a) for a in together} == {16}
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("max_batch", [1, 2, 3, 8, 16, 30])
+def test_prompts_that_join_later_get_the_answers_they_get_alone(monkeypatch, kind, max_batch):
+    model, prompts = make_model(kind), [random_ids(2 + n % 7, seed=n % 17).tolist() for n in range(24)]
+    options = dict(stop_ids=range(4, 20), seed=1, repetition_penalty=1.2, min_new_tokens=2)
+    alone = [answers(model, [p], 12, row_seeds=[row], **options)[0] for row, p in enumerate(prompts)]
+    rows, forward = [], model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda ids, cache: rows.append(tuple(ids.shape)) or forward(
+        ids, cache=cache))
+    assert answers(model, prompts, 12, max_batch=max_batch, **options) == alone
+    assert max(b for b, _ in rows) <= max_batch
+    made = sum(map(len, alone))
+    steps = [b for b, t in rows if t == 1]
+    assert sum(steps) == made - len(prompts), "a row that has ended costs nothing"
+    if max_batch == 8:  # prompts are read some at a time, and the batch stays full while any wait
+        assert len(rows) - len(steps) <= 24 and sum(steps) / len(steps) > 5
+
+
+@pytest.mark.parametrize("kind", ["dense", "shared"])
+def test_no_stop_id_among_the_first_tokens(transformers, tmp_path, kind):
+    model, stops = make_model(kind), [*range(4, 60)]
+    short = answers(model, [[5, 9, 30], [8]], 14, temperature=0, stop_ids=stops)
+    assert min(map(len, short)) < 6
+    longer = answers(model, [[5, 9, 30], [8]], 14, temperature=0, stop_ids=stops, min_new_tokens=6)
+    assert all(len(row) > 6 and not set(row[:6]) & set(stops) for row in longer)
+    if kind == "dense":
+        model.save_pretrained(tmp_path)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        expected = theirs.generate(torch.tensor([[5, 9, 30]]), max_new_tokens=14, min_new_tokens=6, do_sample=False,
+                                   temperature=None, top_p=None, eos_token_id=stops, pad_token_id=3,
+                                   attention_mask=torch.ones(1, 3, dtype=torch.int64))
+        assert longer[0] == expected[0, 3:].tolist()
+    # ids that the model does not have are no reason to fail
+    assert answers(model, [[8]], 3, temperature=0, stop_ids=[-1, 500], min_new_tokens=2)[0] == short[1][:1] + answers(
+        model, [[8]], 3, temperature=0)[0][1:]
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_turns_of_a_chat_read_only_what_is_new(monkeypatch, kind):
+    model, prefix, text = make_model(kind, torch.float64), model_file.Prefix(), []
+    read, forward = [], model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda ids, cache: read.append(ids.shape[1]) or forward(
+        ids, cache=cache))
+    for turn, question in enumerate(([5, 9, 30], [11, 12], [40] * 6)):
+        text += question
+        read.clear()
+        found = answers(model, [text], 8, seed=turn, prefix=prefix)[0]
+        # the last token of an answer was never fed back, so it is read with the next question
+        assert read[0] == len(question) + (turn > 0) and set(read[1:]) == {1}
+        assert found == answers(model, [text], 8, seed=turn)[0]
+        assert prefix.ids == text + found[:-1]
+        text += found
+    read.clear()
+    other = [*text[:7], 90, 91]  # an earlier turn was changed: what is before it stays
+    stream = model.generate([other], 8, temperature=0, prefix=prefix)
+    first = [next(stream)[1] for _ in range(3)]
+    stream.close()  # a user stops the answer
+    assert read[0] == 2 and first == answers(model, [other], 3, temperature=0)[0]
+    assert answers(model, [other], 8, temperature=0, prefix=prefix) == answers(model, [other], 8, temperature=0)
+    assert prefix.ids[: len(other)] == other
+    with pytest.raises(ValueError, match="prefix with 2 prompts; .*; "):
+        model.generate([[5], [6]], 3, prefix=prefix)
+
+
+def test_yarn_goes_far_beyond_the_trained_length():
+    """Trained on 32 positions, stretched 4 times: logits stay finite, and as spread as within the trained length."""
+    model, ids = make_model("yarn", max_position_embeddings=256), random_ids(1, 256)
+    with torch.no_grad():
+        spread = model(ids)[0].std(-1)  # [T]
+    assert spread.isfinite().all() and 0.5 < spread[32:].mean() / spread[:32].mean() < 2
+    assert len(answers(model, [ids[0, :200].tolist()], 50, temperature=0)[0]) == 50
 
 
 def test_many_rows_leaving_at_once_mix_nothing_up():
@@ -437,7 +545,7 @@ def test_greedy_generation_equals_recomputing_the_whole_text():
 def test_generation_under_autocast_uses_the_numbers_of_the_autocast_forward(kind):
     model, ids = make_model(kind), random_ids(2, 12)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        twin, _ = model._decoder()
+        twin, _ = model.decoder()
         assert torch.equal(twin(ids), model(ids))
         assert twin.lm_head.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
         assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
@@ -495,6 +603,8 @@ def test_generation_edge_cases():
     ([5] * 128, {}, "128 tokens"), ([97], {}, "outside 0..96"), ([-1], {}, "outside"), ([5], {"top_p": 1.2}, "top_p"),
     ([5], {"temperature": -1}, "temperature"), ([5], {"top_k": -1}, "top_k"), ([5], {"row_seeds": [1, 2]}, "row_seeds"),
     ([5], {"repetition_penalty": 0}, "repetition_penalty"), ([5], {"temperature": math.nan}, "temperature"),
+    ([5], {"min_p": 1.5}, "min_p"), ([5], {"min_new_tokens": -1}, "min_new_tokens"),
+    ([5], {"max_batch": 0.5}, "max_batch"),
 ])  # fmt: skip
 def test_bad_generation_arguments_are_named_at_the_call(prompt, options, message):
     with pytest.raises(ValueError, match=message):
