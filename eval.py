@@ -18,11 +18,13 @@ Papers: Gao et al. 2020 (bits per byte, arXiv:2101.00027), Ouyang et al. 2022 (w
     python eval.py --weight out/sft --prompts questions.txt --output answers.jsonl
     python eval.py --mode score --weight pretrain,sft,dpo --data_dir out/data   # the table; --weight all is the default
     python eval.py --mode score --weight pretrain --bpb my/articles.jsonl       # bits per byte of any text
+    python eval.py --weight sft --tasks all --task_dir out/tasks                # benchmarks, as lm-evaluation-harness
     python eval.py --samples 1                                                  # fixed held-out questions, answered
 
 Letters: B rows, T tokens, V vocabulary.
 """
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -43,6 +45,7 @@ import common
 import logs
 import lora
 import metrics
+import tasks
 from dataset import PreferenceData, conversation, expand_paths, pad_rows, preference, read_rows
 from generation import beam_search
 from model import ScalarHead, Transformer, token_logprobs
@@ -65,9 +68,10 @@ def parse_args(argv=None):
     count = cli.positive(int, zero=True)
     parser = cli.Parser(__doc__)
     g = parser.add_argument_group("what")
-    g.add_argument("--mode", default="", choices=("chat", "single", "batch", "score", "samples", "summary"),
+    g.add_argument("--mode", default="", choices=("chat", "single", "batch", "score", "tasks", "samples", "summary"),
                    help="what to do; left out, the other flags decide: chat, or single with --prompt, batch with "
-                        "--prompts, score with --bpb, samples with --samples. summary prints the last scores again")
+                        "--prompts, tasks with --tasks, score with --bpb, samples with --samples. summary prints the "
+                        "last scores again")
     g.add_argument("--weight", default="",
                    help="checkpoint: name below --save_dir, or any Qwen3 folder; left out: the newest; for scores a "
                         "comma list or all; left out: all")
@@ -101,6 +105,12 @@ def parse_args(argv=None):
     g.add_argument("--samples", type=count, default=0,
                    help="answers shown to each of ten fixed held-out questions: one greedy, the others drawn; with "
                         "scores: by the last of the weights")
+    g = parser.add_argument_group("benchmarks")
+    g.add_argument("--tasks", default="", help=f"comma list or all: {', '.join(tasks.TASKS)}; --limit counts the items "
+                                               "of each subject")
+    g.add_argument("--task_dir", default="out/tasks", help="folder with the published files (docs/evaluation.md)")
+    g.add_argument("--few_shot", type=int, default=-1,
+                   help="solved examples in front of each question, -1 = as lm-evaluation-harness: 5 for gsm8k, else 0")
     g = parser.add_argument_group("run")
     g.add_argument("--batch_size", type=cli.positive(int), default=64, help="rows decoded or scored together")
     g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
@@ -112,7 +122,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.mode:
         # what is given says what is wanted: nobody types a prompt to start a chat
-        asked = {"single": args.prompt, "batch": args.prompts, "score": args.bpb, "samples": args.samples}
+        asked = {"single": args.prompt, "batch": args.prompts, "tasks": args.tasks, "score": args.bpb,
+                 "samples": args.samples}
         args.mode = next((mode for mode, value in asked.items() if value), "chat")
     return args
 
@@ -747,7 +758,134 @@ def read_results(path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Tables and samples
+# 5. Benchmarks (tasks.py)
+def score_tasks(args, runtime):
+    """Measure all weights on --tasks; each result is written as soon as it is there. Returns {"results": rows}."""
+    names = list(tasks.TASKS) if args.tasks == "all" else [name.strip() for name in args.tasks.split(",")]
+    unknown = [name for name in names if name not in tasks.TASKS]
+    if unknown:
+        raise ValueError(f"--tasks {', '.join(unknown)}; there are: {', '.join(tasks.TASKS)}; correct the name")
+    results = []
+    for folder in folders_to_score(args):
+        if is_reward(folder):
+            print(f"{folder} is a reward model: it reads texts and predicts none, so it has no benchmark scores")
+            continue
+        player = load(folder, args, runtime)
+        checkpoint_hash = weights_hash(folder)
+        for name in names:
+            try:
+                items, source = tasks.load(name, args.task_dir, max(0, args.limit), args.few_shot)
+            except FileNotFoundError as error:
+                if args.tasks != "all":
+                    raise
+                print(f"{name} is left out: {error}")
+                continue
+            print(f"{player.name} {name}: {len(items)} items of {source}", flush=True)
+            start = time.perf_counter()
+            outcomes = task_outcomes(player, name, items, args, checkpoint_hash)
+            result = tasks.score(name, items, outcomes)
+            metric = tasks.TASKS[name].metrics[0]
+            row = {"weight": player.name, "group": f"task:{name}", "task": name, "metric": metric,
+                   "score": result["scores"][metric], "standard_error": result["errors"][metric], **result,
+                   "few_shot": tasks.TASKS[name].few_shot if args.few_shot < 0 else args.few_shot,
+                   "checkpoint": checkpoint_hash, **circumstances(player, args), "data": source,
+                   "seconds": round(time.perf_counter() - start, 2)}
+            results.append(row)
+            write_results(Path(args.save_dir) / "eval_results.jsonl", [row])
+    print_tasks(results)
+    return {"results": results}
+
+
+def weights_hash(folder):
+    """What tells two checkpoints apart wherever they lie: a hash of the weight files' hashes."""
+    parts = [checkpoint.file_hash(path) for path in sorted(Path(folder).glob("*.safetensors"))]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
+def task_outcomes(player, name, items, args, checkpoint_hash):
+    """What tasks.score() wants of every item. What is known is on the disk at once, so that an interrupted run goes on
+    where it was."""
+    task, model, tok = tasks.TASKS[name], player.model, player.tokenizer
+    if task.kind == "generate":
+        room = max(1, player.context - tasks.ANSWER_TOKENS)
+        groups = [(i, tok.encode(item.contexts[0])[-room:]) for i, item in enumerate(items)]
+    else:
+        groups = tasks.requests(task, items, tok, player.context)
+    facts = [checkpoint_hash, str(player.runtime.dtype), tok.fingerprint, items]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    path = Path(args.save_dir) / "eval_partial" / f"{name}-{key}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = read_partial(path)
+    todo = [n for n in range(len(groups)) if n not in known]
+    if known:
+        print(f"{len(known)} of {len(groups)} are known from an interrupted run ({path})")
+    if task.kind == "generate":
+        found = greedy_texts(player, [groups[n][1] for n in todo], args)
+    else:
+        found = metrics.sequence_scores(model, [groups[n][1] for n in todo], args.batch_size, pad_id=tok.pad_id,
+                                        autocast=player.runtime.autocast)
+    with open(path, "a", encoding="utf-8", buffering=1) as file, logs.progress(len(groups), name, len(known), unit="item") as bar:
+        for place, result in found:
+            known[todo[place]] = result
+            file.write(json.dumps([todo[place], result]) + "\n")
+            bar.update()
+    outcomes = [[] for _ in items]
+    for n, (i, _) in enumerate(groups):
+        # the windows of a page add up; everything else is one group an item
+        outcomes[i] = known[n] if task.kind == "generate" else outcomes[i] + known[n]
+    path.unlink()
+    return outcomes
+
+
+def read_partial(path):
+    """{number: result} of an interrupted run; a line cut in half by the interruption is dropped."""
+    known = {}
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            number, result = json.loads(line)
+            known[number] = result
+    if known:  # written again, so that what is appended next does not stand behind half a line
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in known.items()), encoding="utf-8")
+    return known
+
+
+def greedy_texts(player, prompts, args):
+    """(number, text up to a stop) of the most likely answers."""
+    tok = player.tokenizer
+    for first in range(0, len(prompts), args.batch_size):
+        with player.runtime.autocast():
+            found = metrics.complete(player.model, tok, prompts[first:first + args.batch_size], tasks.ANSWER_TOKENS,
+                                     args.batch_size, stop_ids=tok.stop_ids(chat=True))
+        for n, completion in enumerate(found):
+            yield first + n, tasks.cut(tok.decode(completion.ids, skip_special=True))
+
+
+def print_tasks(results):
+    """A line a score, the first of a task with what it is worth, in words."""
+    lines = []
+    for row in results:
+        said = tasks.verdict(row["score"], row["standard_error"], row["chance"], row["majority"], row["n"])
+        facts = [number(row["chance"]), number(row["majority"]), said or "-", f"{row['seconds']:.1f}"]
+        for metric in tasks.TASKS[row["task"]].metrics:
+            score = [metric, number(row["scores"][metric]), number(row["errors"][metric])]
+            first = metric == row["metric"]
+            lines.append([row["weight"], row["task"], row["few_shot"], row["n"], *score, *facts] if first else
+                         ["", "", "", "", *score, *[""] * len(facts)])
+    if lines:
+        print("\nbenchmarks; majority: always the commonest right answer")
+        print(logs.table(["weight", "task", "shots", "n", "metric", "score", "error", "chance", "majority", "in words",
+                          "seconds"], lines))
+
+
+def number(value):
+    """Four decimals, as the harness prints; "-" for what is not there."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.4f}" if value < 1e6 else f"{value:.4g}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Tables and samples
 def cell(row, name, error=""):
     """A number for a table, with its standard error in brackets; "-" where there is none."""
     value, spread = finite(row.get(name)), finite(row.get(error))
@@ -760,6 +898,8 @@ def print_tables(results):
     """All scores: a line a weight, then exact match by skill, then pair accuracy by kind of error."""
     table = defaultdict(lambda: defaultdict(dict))
     for row in results:
+        if "task" in row:
+            continue
         table[row["weight"]][row["group"].removesuffix(":files")] = row
     speakers = {name: rows for name, rows in table.items() if "pair_accuracy" not in rows}
     langs = sorted({lang for rows in speakers.values() for group in rows.values() for lang in group.get("by_lang", {})})
@@ -817,7 +957,9 @@ def summary(args):
     if not results:
         raise FileNotFoundError(f"no scores in {path}; a summary repeats them; make them: python eval.py --mode score")
     results = [row for row in results if not row["group"].endswith(":files")]
-    print_tables(sorted(results, key=lambda row: stage_order(row["weight"])))
+    results = sorted(results, key=lambda row: stage_order(row["weight"]))
+    print_tables(results)
+    print_tasks([row for row in results if "task" in row])
     print("\n" + logs.table(["stage", "metric", "before", "after", "seconds", "where"], stage_table(args.save_dir)))
     return {"results": results}
 
@@ -860,7 +1002,9 @@ def main(args):
     # answers on standard output are for another program to read: nothing else may stand between them
     with contextlib.redirect_stdout(sys.stderr if args.mode == "batch" and not args.output else sys.stdout):
         runtime = common.setup(args)
-        player = speaker(args, runtime) if args.mode != "score" else None
+        player = speaker(args, runtime) if args.mode not in ("score", "tasks") else None
+    if args.mode == "tasks":
+        return score_tasks(args, runtime)
     if args.mode == "score":
         result = score(args, runtime)
         if args.samples:

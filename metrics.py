@@ -14,10 +14,11 @@ Commands: used by every train_*.py and eval.py.
 
 import contextlib
 import math
+import os
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -116,6 +117,106 @@ def complete(model, tokenizer, prompts_ids: Sequence[Sequence[int]], max_new_tok
         stopped = bool(ids) and ids[-1] in stop_ids
         completions.append(Completion(tokenizer.decode(ids[:-1] if stopped else ids), ids, stopped))
     return completions
+
+
+SHARED = 16  # so many equal ids at the beginning of all rows of a batch are worth a pass of their own
+
+
+@torch.no_grad()
+def sequence_scores(model, groups: Sequence[Sequence[tuple[list[int], int]]], batch_size: int = 64,
+                    max_tokens: int = 16384, pad_id: int = 0,
+                    autocast: Callable = contextlib.nullcontext) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
+    """Score the ends of many sequences. What sequences have in common at their beginning is computed once.
+
+    groups: lists of (ids, start): the ids from `start` (1 at least) on are scored, each given all before it. The rows
+        of a group, the options of a question, are expected to begin alike, and so may whole groups (examples in front).
+    Yields (index of the group, [(sum of log p, whether every id was the most likely one) of each row]) batch by batch,
+    of about batch_size rows and max_tokens ids at most, the longest first. The mode of the model is restored.
+    """
+    was_training = model.training
+    model.eval()
+    for batch in _similar(groups, batch_size, max_tokens):
+        rows = [row for index in batch for row in groups[index]]
+        with autocast():
+            states, index = _tree_states(model, [[ids[:-1] for ids, _ in groups[index]] for index in batch], pad_id)
+            wanted = [at for place, (_, start) in zip(index, rows, strict=True) for at in place[start - 1:]]
+            logprobs, best = _read_targets(model, states[wanted], [t for ids, start in rows for t in ids[start:]])
+        counts = [len(ids) - start for ids, start in rows]
+        found = [(logprob.sum().item(), bool(right.all()))
+                 for logprob, right in zip(logprobs.split(counts), best.split(counts), strict=True)]
+        for index in batch:
+            yield index, found[: len(groups[index])]
+            found = found[len(groups[index]):]
+    model.train(was_training)
+
+
+def _similar(groups, batch_size, max_tokens):
+    """Batches of group numbers: those with the same beginning together, then neighbours in length, longest first."""
+    heads = [tuple(group[0][0][:SHARED]) for group in groups]
+    common = {head for head, count in Counter(heads).items() if count >= 8}  # fewer are not worth a batch of their own
+    keys = [(head if head in common else (), -max(len(ids) for ids, _ in group))
+            for head, group in zip(heads, groups, strict=True)]
+    batch, rows = [], 0
+    for index in sorted(range(len(groups)), key=keys.__getitem__):
+        rows += len(groups[index])
+        # the first of a batch is its longest
+        if batch and (keys[index][0] != keys[batch[0]][0] or rows > min(batch_size, max_tokens // -keys[batch[0]][1])):
+            yield batch
+            batch, rows = [], len(groups[index])
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _tree_states(model, groups, pad_id):
+    """Hidden states of all rows (lists of ids) of all groups, every shared beginning computed once.
+
+    A tree of three levels: what all groups begin with, what the rows of a group go on with, the rest of each row. Each
+    level is one forward pass over a cache in which every node finds what its parent has left.
+    Returns: states [N,D]; for each row the numbers of its states, one an id.
+    """
+    # commonprefix compares sequences of anything; of a single row it is the whole row
+    stems = [os.path.commonprefix(group) for group in groups]
+    trunk = os.path.commonprefix(stems) if len(stems) > 1 else []
+    trunk = trunk if len(trunk) >= SHARED else []
+    owners = [g for g, group in enumerate(groups) for _ in group]
+    rests = [ids[len(stem):] for stem, group in zip(stems, groups, strict=True) for ids in group]
+    levels = [([trunk], [0]), ([stem[len(trunk):] for stem in stems], [0] * len(stems)), (rests, owners)]
+    cache = None
+    if sum(any(pieces) for pieces, _ in levels) > 1:
+        cache = model.new_cache(len(rests), sum(max(map(len, pieces)) for pieces, _ in levels))
+    device = next(model.parameters()).device
+    states, places, count = [], [[]], 0
+    for pieces, parents in levels:
+        places = [places[parent] for parent in parents]
+        if cache is not None:
+            cache.keep(parents)
+        if not any(pieces):
+            continue
+        width = max(map(len, pieces))
+        ids = torch.tensor([piece + [pad_id] * (width - len(piece)) for piece in pieces], device=device)  # [B,T]
+        before = [0] * len(pieces) if cache is None else cache.lengths.tolist()
+        states.append(model.hidden_states(ids, cache=cache).flatten(0, 1))  # [B,T,D] -> [B*T,D]
+        if cache is not None:
+            cache.set_lengths([n + len(piece) for n, piece in zip(before, pieces, strict=True)])
+        places = [place + list(range(count + row * width, count + row * width + len(piece)))
+                  for row, (place, piece) in enumerate(zip(places, pieces, strict=True))]
+        count += ids.numel()
+    return torch.cat(states), places
+
+
+def _read_targets(model, states, targets):
+    """(log p of each target [N] in float64 on the CPU, whether it is the most likely id [N]) from states [N,D]."""
+    targets = torch.tensor(targets, device=states.device)  # [N]
+    logprobs, best = [], []
+    rows = max(1, 2**21 // model.config.vocab_size)  # logits of a few megabytes, which stay in a CPU's cache
+    for part, wanted in zip(states.split(rows), targets.split(rows), strict=True):
+        logits = model.lm_head(part)  # [n,V]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        gold = logits.gather(1, wanted[:, None]).squeeze(1)  # [n]
+        logprobs.append((gold - logits.logsumexp(-1)).cpu().double())
+        best.append((logits.argmax(-1) == wanted).cpu())
+    return torch.cat(logprobs), torch.cat(best)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
