@@ -824,7 +824,8 @@ def task_outcomes(player, name, items, args, checkpoint_hash):
     else:
         found = metrics.sequence_scores(model, [groups[n][1] for n in todo], args.batch_size, pad_id=tok.pad_id,
                                         autocast=player.runtime.autocast)
-    with open(path, "a", encoding="utf-8", buffering=1) as file, logs.progress(len(groups), name, len(known), unit="item") as bar:
+    with (open(path, "a", encoding="utf-8", buffering=1) as file,
+          logs.progress(len(groups), name, len(known), unit="item") as bar):
         for place, result in found:
             known[todo[place]] = result
             file.write(json.dumps([todo[place], result]) + "\n")
