@@ -17,6 +17,8 @@ import torch
 import checkpoint
 import common
 import eval as evaluation
+import metrics
+import tasks
 from model import ScalarHead, Transformer, token_logprobs
 
 ROOT = Path(__file__).parent.parent
@@ -429,3 +431,57 @@ def test_missing_held_out_data_is_said(stage, parse, data, tmp_path, capsys):
     (data / "pretrain.heldout.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="no held-out data.*make_data"):
         evaluation.main(parse("--mode", "score", "--data_dir", data))
+
+
+# -- Benchmarks --------------------------------------------------------------------------------------------------------
+FILES = ROOT / "tests" / "data" / "tasks"
+
+
+def test_tasks_are_scored_said_in_words_and_kept(stage, parse, tmp_path, capsys):
+    stage("sft")
+    stage("reward")
+    result = evaluation.main(parse("--tasks", "all", "--task_dir", FILES, "--limit", 2, "--few_shot", 0))["results"]
+    shown, rows = capsys.readouterr().out, results_of(tmp_path)
+    assert {row["task"] for row in result} == set(tasks.TASKS) and len(result) == len(tasks.TASKS) == len(rows)
+    assert "reward is a reward model" in shown and "at chance" in shown and "perplexity" in shown
+    row = rows["sft", "task:piqa"]
+    assert row["stage"] == "sft" and len(row["checkpoint"]) == 16 and row["n"] == 2 and row["few_shot"] == 0
+    assert {"score", "standard_error", "chance", "majority", "seconds", "versions"} <= row.keys()
+    assert row["score"] == row["scores"]["acc"] and row["data"] == "piqa_validation.jsonl"
+    evaluation.main(parse("--mode", "summary"))
+    assert "piqa" in capsys.readouterr().out
+    assert not list((tmp_path / "out" / "eval_partial").iterdir())
+
+
+def test_an_interrupted_benchmark_goes_on_where_it_was(stage, parse, tmp_path, monkeypatch, capsys):
+    stage("sft")
+    flags = ("--tasks", "hellaswag", "--task_dir", FILES, "--batch_size", 8)
+    whole, = evaluation.main(parse(*flags))["results"]
+    scores, asked = metrics.sequence_scores, []
+
+    def killed(model, groups, *args, **kwargs):
+        asked.append(len(groups))
+        for n, found in enumerate(scores(model, groups, *args, **kwargs)):
+            if n == 4 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(metrics, "sequence_scores", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(parse(*flags))
+    path, = (tmp_path / "out" / "eval_partial").iterdir()
+    with open(path, "a") as file:
+        file.write("[7, [[-3.")  # what a kill in the middle of a write leaves
+    again, = evaluation.main(parse(*flags))["results"]
+    assert asked == [10, 6] and again["scores"] == whole["scores"] and "4 of 10 are known" in capsys.readouterr().out
+
+
+def test_unknown_task_and_missing_file(stage, parse, tmp_path, capsys):
+    stage("sft")
+    with pytest.raises(ValueError, match="--tasks pika; there are: hellaswag, .*correct the name"):
+        evaluation.main(parse("--tasks", "piqa,pika", "--task_dir", FILES))
+    shutil.copy(FILES / "piqa_validation.jsonl", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no file of boolq"):
+        evaluation.main(parse("--tasks", "boolq", "--task_dir", tmp_path))
+    assert len(evaluation.main(parse("--tasks", "all", "--task_dir", tmp_path))["results"]) == 1
+    assert "boolq is left out" in capsys.readouterr().out
