@@ -2,17 +2,18 @@
 
     python bench/evaluation.py --weight out/sft --task_dir DATA/eval --tasks hellaswag,piqa --limit 100
 
-Both read the same requests (made by tasks.py, whose prompts tests/test_tasks.py compares) on one set of weights, in
-fp32 with the same threads. The harness runs its own HFLM on `transformers` with its own batching, at the best of the
-batch sizes given. They take turns, the median of the rounds is kept, and what is counted is processor time (over all
+Both begin with the same texts (made by tasks.py; tests/test_tasks.py compares them with the harness's own) and end with
+their log-probabilities, on one set of weights, in fp32 with the same threads. The harness runs its own HFLM on
+`transformers`, with its own tokenising, sorting and batching, at the best of the batch sizes given. They take turns, the median of the rounds is kept, and what is counted is processor time (over all
 threads), which a busy machine disturbs less than the clock.
-Needs lm-eval (requirements-dev.txt). Reading files, tokenising and starting up are counted for neither.
+Needs lm-eval (requirements-dev.txt). Reading files and starting up are counted for neither.
 """
 import argparse
 import json
 import statistics
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -28,30 +29,42 @@ from model import Transformer  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 
-def requests(name, args, tokenizer, context):
-    """Groups of rows of one task: of all items, or of pages' first windows as many as --limit."""
+def questions(name, args):
+    """Items of one task, evenly from the whole file, so that an exam shows more than its first subject."""
     items, _ = tasks.load(name, args.task_dir, 0, args.few_shot)
-    # evenly over the file, so that an exam shows more than its first subject
-    items = items[:: max(1, len(items) // args.limit)][: args.limit]
-    groups = tasks.requests(tasks.TASKS[name], items, tokenizer, context)
-    return [rows for _, rows in groups][: args.limit]
+    return items[:: max(1, len(items) // args.limit)][: args.limit]
 
 
-def ours(model, groups, batch_size, pad_id):
-    """Log-probabilities in order, and seconds."""
+def ours(model, tokenizer, name, items, batch_size):
+    """Log-probabilities in order (a page's windows added up), and seconds."""
     start = time.process_time()
-    found = dict(metrics.sequence_scores(model, groups, batch_size, pad_id=pad_id))
+    groups = tasks.requests(tasks.TASKS[name], items, tokenizer, model.config.max_position_embeddings)
+    found = dict(metrics.sequence_scores(model, [rows for _, rows in groups], batch_size, pad_id=tokenizer.pad_id))
     seconds = time.process_time() - start
+    if tasks.TASKS[name].kind == "rolling":
+        pages = defaultdict(float)
+        for n, (item, _) in enumerate(groups):
+            pages[item] += found[n][0][0]
+        return list(pages.values()), seconds
     return [logprob for n in range(len(groups)) for logprob, _ in found[n]], seconds
 
 
-def theirs(harness, groups, batch_size):
-    """The same from the harness's own loop over (context ids, continuation ids)."""
-    wanted = [(("", str(n)), list(row.ids[:row.start]), list(row.ids[row.start:]))
-              for n, row in enumerate(row for group in groups for row in group)]
+def theirs(harness, name, items, batch_size):
+    """The same from the harness's own model class, which tokenises, sorts, batches and scores pairs of texts."""
+    from lm_eval.api.instance import Instance
+
+    task = tasks.TASKS[name]
+    if task.kind == "rolling":
+        pairs = [(item.answers[0],) for item in items]
+    else:
+        space = "" if task.kind == "word" else " "
+        pairs = [(context, space + answer) for item in items for context in item.contexts for answer in item.answers]
+    wanted = [Instance("loglikelihood", {}, pair, n, metadata=(name, n, 1)) for n, pair in enumerate(pairs)]
     harness.batch_size_per_gpu = batch_size
     start = time.process_time()
-    found = harness._loglikelihood_tokens(wanted, disable_tqdm=True)
+    if task.kind == "rolling":
+        return harness.loglikelihood_rolling(wanted, disable_tqdm=True), time.process_time() - start
+    found = harness.loglikelihood(wanted, disable_tqdm=True)
     return [logprob for logprob, _ in found], time.process_time() - start
 
 
@@ -82,20 +95,20 @@ def main(args):
     harness = HFLM(pretrained=args.weight, device="cpu", dtype="float32", batch_size=1)
     totals = [0.0, 0.0]
     for name in args.tasks.split(","):
-        groups = requests(name, args, tokenizer, model.config.max_position_embeddings)
+        items = questions(name, args)
         seconds = {key: [] for key in ("ours", *args.batch_sizes)}
         for _ in range(args.rounds):
-            own, spent = ours(model, groups, args.batch_size, tokenizer.pad_id)
+            own, spent = ours(model, tokenizer, name, items, args.batch_size)
             seconds["ours"].append(spent)
             for size in args.batch_sizes:
-                other, spent = theirs(harness, groups, size)
+                other, spent = theirs(harness, name, items, size)
                 seconds[size].append(spent)
         seconds = {key: statistics.median(values) for key, values in seconds.items()}
         best = min(args.batch_sizes, key=seconds.get)
         apart = max(abs(a - b) / max(1, abs(b)) for a, b in zip(own, other, strict=True))
         assert apart < 1e-3, f"{name}: log-probabilities differ by {apart:.1e} of their size"
         totals = [totals[0] + seconds["ours"], totals[1] + seconds[best]]
-        row = {"task": name, "few_shot": args.few_shot, "groups": len(groups), "rows": len(own),
+        row = {"task": name, "few_shot": args.few_shot, "items": len(items), "rows": len(own),
                "ours_s": round(seconds["ours"], 3), "harness_s": round(seconds[best], 3), "harness_batch": best,
                "ratio": round(seconds[best] / seconds["ours"], 2), "largest_difference": apart}
         print(f"{name:14} {row['ratio']:5.2f} times the harness's speed ({row['ours_s']:.2f} s and "
