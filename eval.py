@@ -59,19 +59,22 @@ CAPS = {"pretrain": 240, "sft": 300, "preference": 400, "rl": 200}
 SCORE_TOKENS = 64  # longest answer in scores, as in the training scripts' evaluations
 SAMPLE_KINDS = {"story": ("story",), "arithmetic": ("add", "subtract"), "translation": ("translate",),
                 "small talk": ("chat",), "several turns": ("dialogue",)}
+# What a flag asks for when --mode is left out; the first that is given decides
+MODES = {"compare": "compare", "batch": "prompts", "tasks": "tasks", "references": "references",
+         "regression": "regression", "score": "bpb", "samples": "samples"}
 HELP = "/reset forget the conversation, /system TEXT set the system message (no text: remove it), /exit leave, /help"
 
 
 def parse_args(argv=None):
-    """Flags; without --mode the others decide: --prompt, --prompts, --bpb, --samples, else chat."""
+    """Flags; without --mode the others decide: --prompt, those of MODES, else chat."""
     at_least_0 = cli.positive(float, zero=True)
     count = cli.positive(int, zero=True)
     parser = cli.Parser(__doc__)
     g = parser.add_argument_group("what")
-    g.add_argument("--mode", default="", choices=("chat", "single", "batch", "score", "tasks", "samples", "summary"),
+    g.add_argument("--mode", default="", choices=("chat", "single", *MODES, "summary"),
                    help="what to do; left out, the other flags decide: chat, or single with --prompt, batch with "
-                        "--prompts, tasks with --tasks, score with --bpb, samples with --samples. summary prints the "
-                        "last scores again")
+                        "--prompts, score with --bpb, and others as their flag is named. summary prints the last "
+                        "scores again")
     g.add_argument("--weight", default="",
                    help="checkpoint: name below --save_dir, or any Qwen3 folder; left out: the newest; for scores a "
                         "comma list or all; left out: all")
@@ -105,6 +108,17 @@ def parse_args(argv=None):
     g.add_argument("--samples", type=count, default=0,
                    help="answers shown to each of ten fixed held-out questions: one greedy, the others drawn; with "
                         "scores: by the last of the weights")
+    g.add_argument("--pass_k", type=cli.positive(int), default=1,
+                   help="samples of each checked prompt; pass@k for k = 1, 2, 4, ... up to it")
+    g.add_argument("--references", default="", help="file of questions with answers (the formats of SFT, or prompt and "
+                                                    "reference): BLEU, chrF and ROUGE-L of the greedy answers")
+    g.add_argument("--compare", default="",
+                   help="comma list of checkpoints: their answers to --prompts as a markdown table (to --output), and "
+                        "who wins; left out prompts: those of the held-out preferences, where a rule judges as well")
+    g.add_argument("--judge", default="", help="reward model that judges in --compare, name or folder")
+    cli.switch(g, "--regression", 0, "only the suite of fixed prompts in --regression_path: share passed, failures")
+    g.add_argument("--regression_path", default=str(Path(__file__).parent / "assets" / "regression.jsonl"),
+                   help="file of prompts with answer and check")
     g = parser.add_argument_group("benchmarks")
     g.add_argument("--tasks", default="", help=f"comma list or all: {', '.join(tasks.TASKS)}; --limit counts the items "
                                                "of each subject")
@@ -122,8 +136,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.mode:
         # what is given says what is wanted: nobody types a prompt to start a chat
-        asked = {"single": args.prompt, "batch": args.prompts, "tasks": args.tasks, "score": args.bpb,
-                 "samples": args.samples}
+        asked = {"single": args.prompt, **{mode: getattr(args, flag) for mode, flag in MODES.items()}}
         args.mode = next((mode for mode, value in asked.items() if value), "chat")
     return args
 
@@ -653,10 +666,18 @@ def parent_folder(player, args):
 
 
 def score_samples(player, items, args):
-    """pass@1: share of right answers when each prompt is answered once at temperature 1."""
-    result = metrics.exact_match(answers(player, items, args, temperature=1.0), items)
+    """pass@k: chance of a right answer among k drawn at temperature 1; pass@1 by skill and language as well."""
+    draws = [answers(player, items, args, temperature=1.0, first_seed=n * len(items)) for n in range(args.pass_k)]
+    result = metrics.exact_match([c for draw in draws for c in draw], list(items) * args.pass_k)
     total = result.pop("total")
-    return {"pass_at_1": total, "standard_error": metrics.standard_error(total, result["n"]), **result}
+    result |= {"pass_at_1": total, "n": result["n"] // args.pass_k}
+    right = [[metrics.check_answer(item["check"], item["answer"], c.text) for c in of_item]
+             for item, *of_item in zip(items, *draws, strict=True) if item.get("check")]
+    ks = sorted({args.pass_k, *(2**i for i in range(args.pass_k.bit_length()) if 2**i <= args.pass_k)})
+    rates = metrics.pass_at(right, ks)
+    return {**result, "standard_error": rates[1][1], "samples": args.pass_k,
+            "pass_at_k": {str(k): rate for k, (rate, _) in rates.items()},
+            "pass_at_k_error": {str(k): error for k, (_, error) in rates.items()}}
 
 
 def score_pairs(player, count, args):
@@ -766,12 +787,8 @@ def score_tasks(args, runtime):
     if unknown:
         raise ValueError(f"--tasks {', '.join(unknown)}; there are: {', '.join(tasks.TASKS)}; correct the name")
     results = []
-    for folder in folders_to_score(args):
-        if is_reward(folder):
-            print(f"{folder} is a reward model: it reads texts and predicts none, so it has no benchmark scores")
-            continue
-        player = load(folder, args, runtime)
-        checkpoint_hash = weights_hash(folder)
+    for player in speakers(args, runtime):
+        checkpoint_hash = weights_hash(player.folder)
         for name in names:
             try:
                 items, source = tasks.load(name, args.task_dir, max(0, args.limit), args.few_shot)
@@ -794,6 +811,15 @@ def score_tasks(args, runtime):
             write_results(Path(args.save_dir) / "eval_results.jsonl", [row])
     print_tasks(results)
     return {"results": results}
+
+
+def speakers(args, runtime):
+    """The weights to measure, loaded one after another; reward models are passed over."""
+    for folder in folders_to_score(args):
+        if is_reward(folder):
+            print(f"{folder} is a reward model: it scores answers and cannot give any")
+        else:
+            yield load(folder, args, runtime)
 
 
 def weights_hash(folder):
@@ -886,7 +912,130 @@ def number(value):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Tables and samples
+# 6. References, fixed prompts, one checkpoint against another
+def score_references(args, runtime):
+    """BLEU, chrF and ROUGE-L of greedy answers to the questions in --references. Returns {"results": rows}."""
+    items, wanted = [], []
+    for row, where in islice(read_rows(args.references), args.limit if args.limit > 0 else None):
+        if isinstance(row.get("prompt"), str):
+            messages = [{"role": "user", "content": row["prompt"]}]
+            text = row.get("reference", row.get("answer"))
+        else:
+            *messages, last = conversation(row, where)
+            text = last["content"] if last["role"] == "assistant" else None
+        if not isinstance(text, str) or not messages:
+            raise ValueError(f"{where}: no reference; each question needs one answer to compare with; write prompt and "
+                             "reference, or a conversation that ends with the assistant")
+        items.append({"messages": messages})
+        wanted.append(text)
+    results = []
+    for player in speakers(args, runtime):
+        start = time.perf_counter()
+        scores = metrics.text_scores([c.text for c in answers(player, items, args, temperature=0.0)], wanted)
+        results.append({"weight": player.name, "group": "references", **scores, "n": len(items),
+                        **circumstances(player, args), "data": args.references,
+                        "seconds": round(time.perf_counter() - start, 2)})
+    write_results(Path(args.save_dir) / "eval_results.jsonl", results)
+    print(f"\n{len(items)} answers beside their references, 0 to 100")
+    print(logs.table(["weight", "BLEU", "chrF", "ROUGE-L"], [
+        [row["weight"], *(f"{row[name]:.2f}" for name in ("bleu", "chrf", "rouge_l"))] for row in results]))
+    return {"results": results}
+
+
+def score_regression(args, runtime):
+    """The suite of fixed prompts: share passed, and the first failures. Returns {"results": rows}."""
+    items = []
+    for row, where in read_rows(args.regression_path):
+        if not {"prompt", "answer", "check"} <= row.keys():
+            raise ValueError(f"{where}: found the keys [{', '.join(row)}]; a fixed prompt needs prompt, answer and "
+                             "check (number, exact or set); add what is missing")
+        items.append({**row, "messages": [{"role": "user", "content": row["prompt"]}]})
+    results = []
+    for player in speakers(args, runtime):
+        start = time.perf_counter()
+        rate, failures = metrics.regression(answers(player, items, args, temperature=0.0), items)
+        results.append({"weight": player.name, "group": "regression", "pass_rate": rate, "n": len(items),
+                        "standard_error": metrics.standard_error(rate, len(items)),
+                        "failed": [item["prompt"] for item, _, _ in failures], **circumstances(player, args),
+                        "data": args.regression_path, "seconds": round(time.perf_counter() - start, 2)})
+        print(f"\n{player.name}: {len(items) - len(failures)} of {len(items)} fixed prompts passed ({rate:.3f})")
+        for item, text, wrong in failures[:5]:
+            print(f"  {wrong}: {item['prompt']!r} -> {text!r:.80}, expected {item['answer']!r}")
+    write_results(Path(args.save_dir) / "eval_results.jsonl", results)
+    return {"results": results}
+
+
+def compare(args, runtime):
+    """Answers of several checkpoints side by side, and how often each later one loses to the first. Returns
+    {"answers": {name: texts}, "results": rows}."""
+    styles = {}
+    if args.prompts:
+        items = [{"messages": messages} for messages, _ in read_prompts(args)]
+    else:
+        path = Path(args.data_dir) / "preference.heldout.jsonl"
+        rows = islice(read_rows(path), CAPS["preference"] if args.limit < 0 else args.limit or None)
+        items = [question(row, where, "preference") for row, where in rows]
+        styles = json.loads((path.parent / "styles.json").read_text(encoding="utf-8"))
+    names, texts, players = [name.strip() for name in args.compare.split(",")], [], []
+    for name in names:
+        folder = checkpoint.find(args.save_dir, name)
+        if is_reward(folder):
+            raise ValueError(f"--compare {name} is a reward model; it gives no answers; name it in --judge")
+        players.append(load(folder, args, runtime))
+        found = answers(players[-1], items, args, args.temperature, top_p=args.top_p)
+        texts.append([completion.text for completion in found])
+    scores = {}
+    if styles:
+        scores["rule"] = [[metrics.rule_score(text, item["answer"], item["check"], styles)
+                           for text, item in zip(side, items, strict=True)] for side in texts]
+    if args.judge:
+        folder = checkpoint.find(args.save_dir, args.judge)
+        if not is_reward(folder):
+            raise ValueError(f"--judge {args.judge} is no reward model; it must score answers; train one with "
+                             "train_reward.py")
+        judge = load(folder, args, runtime)
+        scores["reward model"] = [reward_scores(judge, items, side, args) for side in texts]
+    results = []
+    for n, name in enumerate(names[1:], 1):
+        for by, sides in scores.items():
+            rate, error = metrics.win_rate(sides[0], sides[n])
+            results.append({"weight": names[0], "group": f"against {name} by {by}", "win_rate": rate,
+                            "standard_error": error, "n": len(items), **circumstances(players[0], args)})
+            print(f"{names[0]} against {name}, judged by the {by}: won {rate:.3f} ({error:.3f}) of {len(items)}, ties "
+                  "count half")
+    write_results(Path(args.save_dir) / "eval_results.jsonl", results)
+    table = markdown(["prompt", *names], zip((item["messages"][-1]["content"] for item in items), *texts, strict=True))
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(table, encoding="utf-8")
+    print(f"{len(items)} prompts side by side in {args.output}" if args.output else table)
+    return {"answers": dict(zip(names, texts, strict=True)), "results": results}
+
+
+def reward_scores(judge, items, texts, args):
+    """Score of each answer, read at its end token as in training."""
+    rows, scores = [], []
+    for item, text in zip(items, texts, strict=True):
+        ids, mask = judge.tokenizer.render([*item["messages"], {"role": "assistant", "content": text}])
+        rows.append(ids[:len(ids) - mask[::-1].index(1)][-judge.context:])
+    for first in range(0, len(rows), args.batch_size):
+        ids, lengths = pad_rows(rows[first:first + args.batch_size], judge.tokenizer.pad_id)  # [B,T], [B]
+        with torch.no_grad(), judge.runtime.autocast():
+            scores += judge.model(ids.to(judge.runtime.device), lengths.to(judge.runtime.device)).float().tolist()
+    return scores
+
+
+def markdown(header, rows):
+    """A markdown table; bars and line breaks inside a cell are written so that they do not end it."""
+    def line(cells):
+        safe = (str(cell).replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>") for cell in cells)
+        return "| " + " | ".join(safe) + " |\n"
+
+    return line(header) + "|" + "---|" * len(header) + "\n" + "".join(line(row) for row in rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Tables and samples
 def cell(row, name, error=""):
     """A number for a table, with its standard error in brackets; "-" where there is none."""
     value, spread = finite(row.get(name)), finite(row.get(error))
@@ -1003,9 +1152,11 @@ def main(args):
     # answers on standard output are for another program to read: nothing else may stand between them
     with contextlib.redirect_stdout(sys.stderr if args.mode == "batch" and not args.output else sys.stdout):
         runtime = common.setup(args)
-        player = speaker(args, runtime) if args.mode not in ("score", "tasks") else None
-    if args.mode == "tasks":
-        return score_tasks(args, runtime)
+        measures = {"tasks": score_tasks, "references": score_references, "regression": score_regression,
+                    "compare": compare}
+        player = speaker(args, runtime) if args.mode not in ("score", *measures) else None
+    if args.mode in measures:
+        return measures[args.mode](args, runtime)
     if args.mode == "score":
         result = score(args, runtime)
         if args.samples:

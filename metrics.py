@@ -13,6 +13,7 @@ Commands: used by every train_*.py and eval.py.
 """
 
 import contextlib
+import importlib
 import math
 import os
 import re
@@ -130,14 +131,14 @@ def sequence_scores(model, groups: Sequence[Sequence[tuple[list[int], int]]], ba
 
     groups: lists of (ids, start): the ids from `start` (1 at least) on are scored, each given all before it. The rows
         of a group, the options of a question, are expected to begin alike, and so may whole groups (examples in front).
-    max_tokens: ids in one pass. 0: 2048 on a CPU, where larger tensors leave the cache (twice as slow at 16,384), and
+    max_tokens: ids in one pass. 0: 1024 on a CPU, where larger tensors leave the cache (half the speed at 16,384), and
         65,536 elsewhere.
     Yields (index of the group, [(sum of log p, whether every id was the most likely one) of each row]) batch by batch,
     of at most about batch_size rows and max_tokens ids, the longest first. The mode of the model is restored.
     """
     was_training = model.training
     model.eval()
-    max_tokens = max_tokens or (2048 if next(model.parameters()).device.type == "cpu" else 65536)
+    max_tokens = max_tokens or (1024 if next(model.parameters()).device.type == "cpu" else 65536)
     for batch in _similar(groups, batch_size, max_tokens):
         rows = [row for index in batch for row in groups[index]]
         with autocast():
@@ -154,19 +155,24 @@ def sequence_scores(model, groups: Sequence[Sequence[tuple[list[int], int]]], ba
 
 
 def _similar(groups, batch_size, max_tokens):
-    """Batches of group numbers: those with the same beginning together, then neighbours in length, longest first."""
+    """Batches of group numbers with little padding: such as begin with the same ids together, then those with options
+    of similar length, then with questions of similar length; the longest first."""
     heads = [tuple(group[0][0][:SHARED]) for group in groups]
     common = {head for head, count in Counter(heads).items() if count >= 8}  # fewer are not worth a batch of their own
-    keys = [(head if head in common else (), -max(len(ids) for ids, _ in group))
-            for head, group in zip(heads, groups, strict=True)]
-    batch, rows = [], 0
+    stems = [len(os.path.commonprefix([ids[:-1] for ids, _ in group])) for group in groups]
+    rests = [max(len(ids) for ids, _ in group) - 1 - stem for group, stem in zip(groups, stems, strict=True)]
+    keys = [(head if head in common else (), -(rest // 8), -stem)
+            for head, rest, stem in zip(heads, rests, stems, strict=True)]
+    batch, rows, stem, rest = [], 0, 0, 0
     for index in sorted(range(len(groups)), key=keys.__getitem__):
-        rows += len(groups[index])
-        # the first of a batch is its longest
-        if batch and (keys[index][0] != keys[batch[0]][0] or rows > min(batch_size, max_tokens // -keys[batch[0]][1])):
+        wider = (max(stem, stems[index]), max(rest, rests[index]))
+        more = rows + len(groups[index])
+        too_large = more > batch_size or (len(batch) + 1) * wider[0] + more * wider[1] > max_tokens
+        if batch and (too_large or keys[index][0] != keys[batch[0]][0]):
             yield batch
-            batch, rows = [], len(groups[index])
+            batch, more, wider = [], len(groups[index]), (stems[index], rests[index])
         batch.append(index)
+        rows, (stem, rest) = more, wider
     if batch:
         yield batch
 
@@ -347,8 +353,80 @@ def rule_score(text: str, answer: str | None, check: str | None, styles: dict) -
     return float(right) + STYLE_SCORES[style(text, styles)]
 
 
+def regression(completions: Sequence[Completion], items: Sequence[dict]) -> tuple[float, list[tuple[dict, str, str]]]:
+    """A suite of fixed prompts: (share passed, (item, answer, what is wrong) of each that failed).
+
+    To pass, an answer must be right (check_answer), end by itself and not run in a circle: the three things that break
+    without any loss showing it.
+    """
+    failures = []
+    for completion, item in zip(completions, items, strict=True):
+        wrong = [name for name, bad in (("wrong", not check_answer(item["check"], item["answer"], completion.text)),
+                                        ("does not stop", not completion.stopped),
+                                        ("repeats itself", has_loop(completion.ids))) if bad]
+        if wrong:
+            failures.append((item, completion.text, ", ".join(wrong)))
+    return share([True] * (len(items) - len(failures)) + [False] * len(failures)), failures
+
+
+def words(text: str) -> list[str]:
+    """The words of a text for ROUGE: runs of letters and digits in lower case, each Chinese character for itself."""
+    return re.findall(rf"[{CJK}]|[^\W{CJK}]+", _fold(text))
+
+
+def text_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """How much of the references the texts repeat, each score from 0 to 100: bleu and chrf over all texts together
+    (sacrebleu), rouge_l as the mean F over the texts (rouge-score).
+
+    Raises ValueError where a library is not installed.
+    """
+    sacrebleu, rouge = _library("sacrebleu"), _library("rouge_score.rouge_scorer")
+    # the usual tokenisation takes a Chinese sentence for one word; this one parts it and leaves other text alone
+    chinese = any(re.search(f"[{CJK}]", text) for text in references)
+    bleu = sacrebleu.corpus_bleu(list(texts), [list(references)], tokenize="zh" if chinese else "13a")
+    chrf = sacrebleu.corpus_chrf(list(texts), [list(references)])
+    scorer = rouge.RougeScorer(["rougeL"], tokenizer=_Words())
+    rouge_l = [scorer.score(reference, text)["rougeL"].fmeasure
+               for text, reference in zip(texts, references, strict=True)]
+    return {"bleu": bleu.score, "chrf": chrf.score, "rouge_l": 100 * sum(rouge_l) / len(rouge_l)}
+
+
+class _Words:
+    tokenize = staticmethod(words)
+
+
+def _library(name):
+    """An optional library, imported only now."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{error}; BLEU, chrF and ROUGE-L are computed by libraries that training does not need; "
+                         "install them: pip install sacrebleu rouge-score") from None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Comparing and counting
+
+
+def out_of_patience(values: Sequence[float], patience: int, higher_is_better: bool = False) -> bool:
+    """Whether the last `patience` values of a metric (0: never) brought nothing better than what was before them.
+
+    The whole history decides, as metrics.jsonl has it, so that a resumed run stops where an uninterrupted one does.
+    """
+    if not patience or len(values) <= patience:
+        return False
+    before, recent = values[:-patience], values[-patience:]
+    return max(recent) <= max(before) if higher_is_better else min(recent) >= min(before)
+
+
+def pass_at(samples: Sequence[Sequence[bool]], ks: Iterable[int]) -> dict[int, tuple[float, float]]:
+    """{k: (mean pass@k over the prompts, standard error)}; samples: of each prompt, which of its answers are right."""
+    result = {}
+    for k in ks:
+        values = [pass_at_k(len(right), sum(right), k) for right in samples]
+        error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        result[k] = (float(np.mean(values)) if values else math.nan, error)
+    return result
 
 
 def standard_error(rate: float, n: int) -> float:

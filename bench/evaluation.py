@@ -4,9 +4,10 @@
 
 Both begin with the same texts (made by tasks.py; tests/test_tasks.py compares them with the harness's own) and end with
 their log-probabilities, on one set of weights, in fp32 with the same threads. The harness runs its own HFLM on
-`transformers`, with its own tokenising, sorting and batching, at the best of the batch sizes given. They take turns, the median of the rounds is kept, and what is counted is processor time (over all
-threads), which a busy machine disturbs less than the clock.
-Needs lm-eval (requirements-dev.txt). Reading files and starting up are counted for neither.
+`transformers`, with its own tokenising, sorting and batching, at the best of the batch sizes given. They take turns,
+the median of the rounds is kept, and what is counted is processor time (over all threads), which a busy machine
+disturbs less than the clock. Needs lm-eval (requirements-dev.txt). Reading files and starting up are counted for
+neither.
 """
 import argparse
 import json
@@ -30,9 +31,10 @@ from tokenizer import Tokenizer  # noqa: E402
 
 
 def questions(name, args):
-    """Items of one task, evenly from the whole file, so that an exam shows more than its first subject."""
+    """Neighbouring items from the middle of one task: of an exam mostly of one subject, as in a whole run."""
     items, _ = tasks.load(name, args.task_dir, 0, args.few_shot)
-    return items[:: max(1, len(items) // args.limit)][: args.limit]
+    first = max(0, len(items) // 2 - args.limit // 2)
+    return items[first : first + args.limit]
 
 
 def ours(model, tokenizer, name, items, batch_size):
