@@ -56,6 +56,7 @@ STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
 # Items per set when --limit is not given: standard errors of one to three points, and about ten seconds for a model of
 # 6M parameters on two CPU cores. The win rate needs the most: it compares two noisy answers.
 CAPS = {"pretrain": 240, "sft": 300, "preference": 400, "rl": 200}
+GROUPS = ("bits_per_byte", "exact_match", "preference", "pass_at_1", "pair_accuracy")  # of --mode score
 SCORE_TOKENS = 64  # longest answer in scores, as in the training scripts' evaluations
 SAMPLE_KINDS = {"story": ("story",), "arithmetic": ("add", "subtract"), "translation": ("translate",),
                 "small talk": ("chat",), "several turns": ("dialogue",)}
@@ -841,7 +842,7 @@ def task_outcomes(player, name, items, args, checkpoint_hash):
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = Path(args.save_dir) / "eval_partial" / f"{name}-{key}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = read_partial(path)
+    known = tasks.read_partial(path)
     todo = [n for n in range(len(groups)) if n not in known]
     if known:
         print(f"{len(known)} of {len(groups)} are known from an interrupted run ({path})")
@@ -862,18 +863,6 @@ def task_outcomes(player, name, items, args, checkpoint_hash):
         outcomes[i] = known[n] if task.kind == "generate" else outcomes[i] + known[n]
     path.unlink()
     return outcomes
-
-
-def read_partial(path):
-    """{number: result} of an interrupted run; a line cut in half by the interruption is dropped."""
-    known = {}
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            number, result = json.loads(line)
-            known[number] = result
-    if known:  # written again, so that what is appended next does not stand behind half a line
-        path.write_text("".join(json.dumps(pair) + "\n" for pair in known.items()), encoding="utf-8")
-    return known
 
 
 def greedy_texts(player, prompts, args):
@@ -994,7 +983,9 @@ def compare(args, runtime):
             raise ValueError(f"--judge {args.judge} is no reward model; it must score answers; train one with "
                              "train_reward.py")
         judge = load(folder, args, runtime)
-        scores["reward model"] = [reward_scores(judge, items, side, args) for side in texts]
+        asked = [item["messages"] for item in items]
+        scores["reward model"] = [metrics.reward_scores(judge.model, judge.tokenizer, asked, side, args.batch_size,
+                                                        runtime.autocast) for side in texts]
     results = []
     for n, name in enumerate(names[1:], 1):
         for by, sides in scores.items():
@@ -1010,19 +1001,6 @@ def compare(args, runtime):
         Path(args.output).write_text(table, encoding="utf-8")
     print(f"{len(items)} prompts side by side in {args.output}" if args.output else table)
     return {"answers": dict(zip(names, texts, strict=True)), "results": results}
-
-
-def reward_scores(judge, items, texts, args):
-    """Score of each answer, read at its end token as in training."""
-    rows, scores = [], []
-    for item, text in zip(items, texts, strict=True):
-        ids, mask = judge.tokenizer.render([*item["messages"], {"role": "assistant", "content": text}])
-        rows.append(ids[:len(ids) - mask[::-1].index(1)][-judge.context:])
-    for first in range(0, len(rows), args.batch_size):
-        ids, lengths = pad_rows(rows[first:first + args.batch_size], judge.tokenizer.pad_id)  # [B,T], [B]
-        with torch.no_grad(), judge.runtime.autocast():
-            scores += judge.model(ids.to(judge.runtime.device), lengths.to(judge.runtime.device)).float().tolist()
-    return scores
 
 
 def markdown(header, rows):
@@ -1048,7 +1026,7 @@ def print_tables(results):
     """All scores: a line a weight, then exact match by skill, then pair accuracy by kind of error."""
     table = defaultdict(lambda: defaultdict(dict))
     for row in results:
-        if "task" in row:
+        if row["group"].removesuffix(":files") not in GROUPS:
             continue
         table[row["weight"]][row["group"].removesuffix(":files")] = row
     speakers = {name: rows for name, rows in table.items() if "pair_accuracy" not in rows}
@@ -1071,6 +1049,11 @@ def print_tables(results):
     if asked:
         print("\nexact match by skill; the last ones are held out by wording only and not part of the total")
         print(skill_table(asked))
+    for name, rows in speakers.items():
+        rates = rows["pass_at_1"].get("pass_at_k", {})
+        if len(rates) > 1:
+            print(f"\n{name}: " + ", ".join(f"pass@{k} {rate:.3f} ({rows['pass_at_1']['pass_at_k_error'][k]:.3f})"
+                                           for k, rate in rates.items()))
     for name in sorted(table.keys() - speakers.keys()):
         row = table[name]["pair_accuracy"]
         kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in row["accuracy_by_kind"].items())

@@ -228,6 +228,24 @@ def _read_targets(model, states, targets):
     return torch.cat(logprobs), torch.cat(best)
 
 
+@torch.no_grad()
+def reward_scores(model, tokenizer, conversations: Sequence[list[dict]], texts: Sequence[str], batch_size: int = 64,
+                  autocast: Callable = contextlib.nullcontext) -> list[float]:
+    """What a reward model gives each text as the answer to its conversation, read at the end token as in training."""
+    rows = []
+    for messages, text in zip(conversations, texts, strict=True):
+        ids, mask = tokenizer.render([*messages, {"role": "assistant", "content": text}])
+        rows.append(ids[: len(ids) - mask[::-1].index(1)][-model.config.max_position_embeddings:])
+    device, scores = next(model.parameters()).device, []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        width = max(map(len, part))
+        ids = torch.tensor([row + [tokenizer.pad_id] * (width - len(row)) for row in part], device=device)  # [B,T]
+        with autocast():
+            scores += model(ids, torch.tensor([len(row) for row in part], device=device)).float().tolist()  # [B]
+    return scores
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Judging an answer
 

@@ -605,6 +605,21 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float]
     return rate, math.sqrt(spread * n / (n - 1)) / sum(below) if n > 1 else math.nan
 
 
+def read_partial(path: Path) -> dict:
+    """{number: result} of an interrupted run: lines [number, result]; one cut in half by the interruption is dropped
+    from the file as well, so that what is appended next does not stand behind it."""
+    known = {}
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+        try:
+            number, result = json.loads(line)
+        except ValueError:
+            continue
+        known[number] = result
+    if known:
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in known.items()), encoding="utf-8")
+    return known
+
+
 # GSM8K, as the harness reads an answer: "strict" wants the form of the examples, "flexible" takes the last number
 UNTIL = ("Question:", "</s>", "<|im_end|>")
 
