@@ -159,10 +159,14 @@ def _similar(groups, batch_size, max_tokens):
     of similar length, then with questions of similar length; the longest first."""
     heads = [tuple(group[0][0][:SHARED]) for group in groups]
     common = {head for head, count in Counter(heads).items() if count >= 8}  # fewer are not worth a batch of their own
-    stems = [len(os.path.commonprefix([ids[:-1] for ids, _ in group])) for group in groups]
-    rests = [max(len(ids) for ids, _ in group) - 1 - stem for group, stem in zip(groups, stems, strict=True)]
-    keys = [(head if head in common else (), -(rest // 8), -stem)
-            for head, rest, stem in zip(heads, rests, stems, strict=True)]
+    heads = [head if head in common else () for head in heads]
+    stems = [os.path.commonprefix([ids[:-1] for ids, _ in group]) for group in groups]
+    # what all of one beginning share is no work of a single one: five long examples must not fill a batch
+    trunks = {head: len(os.path.commonprefix([stem for other, stem in zip(heads, stems, strict=True) if other == head]))
+              for head in common}
+    rests = [max(len(ids) for ids, _ in group) - 1 - len(stem) for group, stem in zip(groups, stems, strict=True)]
+    stems = [len(stem) - trunks.get(head, 0) for stem, head in zip(stems, heads, strict=True)]
+    keys = [(head, -(rest // 8), -stem) for head, rest, stem in zip(heads, rests, stems, strict=True)]
     batch, rows, stem, rest = [], 0, 0, 0
     for index in sorted(range(len(groups)), key=keys.__getitem__):
         wider = (max(stem, stems[index]), max(rest, rests[index]))

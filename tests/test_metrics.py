@@ -362,7 +362,8 @@ def test_a_missing_library_is_named_with_its_command(monkeypatch):
 
 @pytest.mark.parametrize(("values", "patience", "higher", "stop"), [
     ([3, 2, 1], 2, False, False), ([3, 1, 2, 1], 2, False, True), ([3, 1, 2, 0.9], 2, False, False),
-    ([1], 1, True, False), ([1, 1], 1, True, True), ([1, 3, 2], 1, True, True), ([1, 3, 2, 4], 2, True, False), ([5, 6, 7], 0, False, False)])
+    ([1], 1, True, False), ([1, 1], 1, True, True), ([1, 3, 2], 1, True, True),
+    ([1, 3, 2, 4], 2, True, False), ([5, 6, 7], 0, False, False)])
 def test_patience_ends_when_nothing_became_better(values, patience, higher, stop):
     assert metrics.out_of_patience(values, patience, higher) is stop
 
