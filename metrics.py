@@ -170,11 +170,12 @@ def _similar(groups, batch_size, max_tokens):
     batch, rows, stem, rest = [], 0, 0, 0
     for index in sorted(range(len(groups)), key=keys.__getitem__):
         wider = (max(stem, stems[index]), max(rest, rests[index]))
-        more = rows + len(groups[index])
+        own = len(groups[index]) if rests[index] else 1  # rows that will be computed
+        more = rows + own
         too_large = more > batch_size or (len(batch) + 1) * wider[0] + more * wider[1] > max_tokens
         if batch and (too_large or keys[index][0] != keys[batch[0]][0]):
             yield batch
-            batch, more, wider = [], len(groups[index]), (stems[index], rests[index])
+            batch, more, wider = [], own, (stems[index], rests[index])
         batch.append(index)
         rows, (stem, rest) = more, wider
     if batch:
@@ -195,25 +196,25 @@ def _tree_states(model, groups, pad_id):
     owners = [g for g, group in enumerate(groups) for _ in group]
     rests = [ids[len(stem):] for stem, group in zip(stems, groups, strict=True) for ids in group]
     levels = [([trunk], [0]), ([stem[len(trunk):] for stem in stems], [0] * len(stems)), (rests, owners)]
-    cache = None
-    if sum(any(pieces) for pieces, _ in levels) > 1:
-        cache = model.new_cache(len(rests), sum(max(map(len, pieces)) for pieces, _ in levels))
+    work, cache = [pieces for pieces, _ in levels if any(pieces)], None
+    if len(work) > 1:
+        cache = model.new_cache(max(map(len, work)), sum(max(map(len, pieces)) for pieces in work))
     device = next(model.parameters()).device
-    states, places, count = [], [[]], 0
+    states, places, rows, count = [], [[]], [0], 0
     for pieces, parents in levels:
-        places = [places[parent] for parent in parents]
-        if cache is not None:
-            cache.keep(parents)
-        if not any(pieces):
+        places, rows = [places[parent] for parent in parents], [rows[parent] for parent in parents]
+        if not any(pieces):  # options of one id need nothing but the state in front of them
             continue
-        width = max(map(len, pieces))
+        if cache is not None:
+            cache.keep(rows)
+        rows, width = range(len(pieces)), max(map(len, pieces))
         ids = torch.tensor([piece + [pad_id] * (width - len(piece)) for piece in pieces], device=device)  # [B,T]
         before = [0] * len(pieces) if cache is None else cache.lengths.tolist()
         states.append(model.hidden_states(ids, cache=cache).flatten(0, 1))  # [B,T,D] -> [B*T,D]
         if cache is not None:
             cache.set_lengths([n + len(piece) for n, piece in zip(before, pieces, strict=True)])
         places = [place + list(range(count + row * width, count + row * width + len(piece)))
-                  for row, (place, piece) in enumerate(zip(places, pieces, strict=True))]
+                  for row, place, piece in zip(rows, places, pieces, strict=True)]
         count += ids.numel()
     return torch.cat(states), places
 

@@ -419,6 +419,9 @@ def test_shared_beginnings_change_no_score(kind, model_folder):
         if n % 7 == 0:
             tails.append(list(tails[0]))  # the same answer twice
         groups.append([(stem + tail, len(stem)) for tail in tails])
+    twin = trunk + ids(3)
+    groups += [[(twin + [1], len(twin)), (twin + [2], len(twin))]] * 8  # one question again and again
+    groups += [[(twin + ids(3), len(twin)), (twin + ids(2), len(twin))]] * 2
     groups.append([(ids(9), 1), (ids(20), 15)])  # rows with nothing in common
     groups.append([(ids(2), 1)])
     # and one row that is the model's own choice throughout
