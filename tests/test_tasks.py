@@ -11,6 +11,8 @@ import math
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,8 @@ import metrics
 import tasks
 from model import ModelConfig, Transformer
 
-FILES = Path(__file__).parent / "data" / "tasks"  # small files of our own, in every layout
+ROOT = Path(__file__).parent.parent
+FILES = ROOT / "tests" / "data" / "tasks"  # small files of our own, in every layout
 
 
 def first(name, few_shot=0):
@@ -440,3 +443,16 @@ def test_shared_beginnings_change_no_score(kind, model_folder):
             assert best == bool((logp.argmax(-1) == target).all())
             greedy += best
     assert greedy >= 1 and found[len(groups) - 1][0][1]
+
+
+@pytest.mark.slow
+def test_the_bench_runs_and_finds_the_same_numbers(folder, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed (requirements-dev.txt)")
+    output = tmp_path / "bench.jsonl"
+    command = [sys.executable, ROOT / "bench" / "evaluation.py", "--weight", folder, "--task_dir", FILES, "--tasks",
+               "piqa,wikitext2", "--limit", 3, "--rounds", 1, "--batch_sizes", 2, "--output", output]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["task"] for row in rows] == ["piqa", "wikitext2"] and "times the harness's speed" in done.stdout
+    assert all(row["largest_difference"] < 1e-4 and row["ratio"] > 0 for row in rows)
