@@ -24,6 +24,7 @@ Papers: Gao et al. 2020 (bits per byte, arXiv:2101.00027), Ouyang et al. 2022 (w
 Letters: B rows, T tokens, V vocabulary.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -160,6 +161,12 @@ class Player:
     def context(self):
         """Tokens that prompt and answer may have together."""
         return self.model.config.max_position_embeddings
+
+    @functools.cached_property
+    def weights_hash(self):
+        """What tells two checkpoints apart wherever they lie: a hash of the weight files' hashes."""
+        parts = [checkpoint.file_hash(path) for path in sorted(self.folder.glob("*.safetensors"))]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
     def ids(self, messages):
         """Prompt ids of a conversation, by the render() that made the training data; a base model reads only the last
@@ -748,10 +755,11 @@ def score(args, runtime):
 
 def circumstances(player, args):
     """What a score depends on besides the model."""
-    return {"folder": str(player.folder), "key": player.facts.get("key"), "stage": player.facts.get("stage"),
-            "step": player.facts.get("progress", {}).get("step"), "seed": args.seed, "limit": args.limit,
-            "data": args.bpb or args.data_dir, "device": player.runtime.device.type,
-            "dtype": str(player.runtime.dtype)[6:], "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    return {"folder": str(player.folder), "checkpoint": player.weights_hash, "key": player.facts.get("key"),
+            "stage": player.facts.get("stage"), "step": player.facts.get("progress", {}).get("step"),
+            "seed": args.seed, "limit": args.limit, "data": args.bpb or args.data_dir,
+            "device": player.runtime.device.type, "dtype": str(player.runtime.dtype)[6:],
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "format": checkpoint.FORMAT_VERSION}}
 
@@ -789,7 +797,6 @@ def score_tasks(args, runtime):
         raise ValueError(f"--tasks {', '.join(unknown)}; there are: {', '.join(tasks.TASKS)}; correct the name")
     results = []
     for player in speakers(args, runtime):
-        checkpoint_hash = weights_hash(player.folder)
         for name in names:
             try:
                 items, source = tasks.load(name, args.task_dir, max(0, args.limit), args.few_shot)
@@ -800,14 +807,13 @@ def score_tasks(args, runtime):
                 continue
             print(f"{player.name} {name}: {len(items)} items of {source}", flush=True)
             start = time.perf_counter()
-            outcomes = task_outcomes(player, name, items, args, checkpoint_hash)
+            outcomes = task_outcomes(player, name, items, args)
             result = tasks.score(name, items, outcomes)
             metric = tasks.TASKS[name].metrics[0]
             row = {"weight": player.name, "group": f"task:{name}", "task": name, "metric": metric,
                    "score": result["scores"][metric], "standard_error": result["errors"][metric], **result,
-                   "few_shot": tasks.TASKS[name].few_shot if args.few_shot < 0 else args.few_shot,
-                   "checkpoint": checkpoint_hash, **circumstances(player, args), "data": source,
-                   "seconds": round(time.perf_counter() - start, 2)}
+                   "few_shot": tasks.shots(tasks.TASKS[name], args.few_shot), **circumstances(player, args),
+                   "data": source, "seconds": round(time.perf_counter() - start, 2)}
             results.append(row)
             write_results(Path(args.save_dir) / "eval_results.jsonl", [row])
     print_tasks(results)
@@ -823,13 +829,7 @@ def speakers(args, runtime):
             yield load(folder, args, runtime)
 
 
-def weights_hash(folder):
-    """What tells two checkpoints apart wherever they lie: a hash of the weight files' hashes."""
-    parts = [checkpoint.file_hash(path) for path in sorted(Path(folder).glob("*.safetensors"))]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-
-
-def task_outcomes(player, name, items, args, checkpoint_hash):
+def task_outcomes(player, name, items, args):
     """What tasks.score() wants of every item. What is known is on the disk at once, so that an interrupted run goes on
     where it was."""
     task, model, tok = tasks.TASKS[name], player.model, player.tokenizer
@@ -838,7 +838,7 @@ def task_outcomes(player, name, items, args, checkpoint_hash):
         groups = [(i, tok.encode(item.contexts[0])[-room:]) for i, item in enumerate(items)]
     else:
         groups = tasks.requests(task, items, tok, player.context)
-    facts = [checkpoint_hash, str(player.runtime.dtype), tok.fingerprint, items]
+    facts = [player.weights_hash, str(player.runtime.dtype), tok.fingerprint, items]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = Path(args.save_dir) / "eval_partial" / f"{name}-{key}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

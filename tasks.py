@@ -380,6 +380,11 @@ def pages(text: str) -> list[str]:
     return [page for page in re.split(r"^(?= = [^=\n]+ = \n)", text, flags=re.M) if page.strip()]
 
 
+def shots(task: Task, few_shot: int) -> int:
+    """Examples in front of each question: as asked, by default the task's own number; running text has none."""
+    return 0 if task.kind == "rolling" else task.few_shot if few_shot < 0 else few_shot
+
+
 def load(name: str, folder, limit: int = 0, few_shot: int = -1) -> tuple[list[Item], str]:
     """Items of a task, with description and few-shot examples already in front of their contexts, and a word on where
     they come from.
@@ -393,7 +398,7 @@ def load(name: str, folder, limit: int = 0, few_shot: int = -1) -> tuple[list[It
         raise FileNotFoundError(f"no file of {name} in {folder}/ (looked for {name}_{task.splits[0]}*.jsonl and the "
                                 "like); its published rows are read; see docs/evaluation.md for where they come from")
     every = _items(task, files)
-    few_shot = 0 if task.kind == "rolling" else task.few_shot if few_shot < 0 else few_shot
+    few_shot = shots(task, few_shot)
     source, pool, spare = files[0].name + f" and {len(files) - 1} more" * (len(files) > 1), every, task.spare
     if few_shot and task.pool:
         examples = find_files(folder, name, task.pool)
