@@ -12,7 +12,7 @@ A task is a row of TASKS: its kind, its files, and a function row -> Item.
 What this file does not do: load or know a model. It says which ids to score (requests()) and reads the results
 (score()); metrics.sequence_scores() does the work between.
 
-Letters: none; all lists.
+    python eval.py --weight sft --tasks hellaswag,piqa --task_dir out/tasks
 """
 import csv
 import gzip
@@ -529,21 +529,20 @@ def score(name: str, items: Sequence[Item], outcomes: Sequence) -> dict:
     if task.kind == "rolling":
         return {"n": len(items), **_page_scores(items, outcomes), "chance": None, "majority": None, "by_subject": {}}
     judged = [judge(task, item, outcome) for item, outcome in zip(items, outcomes, strict=True)]
+    by_subject = defaultdict(list)
+    for item, row in zip(items, judged, strict=True):
+        by_subject[item.subject].append(row)
     scores, errors, main = {}, {}, task.metrics[0]
     for metric in task.metrics:
-        by_subject = defaultdict(list)
-        for item, row in zip(items, judged, strict=True):
-            by_subject[item.subject].append(row[metric])
-        scores[metric] = statistics.fmean(value for values in by_subject.values() for value in values)
-        errors[metric] = pooled_error(by_subject.values())
+        scores[metric] = statistics.fmean(row[metric] for row in judged)
+        errors[metric] = pooled_error([[row[metric] for row in rows] for rows in by_subject.values()])
         if metric == "perplexity":  # of a mean of log p; its error by the slope of exp
-            scores[metric] = math.exp(-scores[metric])
+            scores[metric] = power(-scores[metric] / math.log(2))
             errors[metric] *= scores[metric]
-        elif metric == main:
-            subjects = {subject: {metric: statistics.fmean(values), "n": len(values)}
-                        for subject, values in by_subject.items() if subject}
     options = [len(item.contexts) * len(item.answers) for item in items]
     right = Counter(right_answer(task, item) for item in items)
+    subjects = {subject: {main: statistics.fmean(row[main] for row in rows), "n": len(rows)}
+                for subject, rows in by_subject.items() if subject}
     return {"n": len(items), "scores": scores, "errors": errors,
             "chance": statistics.fmean(1 / count for count in options) if task.kind == "choice" else 0.0,
             "majority": max(right.values()) / len(items), "by_subject": subjects}
