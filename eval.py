@@ -570,13 +570,14 @@ def question(row, where, name):
     return {"messages": messages} | {key: row.get(key) for key in ("answer", "check", "lang", "skill")}
 
 
-def answers(player, items, args, temperature, first_seed=0, top_p=1.0):
+def answers(player, items, args, temperature, first_seed=0, top_p=1.0, longest=0):
     """metrics.complete over items, in their order; each item has its own random numbers, the same for every player."""
+    longest = longest or SCORE_TOKENS
     # a question too long for the model loses its beginning: it will be answered wrongly, and that is the truth
-    room = max(1, player.context - SCORE_TOKENS)
+    room = max(1, player.context - longest)
     prompts = [player.ids(item["messages"])[-room:] for item in items]
     with player.runtime.autocast():
-        return metrics.complete(player.model, player.tokenizer, prompts, SCORE_TOKENS, batch_size=args.batch_size,
+        return metrics.complete(player.model, player.tokenizer, prompts, longest, batch_size=args.batch_size,
                                 temperature=temperature, top_p=top_p, seed=args.seed,
                                 row_seeds=range(first_seed, first_seed + len(items)), stop_ids=stop_ids(player))
 
@@ -917,6 +918,8 @@ def score_references(args, runtime):
                              "reference, or a conversation that ends with the assistant")
         items.append({"messages": messages})
         wanted.append(text)
+    if not items:
+        raise ValueError(f"{args.references} has no rows; there is nothing to compare with; give another file")
     results = []
     for player in speakers(args, runtime):
         start = time.perf_counter()
@@ -955,43 +958,31 @@ def score_regression(args, runtime):
 
 
 def compare(args, runtime):
-    """Answers of several checkpoints side by side, and how often each later one loses to the first. Returns
+    """Answers of several checkpoints side by side, and how often the first wins against each other one. Returns
     {"answers": {name: texts}, "results": rows}."""
-    styles = {}
+    path, styles = Path(args.data_dir) / "preference.heldout.jsonl", {}
     if args.prompts:
         items = [{"messages": messages} for messages, _ in read_prompts(args)]
     else:
-        path = Path(args.data_dir) / "preference.heldout.jsonl"
         rows = islice(read_rows(path), CAPS["preference"] if args.limit < 0 else args.limit or None)
         items = [question(row, where, "preference") for row, where in rows]
-        styles = json.loads((path.parent / "styles.json").read_text(encoding="utf-8"))
-    names, texts, players = [name.strip() for name in args.compare.split(",")], [], []
+        if (path.parent / "styles.json").is_file():  # without it there is no rule, and only --judge compares
+            styles = json.loads((path.parent / "styles.json").read_text(encoding="utf-8"))
+    names, texts, facts = [name.strip() for name in args.compare.split(",")], [], []
     for name in names:
         folder = checkpoint.find(args.save_dir, name)
         if is_reward(folder):
             raise ValueError(f"--compare {name} is a reward model; it gives no answers; name it in --judge")
-        players.append(load(folder, args, runtime))
-        found = answers(players[-1], items, args, args.temperature, top_p=args.top_p)
+        player = load(folder, args, runtime)
+        facts.append(circumstances(player, args))
+        found = answers(player, items, args, args.temperature, top_p=args.top_p, longest=args.max_new_tokens)
         texts.append([completion.text for completion in found])
-    scores = {}
-    if styles:
-        scores["rule"] = [[metrics.rule_score(text, item["answer"], item["check"], styles)
-                           for text, item in zip(side, items, strict=True)] for side in texts]
-    if args.judge:
-        folder = checkpoint.find(args.save_dir, args.judge)
-        if not is_reward(folder):
-            raise ValueError(f"--judge {args.judge} is no reward model; it must score answers; train one with "
-                             "train_reward.py")
-        judge = load(folder, args, runtime)
-        asked = [item["messages"] for item in items]
-        scores["reward model"] = [metrics.reward_scores(judge.model, judge.tokenizer, asked, side, args.batch_size,
-                                                        runtime.autocast) for side in texts]
     results = []
-    for n, name in enumerate(names[1:], 1):
-        for by, sides in scores.items():
+    for by, sides in judged(texts, items, styles, args, runtime).items():
+        for n, name in enumerate(names[1:], 1):
             rate, error = metrics.win_rate(sides[0], sides[n])
             results.append({"weight": names[0], "group": f"against {name} by {by}", "win_rate": rate,
-                            "standard_error": error, "n": len(items), **circumstances(players[0], args)})
+                            "standard_error": error, "n": len(items), **facts[0]})
             print(f"{names[0]} against {name}, judged by the {by}: won {rate:.3f} ({error:.3f}) of {len(items)}, ties "
                   "count half")
     write_results(Path(args.save_dir) / "eval_results.jsonl", results)
@@ -1001,6 +992,23 @@ def compare(args, runtime):
         Path(args.output).write_text(table, encoding="utf-8")
     print(f"{len(items)} prompts side by side in {args.output}" if args.output else table)
     return {"answers": dict(zip(names, texts, strict=True)), "results": results}
+
+
+def judged(texts, items, styles, args, runtime):
+    """{judge: scores of each list of texts}: the rule where there are styles, the reward model in --judge."""
+    scores = {}
+    if styles:
+        scores["rule"] = [[metrics.rule_score(text, item["answer"], item["check"], styles)
+                           for text, item in zip(side, items, strict=True)] for side in texts]
+    if args.judge:
+        folder = checkpoint.find(args.save_dir, args.judge)
+        if not is_reward(folder):
+            raise ValueError(f"--judge {args.judge} is no reward model; it must score answers; train one with "
+                             "train_reward.py")
+        judge, asked = load(folder, args, runtime), [item["messages"] for item in items]
+        scores["reward model"] = [metrics.reward_scores(judge.model, judge.tokenizer, asked, side, args.batch_size,
+                                                        runtime.autocast) for side in texts]
+    return scores
 
 
 def markdown(header, rows):

@@ -140,17 +140,17 @@ def sequence_scores(model, groups: Sequence[Sequence[tuple[list[int], int]]], ba
     model.eval()
     max_tokens = max_tokens or (1024 if next(model.parameters()).device.type == "cpu" else 65536)
     for batch in _similar(groups, batch_size, max_tokens):
-        rows = [row for index in batch for row in groups[index]]
+        rows = [row for n in batch for row in groups[n]]
         with autocast():
-            states, index = _tree_states(model, [[ids[:-1] for ids, _ in groups[index]] for index in batch], pad_id)
-            wanted = [at for place, (_, start) in zip(index, rows, strict=True) for at in place[start - 1:]]
+            states, places = _tree_states(model, [[ids[:-1] for ids, _ in groups[n]] for n in batch], pad_id)
+            wanted = [at for place, (_, start) in zip(places, rows, strict=True) for at in place[start - 1:]]
             logprobs, best = _read_targets(model, states[wanted], [t for ids, start in rows for t in ids[start:]])
         counts = [len(ids) - start for ids, start in rows]
         found = [(logprob.sum().item(), bool(right.all()))
                  for logprob, right in zip(logprobs.split(counts), best.split(counts), strict=True)]
-        for index in batch:
-            yield index, found[: len(groups[index])]
-            found = found[len(groups[index]):]
+        for n in batch:
+            yield n, found[: len(groups[n])]
+            found = found[len(groups[n]):]
     model.train(was_training)
 
 
