@@ -22,6 +22,7 @@ import math
 import random
 import re
 import statistics
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -347,22 +348,22 @@ def read_rows(path: Path) -> Iterator[tuple[dict, str]]:
 
     A row without a subject gets the file's name, less its split. Raises ValueError naming file, line and reason.
     """
-    raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {error}; task files are UTF-8; convert it") from None
     kind = Path(path.name.removesuffix(".gz")).suffix
     subject = re.sub("_(test|val|dev)$", "", path.name.split(".")[0])
-    if kind == ".csv":
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    elif kind == ".txt":
-        rows = [{"page": page} for page in pages(text)]
-    elif kind == ".json" and text.lstrip().startswith("["):
-        rows = json.loads(text)
-    else:
-        # by "\n" only: str.splitlines() would also part at U+2028, which occurs inside strings
-        rows = [line for line in text.split("\n") if line.strip()]
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
+        text = raw.decode("utf-8-sig")
+        if kind == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        elif kind == ".txt":
+            rows = [{"page": page} for page in pages(text)]
+        elif kind == ".json" and text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            # by "\n" only: str.splitlines() would also part at U+2028, which occurs inside strings
+            rows = [line for line in text.split("\n") if line.strip()]
+    except (ValueError, EOFError, zlib.error, csv.Error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: {error}; a task file is whole and in UTF-8; fetch it again, or convert it") from None
     for number, row in enumerate(rows, 1):
         where = f"{path}:{number}"
         if isinstance(row, str):

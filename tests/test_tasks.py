@@ -139,6 +139,15 @@ def test_wrong_rows_are_named(content, message, tmp_path):
         tasks.load("piqa", tmp_path)
 
 
+@pytest.mark.parametrize(("name", "content"), [
+    ("piqa_val.jsonl", "\u00e9".encode("latin-1")), ("piqa_val.json", b"[{"), ("piqa_val.jsonl.gz", b"no gzip"),
+    ("piqa_val.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9]), ("piqa_val.csv", b'goal\n"' + b"x" * 200_000 + b'"\n')])
+def test_damaged_files_are_named(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: .*fetch it again, or convert it"):
+        tasks.load("piqa", tmp_path)
+
+
 def test_missing_and_doubled_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file of arc_easy in .*docs/evaluation\.md"):
         tasks.load("arc_easy", tmp_path)
