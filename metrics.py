@@ -209,12 +209,11 @@ def _tree_states(model, groups, pad_id):
             cache.keep(rows)
         rows, width = range(len(pieces)), max(map(len, pieces))
         ids = torch.tensor([piece + [pad_id] * (width - len(piece)) for piece in pieces], device=device)  # [B,T]
-        before = [0] * len(pieces) if cache is None else cache.lengths.tolist()
         states.append(model.hidden_states(ids, cache=cache).flatten(0, 1))  # [B,T,D] -> [B*T,D]
-        if cache is not None:
-            cache.set_lengths([n + len(piece) for n, piece in zip(before, pieces, strict=True)])
         places = [place + list(range(count + row * width, count + row * width + len(piece)))
                   for row, place, piece in zip(rows, places, pieces, strict=True)]
+        if cache is not None:
+            cache.set_lengths([len(place) for place in places])  # without the padding
         count += ids.numel()
     return torch.cat(states), places
 
