@@ -18,6 +18,7 @@ Papers: Gao et al. 2020 (bits per byte, arXiv:2101.00027), Ouyang et al. 2022 (w
     python eval.py --weight out/sft --prompts questions.txt --output answers.jsonl
     python eval.py --mode score --weight pretrain,sft,dpo --data_dir out/data   # the table; --weight all is the default
     python eval.py --mode score --weight pretrain --bpb my/articles.jsonl       # bits per byte of any text
+    python eval.py --weight sft --tasks all --task_dir out/tasks                # benchmarks, as lm-evaluation-harness
     python eval.py --samples 1                                                  # fixed held-out questions, answered
     python eval.py --report out                                                 # report.html and report.md, made again
 
@@ -25,6 +26,8 @@ Letters: B rows, T tokens, V vocabulary.
 """
 import contextlib
 import copy
+import functools
+import hashlib
 import json
 import math
 import os
@@ -46,6 +49,7 @@ import logs
 import lora
 import metrics
 import report
+import tasks
 from dataset import PreferenceData, conversation, expand_paths, pad_rows, preference, read_rows
 from generation import accelerate, beam_search, lookup_decoding
 from model import Prefix, ScalarHead, Transformer, read_json, token_logprobs
@@ -56,21 +60,26 @@ STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
 # Items per set when --limit is not given: standard errors of one to three points, and about ten seconds for a model of
 # 6M parameters on two CPU cores. The win rate needs the most: it compares two noisy answers.
 CAPS = {"pretrain": 240, "sft": 300, "preference": 400, "rl": 200}
+GROUPS = ("bits_per_byte", "exact_match", "preference", "pass_at_1", "pair_accuracy")  # of --mode score
 SCORE_TOKENS = 64  # longest answer in scores, as in the training scripts' evaluations
 SAMPLE_KINDS = {"story": ("story",), "arithmetic": ("add", "subtract"), "translation": ("translate",),
                 "small talk": ("chat",), "several turns": ("dialogue",)}
+# What a flag asks for when --mode is left out; the first that is given decides
+MODES = {"compare": "compare", "batch": "prompts", "tasks": "tasks", "references": "references",
+         "regression": "regression", "score": "bpb", "samples": "samples", "report": "report"}
 HELP = "/reset forget the conversation, /system TEXT set the system message (no text: remove it), /exit leave, /help"
 
 
 def parse_args(argv=None):
-    """Flags; without --mode the others decide: --prompt, --prompts, --bpb, --samples, else chat."""
+    """Flags; without --mode the others decide: --prompt, those of MODES, else chat."""
     at_least_0 = cli.positive(float, zero=True)
     count = cli.positive(int, zero=True)
     parser = cli.Parser(__doc__)
     g = parser.add_argument_group("what")
-    g.add_argument("--mode", default="", choices=("chat", "single", "batch", "score", "samples", "summary"),
+    g.add_argument("--mode", default="", choices=("chat", "single", *MODES, "summary"),
                    help="what to do; left out, the other flags decide: chat, or single with --prompt, batch with "
-                        "--prompts, score with --bpb, samples with --samples. summary prints the last scores again")
+                        "--prompts, score with --bpb, and others as their flag is named. summary prints the last "
+                        "scores again")
     g.add_argument("--weight", default="",
                    help="checkpoint: name below --save_dir, or any Qwen3 folder; left out: the newest; for scores a "
                         "comma list or all; left out: all")
@@ -115,6 +124,23 @@ def parse_args(argv=None):
     g.add_argument("--samples", type=count, default=0,
                    help="answers shown to each of ten fixed held-out questions: one greedy, the others drawn; with "
                         "scores: by the last of the weights")
+    g.add_argument("--pass_k", type=cli.positive(int), default=1,
+                   help="samples of each checked prompt; pass@k for k = 1, 2, 4, ... up to it")
+    g.add_argument("--references", default="", help="file of questions with answers (the formats of SFT, or prompt and "
+                                                    "reference): BLEU, chrF and ROUGE-L of the greedy answers")
+    g.add_argument("--compare", default="",
+                   help="comma list of checkpoints: their answers to --prompts as a markdown table (to --output), and "
+                        "who wins; left out prompts: those of the held-out preferences, where a rule judges as well")
+    g.add_argument("--judge", default="", help="reward model that judges in --compare, name or folder")
+    cli.switch(g, "--regression", 0, "only the suite of fixed prompts in --regression_path: share passed, failures")
+    g.add_argument("--regression_path", default=str(Path(__file__).parent / "assets" / "regression.jsonl"),
+                   help="file of prompts with answer and check")
+    g = parser.add_argument_group("benchmarks")
+    g.add_argument("--tasks", default="", help=f"comma list or all: {', '.join(tasks.TASKS)}; --limit counts the items "
+                                               "of each subject")
+    g.add_argument("--task_dir", default="out/tasks", help="folder with the published files (docs/evaluation.md)")
+    g.add_argument("--few_shot", type=int, default=-1,
+                   help="solved examples in front of each question, -1 = as lm-evaluation-harness: 5 for gsm8k, else 0")
     g = parser.add_argument_group("run")
     g.add_argument("--batch_size", type=cli.positive(int), default=64, help="rows decoded or scored together")
     g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
@@ -126,8 +152,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.mode:
         # what is given says what is wanted: nobody types a prompt to start a chat
-        asked = {"single": args.prompt, "batch": args.prompts, "score": args.bpb, "samples": args.samples,
-                 "report": args.report}
+        asked = {"single": args.prompt, **{mode: getattr(args, flag) for mode, flag in MODES.items()}}
         args.mode = next((mode for mode, value in asked.items() if value), "chat")
     return args
 
@@ -150,6 +175,12 @@ class Player:
     def context(self):
         """Tokens that prompt and answer may have together."""
         return self.model.config.max_position_embeddings
+
+    @functools.cached_property
+    def weights_hash(self):
+        """What tells two checkpoints apart wherever they lie: a hash of the weight files' hashes."""
+        parts = [checkpoint.file_hash(path) for path in sorted(self.folder.glob("*.safetensors"))]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
     def ids(self, messages):
         """Prompt ids of a conversation, by the render() that made the training data; a base model reads only the last
@@ -589,13 +620,14 @@ def question(row, where, name):
     return {"messages": messages} | {key: row.get(key) for key in ("answer", "check", "lang", "skill")}
 
 
-def answers(player, items, args, temperature, first_seed=0, top_p=1.0):
+def answers(player, items, args, temperature, first_seed=0, top_p=1.0, longest=0):
     """metrics.complete over items, in their order; each item has its own random numbers, the same for every player."""
+    longest = longest or SCORE_TOKENS
     # a question too long for the model loses its beginning: it will be answered wrongly, and that is the truth
-    room = max(1, player.context - SCORE_TOKENS)
+    room = max(1, player.context - longest)
     prompts = [player.ids(item["messages"])[-room:] for item in items]
     with player.runtime.autocast():
-        return metrics.complete(player.model, player.tokenizer, prompts, SCORE_TOKENS, batch_size=args.batch_size,
+        return metrics.complete(player.model, player.tokenizer, prompts, longest, batch_size=args.batch_size,
                                 temperature=temperature, top_p=top_p, seed=args.seed,
                                 row_seeds=range(first_seed, first_seed + len(items)), stop_ids=stop_ids(player))
 
@@ -693,10 +725,18 @@ def parent_folder(player, args):
 
 
 def score_samples(player, items, args):
-    """pass@1: share of right answers when each prompt is answered once at temperature 1."""
-    result = metrics.exact_match(answers(player, items, args, temperature=1.0), items)
+    """pass@k: chance of a right answer among k drawn at temperature 1; pass@1 by skill and language as well."""
+    draws = [answers(player, items, args, temperature=1.0, first_seed=n * len(items)) for n in range(args.pass_k)]
+    result = metrics.exact_match([c for draw in draws for c in draw], list(items) * args.pass_k)
     total = result.pop("total")
-    return {"pass_at_1": total, "standard_error": metrics.standard_error(total, result["n"]), **result}
+    result |= {"pass_at_1": total, "n": result["n"] // args.pass_k}
+    right = [[metrics.check_answer(item["check"], item["answer"], c.text) for c in of_item]
+             for item, *of_item in zip(items, *draws, strict=True) if item.get("check")]
+    ks = sorted({args.pass_k, *(2**i for i in range(args.pass_k.bit_length()) if 2**i <= args.pass_k)})
+    rates = metrics.pass_at(right, ks)
+    return {**result, "standard_error": rates[1][1], "samples": args.pass_k,
+            "pass_at_k": {str(k): rate for k, (rate, _) in rates.items()},
+            "pass_at_k_error": {str(k): error for k, (_, error) in rates.items()}}
 
 
 def score_pairs(player, count, args):
@@ -766,10 +806,11 @@ def score(args, runtime):
 
 def circumstances(player, args):
     """What a score depends on besides the model."""
-    return {"folder": str(player.folder), "key": player.facts.get("key"), "stage": player.facts.get("stage"),
-            "step": player.facts.get("progress", {}).get("step"), "seed": args.seed, "limit": args.limit,
-            "data": args.bpb or args.data_dir, "device": player.runtime.device.type,
-            "dtype": str(player.runtime.dtype)[6:], "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    return {"folder": str(player.folder), "checkpoint": player.weights_hash, "key": player.facts.get("key"),
+            "stage": player.facts.get("stage"), "step": player.facts.get("progress", {}).get("step"),
+            "seed": args.seed, "limit": args.limit, "data": args.bpb or args.data_dir,
+            "device": player.runtime.device.type, "dtype": str(player.runtime.dtype)[6:],
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "format": checkpoint.FORMAT_VERSION}}
 
@@ -798,7 +839,239 @@ def read_results(path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Tables and samples
+# 5. Benchmarks (tasks.py)
+def score_tasks(args, runtime):
+    """Measure all weights on --tasks; each result is written as soon as it is there. Returns {"results": rows}."""
+    names = list(tasks.TASKS) if args.tasks == "all" else [name.strip() for name in args.tasks.split(",")]
+    unknown = [name for name in names if name not in tasks.TASKS]
+    if unknown:
+        raise ValueError(f"--tasks {', '.join(unknown)}; there are: {', '.join(tasks.TASKS)}; correct the name")
+    results = []
+    for player in speakers(args, runtime):
+        for name in names:
+            try:
+                items, source = tasks.load(name, args.task_dir, max(0, args.limit), args.few_shot)
+            except FileNotFoundError as error:
+                if args.tasks != "all":
+                    raise
+                print(f"{name} is left out: {error}")
+                continue
+            print(f"{player.name} {name}: {len(items)} items of {source}", flush=True)
+            start = time.perf_counter()
+            outcomes = task_outcomes(player, name, items, args)
+            result = tasks.score(name, items, outcomes)
+            metric = tasks.TASKS[name].metrics[0]
+            row = {"weight": player.name, "group": f"task:{name}", "task": name, "metric": metric,
+                   "score": result["scores"][metric], "standard_error": result["errors"][metric], **result,
+                   "few_shot": tasks.shots(tasks.TASKS[name], args.few_shot), **circumstances(player, args),
+                   "data": source, "seconds": round(time.perf_counter() - start, 2)}
+            results.append(row)
+            write_results(Path(args.save_dir) / "eval_results.jsonl", [row])
+    print_tasks(results)
+    return {"results": results}
+
+
+def speakers(args, runtime):
+    """The weights to measure, loaded one after another; reward models are passed over."""
+    for folder in folders_to_score(args):
+        if is_reward(folder):
+            print(f"{folder} is a reward model: it scores answers and cannot give any")
+        else:
+            yield load(folder, args, runtime)
+
+
+def task_outcomes(player, name, items, args):
+    """What tasks.score() wants of every item. What is known is on the disk at once, so that an interrupted run goes on
+    where it was."""
+    task, model, tok = tasks.TASKS[name], player.model, player.tokenizer
+    if task.kind == "generate":
+        room = max(1, player.context - tasks.ANSWER_TOKENS)
+        groups = [(i, tok.encode(item.contexts[0])[-room:]) for i, item in enumerate(items)]
+    else:
+        groups = tasks.requests(task, items, tok, player.context)
+    facts = [player.weights_hash, str(player.runtime.dtype), tok.fingerprint, items]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    path = Path(args.save_dir) / "eval_partial" / f"{name}-{key}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = tasks.read_partial(path)
+    todo = [n for n in range(len(groups)) if n not in known]
+    if known:
+        print(f"{len(known)} of {len(groups)} are known from an interrupted run ({path})")
+    if task.kind == "generate":
+        found = greedy_texts(player, [groups[n][1] for n in todo], args)
+    else:
+        found = metrics.sequence_scores(model, [groups[n][1] for n in todo], args.batch_size, pad_id=tok.pad_id,
+                                        autocast=player.runtime.autocast)
+    with (open(path, "a", encoding="utf-8", buffering=1) as file,
+          logs.progress(len(groups), name, len(known), unit="item") as bar):
+        for place, result in found:
+            known[todo[place]] = result
+            file.write(json.dumps([todo[place], result]) + "\n")
+            bar.update()
+    outcomes = [[] for _ in items]
+    for n, (i, _) in enumerate(groups):
+        # the windows of a page add up; everything else is one group an item
+        outcomes[i] = known[n] if task.kind == "generate" else outcomes[i] + known[n]
+    path.unlink()
+    return outcomes
+
+
+def greedy_texts(player, prompts, args):
+    """(number, text up to a stop) of the most likely answers."""
+    tok = player.tokenizer
+    for first in range(0, len(prompts), args.batch_size):
+        with player.runtime.autocast():
+            found = metrics.complete(player.model, tok, prompts[first:first + args.batch_size], tasks.ANSWER_TOKENS,
+                                     args.batch_size, stop_ids=tok.stop_ids(chat=True))
+        for n, completion in enumerate(found):
+            yield first + n, tasks.cut(tok.decode(completion.ids, skip_special=True))
+
+
+def print_tasks(results):
+    """A line a score, the first of a task with what it is worth, in words."""
+    lines = []
+    for row in results:
+        said = tasks.verdict(row["score"], row["standard_error"], row["chance"], row["majority"], row["n"])
+        facts = [number(row["chance"]), number(row["majority"]), said or "-", f"{row['seconds']:.1f}"]
+        for metric in tasks.TASKS[row["task"]].metrics:
+            score = [metric, number(row["scores"][metric]), number(row["errors"][metric])]
+            first = metric == row["metric"]
+            lines.append([row["weight"], row["task"], row["few_shot"], row["n"], *score, *facts] if first else
+                         ["", "", "", "", *score, *[""] * len(facts)])
+    if lines:
+        print("\nbenchmarks; majority: always the commonest right answer")
+        print(logs.table(["weight", "task", "shots", "n", "metric", "score", "error", "chance", "majority", "in words",
+                          "seconds"], lines))
+
+
+def number(value):
+    """Four decimals, as the harness prints; "-" for what is not there."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.4f}" if value < 1e6 else f"{value:.4g}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. References, fixed prompts, one checkpoint against another
+def score_references(args, runtime):
+    """BLEU, chrF and ROUGE-L of greedy answers to the questions in --references. Returns {"results": rows}."""
+    items, wanted = [], []
+    for row, where in islice(read_rows(args.references), args.limit if args.limit > 0 else None):
+        if isinstance(row.get("prompt"), str):
+            messages = [{"role": "user", "content": row["prompt"]}]
+            text = row.get("reference", row.get("answer"))
+        else:
+            *messages, last = conversation(row, where)
+            text = last["content"] if last["role"] == "assistant" else None
+        if not isinstance(text, str) or not messages:
+            raise ValueError(f"{where}: no reference; each question needs one answer to compare with; write prompt and "
+                             "reference, or a conversation that ends with the assistant")
+        items.append({"messages": messages})
+        wanted.append(text)
+    if not items:
+        raise ValueError(f"{args.references} has no rows; there is nothing to compare with; give another file")
+    results = []
+    for player in speakers(args, runtime):
+        start = time.perf_counter()
+        scores = metrics.text_scores([c.text for c in answers(player, items, args, temperature=0.0)], wanted)
+        results.append({"weight": player.name, "group": "references", **scores, "n": len(items),
+                        **circumstances(player, args), "data": args.references,
+                        "seconds": round(time.perf_counter() - start, 2)})
+    write_results(Path(args.save_dir) / "eval_results.jsonl", results)
+    print(f"\n{len(items)} answers beside their references, 0 to 100")
+    print(logs.table(["weight", "BLEU", "chrF", "ROUGE-L"], [
+        [row["weight"], *(f"{row[name]:.2f}" for name in ("bleu", "chrf", "rouge_l"))] for row in results]))
+    return {"results": results}
+
+
+def score_regression(args, runtime):
+    """The suite of fixed prompts: share passed, and the first failures. Returns {"results": rows}."""
+    items = []
+    for row, where in read_rows(args.regression_path):
+        if not {"prompt", "answer", "check"} <= row.keys():
+            raise ValueError(f"{where}: found the keys [{', '.join(row)}]; a fixed prompt needs prompt, answer and "
+                             "check (number, exact or set); add what is missing")
+        items.append({**row, "messages": [{"role": "user", "content": row["prompt"]}]})
+    results = []
+    for player in speakers(args, runtime):
+        start = time.perf_counter()
+        rate, failures = metrics.regression(answers(player, items, args, temperature=0.0), items)
+        results.append({"weight": player.name, "group": "regression", "pass_rate": rate, "n": len(items),
+                        "standard_error": metrics.standard_error(rate, len(items)),
+                        "failed": [item["prompt"] for item, _, _ in failures], **circumstances(player, args),
+                        "data": args.regression_path, "seconds": round(time.perf_counter() - start, 2)})
+        print(f"\n{player.name}: {len(items) - len(failures)} of {len(items)} fixed prompts passed ({rate:.3f})")
+        for item, text, wrong in failures[:5]:
+            print(f"  {wrong}: {item['prompt']!r} -> {text!r:.80}, expected {item['answer']!r}")
+    write_results(Path(args.save_dir) / "eval_results.jsonl", results)
+    return {"results": results}
+
+
+def compare(args, runtime):
+    """Answers of several checkpoints side by side, and how often the first wins against each other one. Returns
+    {"answers": {name: texts}, "results": rows}."""
+    path, styles = Path(args.data_dir) / "preference.heldout.jsonl", {}
+    if args.prompts:
+        items = [{"messages": messages} for messages, _ in read_prompts(args)]
+    else:
+        rows = islice(read_rows(path), CAPS["preference"] if args.limit < 0 else args.limit or None)
+        items = [question(row, where, "preference") for row, where in rows]
+        if (path.parent / "styles.json").is_file():  # without it there is no rule, and only --judge compares
+            styles = json.loads((path.parent / "styles.json").read_text(encoding="utf-8"))
+    names, texts, facts = [name.strip() for name in args.compare.split(",")], [], []
+    for name in names:
+        folder = checkpoint.find(args.save_dir, name)
+        if is_reward(folder):
+            raise ValueError(f"--compare {name} is a reward model; it gives no answers; name it in --judge")
+        player = load(folder, args, runtime)
+        facts.append(circumstances(player, args))
+        found = answers(player, items, args, args.temperature, top_p=args.top_p, longest=args.max_new_tokens)
+        texts.append([completion.text for completion in found])
+    results = []
+    for by, sides in judged(texts, items, styles, args, runtime).items():
+        for n, name in enumerate(names[1:], 1):
+            rate, error = metrics.win_rate(sides[0], sides[n])
+            results.append({"weight": names[0], "group": f"against {name} by {by}", "win_rate": rate,
+                            "standard_error": error, "n": len(items), **facts[0]})
+            print(f"{names[0]} against {name}, judged by the {by}: won {rate:.3f} ({error:.3f}) of {len(items)}, ties "
+                  "count half")
+    write_results(Path(args.save_dir) / "eval_results.jsonl", results)
+    table = markdown(["prompt", *names], zip((item["messages"][-1]["content"] for item in items), *texts, strict=True))
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(table, encoding="utf-8")
+    print(f"{len(items)} prompts side by side in {args.output}" if args.output else table)
+    return {"answers": dict(zip(names, texts, strict=True)), "results": results}
+
+
+def judged(texts, items, styles, args, runtime):
+    """{judge: scores of each list of texts}: the rule where there are styles, the reward model in --judge."""
+    scores = {}
+    if styles:
+        scores["rule"] = [[metrics.rule_score(text, item["answer"], item["check"], styles)
+                           for text, item in zip(side, items, strict=True)] for side in texts]
+    if args.judge:
+        folder = checkpoint.find(args.save_dir, args.judge)
+        if not is_reward(folder):
+            raise ValueError(f"--judge {args.judge} is no reward model; it must score answers; train one with "
+                             "train_reward.py")
+        judge, asked = load(folder, args, runtime), [item["messages"] for item in items]
+        scores["reward model"] = [metrics.reward_scores(judge.model, judge.tokenizer, asked, side, args.batch_size,
+                                                        runtime.autocast) for side in texts]
+    return scores
+
+
+def markdown(header, rows):
+    """A markdown table; bars and line breaks inside a cell are written so that they do not end it."""
+    def line(cells):
+        safe = (str(cell).replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>") for cell in cells)
+        return "| " + " | ".join(safe) + " |\n"
+
+    return line(header) + "|" + "---|" * len(header) + "\n" + "".join(line(row) for row in rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Tables and samples
 def cell(row, name, error=""):
     """A number for a table, with its standard error in brackets; "-" where there is none."""
     value, spread = finite(row.get(name)), finite(row.get(error))
@@ -811,6 +1084,8 @@ def print_tables(results):
     """All scores: a line a weight, then exact match by skill, then pair accuracy by kind of error."""
     table = defaultdict(lambda: defaultdict(dict))
     for row in results:
+        if row["group"].removesuffix(":files") not in GROUPS:
+            continue
         table[row["weight"]][row["group"].removesuffix(":files")] = row
     speakers = {name: rows for name, rows in table.items() if "pair_accuracy" not in rows}
     langs = sorted({lang for rows in speakers.values() for group in rows.values() for lang in group.get("by_lang", {})})
@@ -832,6 +1107,11 @@ def print_tables(results):
     if asked:
         print("\nexact match by skill; the last ones are held out by wording only and not part of the total")
         print(skill_table(asked))
+    for name, rows in speakers.items():
+        rates = rows["pass_at_1"].get("pass_at_k", {})
+        if len(rates) > 1:
+            print(f"\n{name}: " + ", ".join(f"pass@{k} {rate:.3f} ({rows['pass_at_1']['pass_at_k_error'][k]:.3f})"
+                                           for k, rate in rates.items()))
     for name in sorted(table.keys() - speakers.keys()):
         row = table[name]["pair_accuracy"]
         kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in row["accuracy_by_kind"].items())
@@ -868,7 +1148,9 @@ def summary(args):
     if not results:
         raise FileNotFoundError(f"no scores in {path}; a summary repeats them; make them: python eval.py --mode score")
     results = [row for row in results if not row["group"].endswith(":files")]
-    print_tables(sorted(results, key=lambda row: stage_order(row["weight"])))
+    results = sorted(results, key=lambda row: stage_order(row["weight"]))
+    print_tables(results)
+    print_tasks([row for row in results if "task" in row])
     print("\n" + logs.table(["stage", "metric", "before", "after", "seconds", "where"], stage_table(args.save_dir)))
     return {"results": results}
 
@@ -957,15 +1239,15 @@ def main(args):
     # answers on standard output are for another program to read: nothing else may stand between them
     with contextlib.redirect_stdout(sys.stderr if args.mode == "batch" and not args.output else sys.stdout):
         runtime = common.setup(args)
-        player = speaker(args, runtime) if args.mode not in ("score", "report") else None
-    result = {}
-    if args.mode == "score":
-        result = score(args, runtime)
-        if args.samples:
-            names = [row["weight"] for row in result["results"] if row["group"] == "exact_match"]
-            folders = {row["weight"]: Path(row["folder"]) for row in result["results"]}
-            result |= show_samples(load(folders[names[-1]], args, runtime), args) if names else {}
-    elif player:
+        measures = {"score": score, "tasks": score_tasks, "references": score_references,
+                    "regression": score_regression, "compare": compare}
+        player = speaker(args, runtime) if args.mode not in ("report", *measures) else None
+    result = measures[args.mode](args, runtime) if args.mode in measures else {}
+    if args.mode == "score" and args.samples:
+        names = [row["weight"] for row in result["results"] if row["group"] == "exact_match"]
+        folders = {row["weight"]: Path(row["folder"]) for row in result["results"]}
+        result |= show_samples(load(folders[names[-1]], args, runtime), args) if names else {}
+    if player:
         result = {"chat": chat, "single": single, "batch": batch, "samples": show_samples}[args.mode](player, args)
     return result | write_report(args, runtime) if args.report else result
 

@@ -13,11 +13,13 @@ Commands: used by every train_*.py and eval.py.
 """
 
 import contextlib
+import importlib
 import math
+import os
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -115,6 +117,136 @@ def complete(model, tokenizer, prompts_ids: Sequence[Sequence[int]], max_new_tok
         stopped = bool(ids) and ids[-1] in stop_ids
         completions.append(Completion(tokenizer.decode(ids[:-1] if stopped else ids), ids, stopped))
     return completions
+
+
+SHARED = 16  # so many equal ids at the beginning of all rows of a batch are worth a pass of their own
+
+
+@torch.no_grad()
+def sequence_scores(model, groups: Sequence[Sequence[tuple[list[int], int]]], batch_size: int = 64,
+                    max_tokens: int = 0, pad_id: int = 0,
+                    autocast: Callable = contextlib.nullcontext) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
+    """Score the ends of many sequences. What sequences have in common at their beginning is computed once.
+
+    groups: lists of (ids, start): the ids from `start` (1 at least) on are scored, each given all before it. The rows
+        of a group, the options of a question, are expected to begin alike, and so may whole groups (examples in front).
+    max_tokens: ids in one pass. 0: 1024 on a CPU, where larger tensors leave the cache (half the speed at 16,384), and
+        65,536 elsewhere.
+    Yields (index of the group, [(sum of log p, whether every id was the most likely one) of each row]) batch by batch,
+    of at most about batch_size rows and max_tokens ids, the longest first. The mode of the model is restored.
+    """
+    was_training = model.training
+    model.eval()
+    max_tokens = max_tokens or (1024 if next(model.parameters()).device.type == "cpu" else 65536)
+    for batch in _similar(groups, batch_size, max_tokens):
+        rows = [row for n in batch for row in groups[n]]
+        with autocast():
+            states, places = _tree_states(model, [[ids[:-1] for ids, _ in groups[n]] for n in batch], pad_id)
+            wanted = [at for place, (_, start) in zip(places, rows, strict=True) for at in place[start - 1:]]
+            logprobs, best = _read_targets(model, states[wanted], [t for ids, start in rows for t in ids[start:]])
+        counts = [len(ids) - start for ids, start in rows]
+        found = [(logprob.sum().item(), bool(right.all()))
+                 for logprob, right in zip(logprobs.split(counts), best.split(counts), strict=True)]
+        for n in batch:
+            yield n, found[: len(groups[n])]
+            found = found[len(groups[n]):]
+    model.train(was_training)
+
+
+def _similar(groups, batch_size, max_tokens):
+    """Batches of group numbers with little padding: such as begin with the same ids together, then those with options
+    of similar length, then with questions of similar length; the longest first."""
+    heads = [tuple(group[0][0][:SHARED]) for group in groups]
+    common = {head for head, count in Counter(heads).items() if count >= 8}  # fewer are not worth a batch of their own
+    heads = [head if head in common else () for head in heads]
+    stems = [os.path.commonprefix([ids[:-1] for ids, _ in group]) for group in groups]
+    # what all of one beginning share is no work of a single one: five long examples must not fill a batch
+    trunks = {head: len(os.path.commonprefix([stem for other, stem in zip(heads, stems, strict=True) if other == head]))
+              for head in common}
+    rests = [max(len(ids) for ids, _ in group) - 1 - len(stem) for group, stem in zip(groups, stems, strict=True)]
+    stems = [len(stem) - trunks.get(head, 0) for stem, head in zip(stems, heads, strict=True)]
+    keys = [(head, -(rest // 8), -stem) for head, rest, stem in zip(heads, rests, stems, strict=True)]
+    batch, rows, stem, rest = [], 0, 0, 0
+    for index in sorted(range(len(groups)), key=keys.__getitem__):
+        wider = (max(stem, stems[index]), max(rest, rests[index]))
+        own = len(groups[index]) if rests[index] else 1  # rows that will be computed
+        more = rows + own
+        too_large = more > batch_size or (len(batch) + 1) * wider[0] + more * wider[1] > max_tokens
+        if batch and (too_large or keys[index][0] != keys[batch[0]][0]):
+            yield batch
+            batch, more, wider = [], own, (stems[index], rests[index])
+        batch.append(index)
+        rows, (stem, rest) = more, wider
+    if batch:
+        yield batch
+
+
+def _tree_states(model, groups, pad_id):
+    """Hidden states of all rows (lists of ids) of all groups, every shared beginning computed once.
+
+    A tree of three levels: what all groups begin with, what the rows of a group go on with, the rest of each row. Each
+    level is one forward pass over a cache in which every node finds what its parent has left.
+    Returns: states [N,D]; for each row the numbers of its states, one an id.
+    """
+    # commonprefix compares sequences of anything; of a single row it is the whole row
+    stems = [os.path.commonprefix(group) for group in groups]
+    trunk = os.path.commonprefix(stems) if len(stems) > 1 else []
+    trunk = trunk if len(trunk) >= SHARED else []
+    owners = [g for g, group in enumerate(groups) for _ in group]
+    rests = [ids[len(stem):] for stem, group in zip(stems, groups, strict=True) for ids in group]
+    levels = [([trunk], [0]), ([stem[len(trunk):] for stem in stems], [0] * len(stems)), (rests, owners)]
+    work, cache = [pieces for pieces, _ in levels if any(pieces)], None
+    if len(work) > 1:
+        cache = model.new_cache(max(map(len, work)), sum(max(map(len, pieces)) for pieces in work))
+    device = next(model.parameters()).device
+    states, places, rows, count = [], [[]], [0], 0
+    for pieces, parents in levels:
+        places, rows = [places[parent] for parent in parents], [rows[parent] for parent in parents]
+        if not any(pieces):  # options of one id need nothing but the state in front of them
+            continue
+        if cache is not None:
+            cache.keep(rows)
+        rows, width = range(len(pieces)), max(map(len, pieces))
+        ids = torch.tensor([piece + [pad_id] * (width - len(piece)) for piece in pieces], device=device)  # [B,T]
+        states.append(model.hidden_states(ids, cache=cache).flatten(0, 1))  # [B,T,D] -> [B*T,D]
+        places = [place + list(range(count + row * width, count + row * width + len(piece)))
+                  for row, place, piece in zip(rows, places, pieces, strict=True)]
+        if cache is not None:
+            cache.set_lengths([len(place) for place in places])  # without the padding
+        count += ids.numel()
+    return torch.cat(states), places
+
+
+def _read_targets(model, states, targets):
+    """(log p of each target [N] in float64 on the CPU, whether it is the most likely id [N]) from states [N,D]."""
+    targets = torch.tensor(targets, device=states.device)  # [N]
+    logprobs, best = [], []
+    rows = max(1, 2**21 // model.config.vocab_size)  # logits of a few megabytes, which stay in a CPU's cache
+    for part, wanted in zip(states.split(rows), targets.split(rows), strict=True):
+        logits = model.lm_head(part)  # [n,V]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        gold = logits.gather(1, wanted[:, None]).squeeze(1)  # [n]
+        logprobs.append((gold - logits.logsumexp(-1)).cpu().double())
+        best.append((logits.argmax(-1) == wanted).cpu())
+    return torch.cat(logprobs), torch.cat(best)
+
+
+@torch.no_grad()
+def reward_scores(model, tokenizer, conversations: Sequence[list[dict]], texts: Sequence[str], batch_size: int = 64,
+                  autocast: Callable = contextlib.nullcontext) -> list[float]:
+    """What a reward model gives each text as the answer to its conversation, read at the end token as in training."""
+    rows = []
+    for messages, text in zip(conversations, texts, strict=True):
+        ids, mask = tokenizer.render([*messages, {"role": "assistant", "content": text}])
+        rows.append(ids[: len(ids) - mask[::-1].index(1)][-model.config.max_position_embeddings:])
+    device, scores = next(model.parameters()).device, []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        width = max(map(len, part))
+        ids = torch.tensor([row + [tokenizer.pad_id] * (width - len(row)) for row in part], device=device)  # [B,T]
+        with autocast():
+            scores += model(ids, torch.tensor([len(row) for row in part], device=device)).float().tolist()  # [B]
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,8 +379,80 @@ def rule_score(text: str, answer: str | None, check: str | None, styles: dict) -
     return float(right) + STYLE_SCORES[style(text, styles)]
 
 
+def regression(completions: Sequence[Completion], items: Sequence[dict]) -> tuple[float, list[tuple[dict, str, str]]]:
+    """A suite of fixed prompts: (share passed, (item, answer, what is wrong) of each that failed).
+
+    To pass, an answer must be right (check_answer), end by itself and not run in a circle: the three things that break
+    without any loss showing it.
+    """
+    failures = []
+    for completion, item in zip(completions, items, strict=True):
+        wrong = [name for name, bad in (("wrong", not check_answer(item["check"], item["answer"], completion.text)),
+                                        ("does not stop", not completion.stopped),
+                                        ("repeats itself", has_loop(completion.ids))) if bad]
+        if wrong:
+            failures.append((item, completion.text, ", ".join(wrong)))
+    return share([True] * (len(items) - len(failures)) + [False] * len(failures)), failures
+
+
+def words(text: str) -> list[str]:
+    """The words of a text for ROUGE: runs of letters and digits in lower case, each Chinese character for itself."""
+    return re.findall(rf"[{CJK}]|[^\W{CJK}]+", _fold(text))
+
+
+def text_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """How much of the references the texts repeat, each score from 0 to 100: bleu and chrf over all texts together
+    (sacrebleu), rouge_l as the mean F over the texts (rouge-score).
+
+    Raises ValueError where a library is not installed.
+    """
+    sacrebleu, rouge = _library("sacrebleu"), _library("rouge_score.rouge_scorer")
+    # the usual tokenisation takes a Chinese sentence for one word; this one parts it and leaves other text alone
+    chinese = any(re.search(f"[{CJK}]", text) for text in references)
+    bleu = sacrebleu.corpus_bleu(list(texts), [list(references)], tokenize="zh" if chinese else "13a")
+    chrf = sacrebleu.corpus_chrf(list(texts), [list(references)])
+    scorer = rouge.RougeScorer(["rougeL"], tokenizer=_Words())
+    rouge_l = [scorer.score(reference, text)["rougeL"].fmeasure
+               for text, reference in zip(texts, references, strict=True)]
+    return {"bleu": bleu.score, "chrf": chrf.score, "rouge_l": 100 * sum(rouge_l) / len(rouge_l)}
+
+
+class _Words:
+    tokenize = staticmethod(words)
+
+
+def _library(name):
+    """An optional library, imported only now."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{error}; BLEU, chrF and ROUGE-L are computed by libraries that training does not need; "
+                         "install them: pip install sacrebleu rouge-score") from None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Comparing and counting
+
+
+def out_of_patience(values: Sequence[float], patience: int, higher_is_better: bool = False) -> bool:
+    """Whether the last `patience` values of a metric (0: never) brought nothing better than what was before them.
+
+    The whole history decides, as metrics.jsonl has it, so that a resumed run stops where an uninterrupted one does.
+    """
+    if not patience or len(values) <= patience:
+        return False
+    before, recent = values[:-patience], values[-patience:]
+    return max(recent) <= max(before) if higher_is_better else min(recent) >= min(before)
+
+
+def pass_at(samples: Sequence[Sequence[bool]], ks: Iterable[int]) -> dict[int, tuple[float, float]]:
+    """{k: (mean pass@k over the prompts, standard error)}; samples: of each prompt, which of its answers are right."""
+    result = {}
+    for k in ks:
+        values = [pass_at_k(len(right), sum(right), k) for right in samples]
+        error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        result[k] = (float(np.mean(values)) if values else math.nan, error)
+    return result
 
 
 def standard_error(rate: float, n: int) -> float:

@@ -17,6 +17,8 @@ import torch
 import checkpoint
 import common
 import eval as evaluation
+import metrics
+import tasks
 from dataset import SFTData
 from model import ScalarHead, Transformer, token_logprobs
 
@@ -487,3 +489,177 @@ def test_missing_held_out_data_is_said(stage, parse, data, tmp_path, capsys):
     (data / "pretrain.heldout.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="no held-out data.*make_data"):
         evaluation.main(parse("--mode", "score", "--data_dir", data))
+
+
+# -- Benchmarks --------------------------------------------------------------------------------------------------------
+FILES = ROOT / "tests" / "data" / "tasks"
+
+
+def test_tasks_are_scored_said_in_words_and_kept(stage, parse, tmp_path, capsys):
+    stage("sft")
+    stage("reward")
+    result = evaluation.main(parse("--tasks", "all", "--task_dir", FILES, "--limit", 2, "--few_shot", 0))["results"]
+    shown, rows = capsys.readouterr().out, results_of(tmp_path)
+    assert {row["task"] for row in result} == set(tasks.TASKS) and len(result) == len(tasks.TASKS) == len(rows)
+    assert "reward is a reward model" in shown and "at chance" in shown and "perplexity" in shown
+    row = rows["sft", "task:piqa"]
+    assert row["stage"] == "sft" and len(row["checkpoint"]) == 16 and row["n"] == 2 and row["few_shot"] == 0
+    assert {"score", "standard_error", "chance", "majority", "seconds", "versions"} <= row.keys()
+    assert row["score"] == row["scores"]["acc"] and row["data"] == "piqa_validation.jsonl"
+    evaluation.main(parse("--mode", "summary"))
+    assert "piqa" in capsys.readouterr().out
+    assert not list((tmp_path / "out" / "eval_partial").iterdir())
+
+
+def test_an_interrupted_benchmark_goes_on_where_it_was(stage, parse, tmp_path, monkeypatch, capsys):
+    stage("sft")
+    flags = ("--tasks", "hellaswag", "--task_dir", FILES, "--batch_size", 8)
+    whole, = evaluation.main(parse(*flags))["results"]
+    scores, asked = metrics.sequence_scores, []
+
+    def killed(model, groups, *args, **kwargs):
+        asked.append(len(groups))
+        for n, found in enumerate(scores(model, groups, *args, **kwargs)):
+            if n == 4 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(metrics, "sequence_scores", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(parse(*flags))
+    path, = (tmp_path / "out" / "eval_partial").iterdir()
+    with open(path, "a") as file:
+        file.write("[7, [[-3.")  # what a kill in the middle of a write leaves
+    again, = evaluation.main(parse(*flags))["results"]
+    assert asked == [10, 6] and again["scores"] == whole["scores"] and "4 of 10 are known" in capsys.readouterr().out
+
+
+def test_unknown_task_and_missing_file(stage, parse, tmp_path, capsys):
+    stage("sft")
+    with pytest.raises(ValueError, match="--tasks pika; there are: hellaswag, .*correct the name"):
+        evaluation.main(parse("--tasks", "piqa,pika", "--task_dir", FILES))
+    shutil.copy(FILES / "piqa_validation.jsonl", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no file of boolq"):
+        evaluation.main(parse("--tasks", "boolq", "--task_dir", tmp_path))
+    assert len(evaluation.main(parse("--tasks", "all", "--task_dir", tmp_path))["results"]) == 1
+    assert "boolq is left out" in capsys.readouterr().out
+
+
+# -- References, fixed prompts, comparisons ----------------------------------------------------------------------------
+def echo(monkeypatch, tokenizer, change=lambda text: text):
+    """generate() answers with the last question's own text, changed."""
+    def generate(self, prompts, max_new_tokens, **settings):
+        for row, prompt in enumerate(prompts):
+            said = tokenizer.decode(prompt).rsplit("user\n", 1)[1].split("<|im_end|>")[0]
+            ids = [*tokenizer.encode(change(said)), tokenizer.eos_id]
+            yield from ((row, token) for token in ids[:max_new_tokens])
+
+    monkeypatch.setattr(Transformer, "generate", generate)
+
+
+def test_references_give_the_scores_of_the_libraries(stage, parse, tmp_path, tokenizer, monkeypatch, capsys):
+    sacrebleu = pytest.importorskip("sacrebleu", reason="sacrebleu is not installed (requirements-dev.txt)")
+    pytest.importorskip("rouge_score", reason="rouge_score is not installed (requirements-dev.txt)")
+    stage("sft")
+    asked = ["the brown cat sat on the mat today", "a dog is grey and very old now", "one two three four five six"]
+    wanted = ["the brown cat lay on the mat today", "a dog is grey and very old now", "six five four three two one"]
+    rows = [{"prompt": asked[0], "reference": wanted[0]}, {"prompt": asked[1], "answer": wanted[1]},
+            {"conversations": [{"role": "user", "content": asked[2]}, {"role": "assistant", "content": wanted[2]}]}]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    echo(monkeypatch, tokenizer)
+    row, = evaluation.main(parse("--references", tmp_path / "r.jsonl"))["results"]
+    assert row["bleu"] == pytest.approx(sacrebleu.corpus_bleu(asked, [wanted]).score) and 0 < row["bleu"] < 100
+    assert row["chrf"] == pytest.approx(sacrebleu.corpus_chrf(asked, [wanted]).score)
+    # longest common subsequences 7 of 8, 8 of 8, 1 of 6; equal lengths, so F is that share
+    assert row["rouge_l"] == pytest.approx(100 * (7 / 8 + 1 + 1 / 6) / 3) and row["n"] == 3
+    (tmp_path / "r.jsonl").write_text(json.dumps({"prompt": "x"}) + "\n")
+    with pytest.raises(ValueError, match=r"r\.jsonl:1: no reference.*write prompt and reference"):
+        evaluation.main(parse("--references", tmp_path / "r.jsonl"))
+
+
+def test_fixed_prompts_pass_only_when_right_and_stopped(stage, parse, tmp_path, tokenizer, monkeypatch, capsys):
+    stage("sft")
+    rows = [{"prompt": f"say {n}", "answer": str(n), "check": "number"} for n in range(6)]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # 1 is wrong, 2 says so again and again and never stops
+    echo(monkeypatch, tokenizer, lambda text: {"say 1": "7", "say 2": "2 " * 80}.get(text, text))
+    row, = evaluation.main(parse("--regression", 1, "--regression_path", tmp_path / "s.jsonl"))["results"]
+    shown = capsys.readouterr().out
+    assert row["pass_rate"] == 4 / 6 and row["failed"] == ["say 1", "say 2"] and row["group"] == "regression"
+    assert "4 of 6 fixed prompts passed" in shown and "wrong: 'say 1' -> '7', expected '1'" in shown
+    assert "does not stop, repeats itself: 'say 2'" in shown
+    (tmp_path / "s.jsonl").write_text('{"prompt": "say 1"}\n')
+    with pytest.raises(ValueError, match=r"s\.jsonl:1: found the keys \[prompt\].*add what is missing"):
+        evaluation.main(parse("--regression", 1, "--regression_path", tmp_path / "s.jsonl"))
+
+
+def test_the_fixed_prompts_of_the_project_are_whole():
+    rows = [json.loads(line) for line in (ROOT / "assets" / "regression.jsonl").read_text("utf-8").splitlines()]
+    assert len(rows) >= 20 and {row["lang"] for row in rows} == {"en", "zh"}
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    for row in rows:
+        assert metrics.check_answer(row["check"], row["answer"], row["answer"])
+
+
+def test_compare_writes_a_table_and_says_who_wins(stage, parse, data, tmp_path, tokenizer, monkeypatch, capsys):
+    stage("sft")
+    stage("dpo")
+    reward = ScalarHead.from_pretrained(stage("reward"))
+    torch.nn.init.normal_(reward.score.weight, generator=torch.Generator().manual_seed(2))
+    reward.save_pretrained(tmp_path / "out" / "reward")
+    checkpoint.write_minillm(tmp_path / "out" / "reward", {"stage": "reward", "finished": True})
+    (tmp_path / "p.txt").write_text("one | two\nthree\n")
+    echo(monkeypatch, tokenizer)
+    flags = ("--compare", "sft,dpo", "--output", tmp_path / "t.md")
+    result = evaluation.main(parse("--prompts", tmp_path / "p.txt", *flags, "--judge", "reward"))
+    table = (tmp_path / "t.md").read_text().splitlines()
+    assert table == ["| prompt | sft | dpo |", "|---|---|---|", "| one \\| two | one \\| two | one \\| two |",
+                     "| three | three | three |"]
+    assert [(row["group"], row["win_rate"]) for row in result["results"]] == [("against dpo by reward model", 0.5)]
+    # on the held-out preferences a rule judges as well; with one set of answers all are ties
+    result = evaluation.main(parse("--data_dir", data, *flags, "--judge", "reward"))
+    assert [row["win_rate"] for row in result["results"]] == [0.5, 0.5] and result["results"][0]["n"] == 12
+    assert "judged by the rule: won 0.500 (0.000) of 12" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--compare reward is a reward model.*--judge"):
+        evaluation.main(parse("--prompts", tmp_path / "p.txt", "--compare", "sft,reward"))
+    with pytest.raises(ValueError, match="--judge sft is no reward model"):
+        evaluation.main(parse("--prompts", tmp_path / "p.txt", "--compare", "sft,dpo", "--judge", "sft"))
+
+
+def test_the_judge_reads_an_answer_as_training_did(stage, parse, data, tmp_path, player):
+    reward, args = player("reward")
+    for weight in reward.model.parameters():  # larger than at a start, where all answers have nearly one score
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.4, generator=torch.Generator().manual_seed(2))
+    rows = [json.loads(line) for line in (data / "preference.heldout.jsonl").read_text("utf-8").splitlines()]
+    asked = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    sides = [metrics.reward_scores(reward.model, reward.tokenizer, asked, [row[side] for row in rows], 5)
+             for side in ("chosen", "rejected")]
+    pairs = evaluation.PreferenceData(data / "preference.heldout.jsonl", reward.tokenizer, 256,
+                                      cache_dir=tmp_path / "cache").batch(range(len(rows)))
+    with torch.no_grad():
+        expected = reward.model(pairs["ids"], pairs["lengths"])
+    assert [*sides[0], *sides[1]] == pytest.approx(expected.tolist(), abs=1e-5) and len(set(sides[0])) > 6
+
+
+def test_pass_k_draws_several_answers(stage, parse, data, tmp_path, tokenizer, monkeypatch, capsys):
+    stage("sft")
+    turn = []
+
+    def generate(self, prompts, max_new_tokens, row_seeds, **settings):
+        """Question n is answered rightly in draw d (12 prompts a draw) when n divides by d + 1."""
+        for row, (prompt, seed) in enumerate(zip(prompts, row_seeds, strict=True)):
+            n = int(tokenizer.decode(prompt).rsplit("say ", 1)[1].split("<")[0])
+            turn.append(seed)
+            text = str(n) if n % (seed // 12 + 1) == 0 else "no"
+            yield from ((row, token) for token in [*tokenizer.encode(text), tokenizer.eos_id])
+
+    monkeypatch.setattr(Transformer, "generate", generate)
+    for name in ("pretrain", "sft", "preference"):
+        (data / f"{name}.heldout.jsonl").unlink()
+    row, = evaluation.main(parse("--mode", "score", "--data_dir", data, "--pass_k", 3))["results"]
+    right = [sum(n % (d + 1) == 0 for d in range(3)) for n in range(12)]
+    assert sorted(turn) == list(range(36)) and row["samples"] == 3 and row["n"] == 8  # 4 are small talk and identity
+    assert row["pass_at_k"]["1"] == pytest.approx(sum(right) / 36)
+    assert row["pass_at_k"]["2"] == pytest.approx(1 - sum(math.comb(3 - c, 2) for c in right) / 3 / 12)
+    assert row["pass_at_k"]["3"] == 1.0 and "pass@3 1.000" in capsys.readouterr().out

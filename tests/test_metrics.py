@@ -331,3 +331,44 @@ def test_loop_rate_and_distinct_over_completions():
     answers = [Completion("", [1] * 20, False), Completion("", [1, 2, 3], True)]
     assert metrics.loop_rate(answers) == 0.5
     assert metrics.distinct(answers, 2) == 3 / 21 and math.isnan(metrics.distinct([], 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Suites, libraries, patience
+
+
+def test_words_part_chinese_by_characters():
+    found = metrics.words("It's a BROWN cat, 3.5 猫和狗！")
+    assert found == ["it", "s", "a", "brown", "cat", "3", "5", "猫", "和", "狗"]
+
+
+def test_text_scores_of_chinese_and_of_equal_texts():
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed (requirements-dev.txt)")
+    pytest.importorskip("rouge_score", reason="rouge_score is not installed (requirements-dev.txt)")
+    same = ["小猫是棕色的，小狗是灰色的。", "他们在墙边找到了一个时钟。"]
+    assert metrics.text_scores(same, same) == {name: pytest.approx(100) for name in ("bleu", "chrf", "rouge_l")}
+    near = metrics.text_scores(["小猫是黑色的，小狗是灰色的。", "他们在墙边找到了一个铃铛。"], same)
+    assert 50 < near["bleu"] < 100 and 80 < near["rouge_l"] < 100  # characters, not the sentence as one word
+
+
+def test_a_missing_library_is_named_with_its_command(monkeypatch):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(metrics.importlib, "import_module", missing)
+    with pytest.raises(ValueError, match="sacrebleu.*pip install sacrebleu rouge-score"):
+        metrics.text_scores(["a"], ["a"])
+
+
+@pytest.mark.parametrize(("values", "patience", "higher", "stop"), [
+    ([3, 2, 1], 2, False, False), ([3, 1, 2, 1], 2, False, True), ([3, 1, 2, 0.9], 2, False, False),
+    ([1], 1, True, False), ([1, 1], 1, True, True), ([1, 3, 2], 1, True, True),
+    ([1, 3, 2, 4], 2, True, False), ([5, 6, 7], 0, False, False)])
+def test_patience_ends_when_nothing_became_better(values, patience, higher, stop):
+    assert metrics.out_of_patience(values, patience, higher) is stop
+
+
+def test_pass_at_k_over_prompts():
+    rates = metrics.pass_at([[True, False], [False, False], [True, True]], (1, 2))
+    assert rates[1] == (pytest.approx(0.5), pytest.approx(np.std([0.5, 0, 1], ddof=1) / math.sqrt(3)))
+    assert rates[2][0] == pytest.approx(2 / 3)
