@@ -121,7 +121,7 @@ run_stage() {
     eval)
         stage eval "all checkpoints side by side on held-out data ($EVAL_TIME)" \
             "$PY" eval.py --mode score --weight all --save_dir "$OUT" --data_dir "$d" \
-            --samples 3 $EVAL ${EVAL_ARGS:-} ;;
+            --samples 3 --report "$OUT" $EVAL ${EVAL_ARGS:-} ;;
     esac
 }
 
@@ -188,7 +188,7 @@ for name in "${STAGES[@]}"; do
 done
 "$PY" eval.py --mode summary --save_dir "$OUT"
 [ "$SMOKE" = 1 ] && "$PY" tests/smoke_checks.py "$OUT"
-printf '\nThe whole story took %d min %d s. Curves: %s/logs/*/curves.png\n' \
+printf '\nThe whole story took %d min %d s. Its page: %s/report.html\n' \
     $(((SECONDS - BEGIN) / 60)) $(((SECONDS - BEGIN) % 60)) "$OUT"
 if [ "$SMOKE" = 1 ]; then
     echo "Next: bash run.sh"

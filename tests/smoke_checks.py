@@ -72,6 +72,8 @@ def checks(out):
         yield f"{stage}: an answer ends with <|im_end|>", ids[-1] == tokenizer.eos_id, repr(tokenizer.decode(ids[:-1]))
     scored = {json.loads(line)["weight"] for line in (out / "eval_results.jsonl").read_text().splitlines()}
     yield "eval: scored every stage", scored >= set(STAGES), ", ".join(sorted(scored))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    yield "report: tells of every stage", all(f">{stage}<" in page for stage in STAGES), f"{len(page)} characters"
 
 
 def main():
