@@ -354,7 +354,7 @@ def read_rows(path: Path) -> Iterator[tuple[dict, str]]:
         raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
         text = raw.decode("utf-8-sig")
         if kind == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
         elif kind == ".txt":
             rows = [{"page": page} for page in pages(text)]
         elif kind == ".json" and text.lstrip().startswith("["):

@@ -226,7 +226,7 @@ def main(args):
         if not args.max_minutes:
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
-    conditions = checkpoint.conditions(runtime, args, f"distill {args.stage}", model.config, [data, held_out], parents,
+    conditions = checkpoint.conditions(runtime, args, "distill", model.config, [data, held_out], parents,
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
                          args.tracker, conditions, args.plot_interval)

@@ -141,7 +141,7 @@ def test_wrong_rows_are_named(content, message, tmp_path):
 
 @pytest.mark.parametrize(("name", "content"), [
     ("piqa_val.jsonl", "\u00e9".encode("latin-1")), ("piqa_val.json", b"[{"), ("piqa_val.jsonl.gz", b"no gzip"),
-    ("piqa_val.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9]), ("piqa_val.csv", b'goal\n"' + b"x" * 200_000 + b'"\n')])
+    ("piqa_val.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9]), ("piqa_val.csv", b'goal\n"never closed\n')])
 def test_damaged_files_are_named(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}: .*fetch it again, or convert it"):
