@@ -434,17 +434,6 @@ def _library(name):
 # 3. Comparing and counting
 
 
-def out_of_patience(values: Sequence[float], patience: int, higher_is_better: bool = False) -> bool:
-    """Whether the last `patience` values of a metric (0: never) brought nothing better than what was before them.
-
-    The whole history decides, as metrics.jsonl has it, so that a resumed run stops where an uninterrupted one does.
-    """
-    if not patience or len(values) <= patience:
-        return False
-    before, recent = values[:-patience], values[-patience:]
-    return max(recent) <= max(before) if higher_is_better else min(recent) >= min(before)
-
-
 def pass_at(samples: Sequence[Sequence[bool]], ks: Iterable[int]) -> dict[int, tuple[float, float]]:
     """{k: (mean pass@k over the prompts, standard error)}; samples: of each prompt, which of its answers are right."""
     result = {}

@@ -334,7 +334,7 @@ def test_loop_rate_and_distinct_over_completions():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Suites, libraries, patience
+# Suites, libraries
 
 
 def test_words_part_chinese_by_characters():
@@ -358,14 +358,6 @@ def test_a_missing_library_is_named_with_its_command(monkeypatch):
     monkeypatch.setattr(metrics.importlib, "import_module", missing)
     with pytest.raises(ValueError, match="sacrebleu.*pip install sacrebleu rouge-score"):
         metrics.text_scores(["a"], ["a"])
-
-
-@pytest.mark.parametrize(("values", "patience", "higher", "stop"), [
-    ([3, 2, 1], 2, False, False), ([3, 1, 2, 1], 2, False, True), ([3, 1, 2, 0.9], 2, False, False),
-    ([1], 1, True, False), ([1, 1], 1, True, True), ([1, 3, 2], 1, True, True),
-    ([1, 3, 2, 4], 2, True, False), ([5, 6, 7], 0, False, False)])
-def test_patience_ends_when_nothing_became_better(values, patience, higher, stop):
-    assert metrics.out_of_patience(values, patience, higher) is stop
 
 
 def test_pass_at_k_over_prompts():
