@@ -84,9 +84,9 @@ def positive(kind, zero=False, below=1e15):
     return convert
 
 
-def run_flags(parser, save_weight, eval_interval, save_interval=100, log_interval=10):
+def run_flags(parser, save_weight, eval_interval, save_interval=100, log_interval=10, watched=("val_loss",)):
     """Add the flags of a run that mean the same in every training script: where it is written, on what it runs, how
-    often it speaks."""
+    often it speaks. watched: the held-out numbers that --patience can go by, the usual one first."""
     count = positive(int, zero=True)
     g = parser.add_argument_group("output")
     g.add_argument("--save_dir", default="out", help="folder of all checkpoints")
@@ -103,6 +103,9 @@ def run_flags(parser, save_weight, eval_interval, save_interval=100, log_interva
                    help="optimizer steps between evaluations, 0 = only at the end")
     g.add_argument("--save_interval", type=count, default=save_interval,
                    help="optimizer steps between checkpoints, 0 = only at the end")
+    g.add_argument("--patience", type=count, default=0,
+                   help="end early when so many evaluations in a row have not bettered --patience_metric, 0 = never")
+    g.add_argument("--patience_metric", default=watched[0], choices=watched, help="held-out number to go by")
     switch(g, "--keep_resume", 1, "keep the optimizer state after the end, so that training can go on")
     g = parser.add_argument_group("run")
     switch(g, "--from_resume", 0,

@@ -422,6 +422,28 @@ class Budget:
         return min(max_steps, int(total)) if max_steps else int(total)
 
 
+def out_of_patience(progress, args):
+    """Whether the last --patience evaluations brought nothing better than what was before them."""
+    values = progress.get("watched", [])
+    if not args.patience or len(values) <= args.patience:
+        return False
+    falls = args.patience_metric in ("val_loss", "val_kl", "bits_per_byte")  # the smaller, the better
+    before, recent = values[:-args.patience], values[-args.patience:]
+    return min(recent) >= min(before) if falls else max(recent) <= max(before)
+
+
+def watch_evaluation(runtime, args, progress, numbers):
+    """--patience: note an evaluation (its dict of numbers, the same on all ranks). When patience is over, the next step
+    is made the last one, at the end of the schedule and with the whole evaluation. What was noted is in `progress`, so
+    a resumed run ends where it would have ended."""
+    if args.patience and numbers.get(args.patience_metric) is not None:
+        progress.setdefault("watched", []).append(numbers[args.patience_metric])
+        if out_of_patience(progress, args) and progress["step"] + 1 < progress["max_steps"]:
+            progress["max_steps"] = progress["step"] + 1
+            runtime.print(f"patience is over: {args.patience_metric} has not become better in {args.patience} "
+                          "evaluations; one more step ends the run")
+
+
 class Eta:
     """After 20 steps of a start: one line with the time that is left, measured on the last ten of them."""
 

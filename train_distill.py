@@ -73,7 +73,8 @@ def parse_args(argv=None):
     cli.switch(g, "--gradient_checkpointing", 0,
                "recompute activations in the backward pass: less memory, about 30%% slower")
     cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.01, warmup_steps=0.1)
-    cli.run_flags(parser, save_weight="distill", eval_interval=250, save_interval=500)
+    cli.run_flags(parser, save_weight="distill", eval_interval=250, save_interval=500,
+                  watched=("val_kl", "val_loss"))
     parser.add_argument("--eval_batches", type=cli.positive(int), default=32, help="held-out batches per evaluation")
     cli.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
     args = parser.parse_args(argv)
@@ -223,7 +224,7 @@ def main(args):
         runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
         del state  # twice the size of the weights, or more
-        if not args.max_minutes:
+        if not args.max_minutes and not common.out_of_patience(progress, args):
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "distill", model.config, [data, held_out], parents,
@@ -336,6 +337,7 @@ def main(args):
             if runtime.is_main:
                 logs.say(f"step {step}: {describe(result)}")
                 log.judge()
+            common.watch_evaluation(runtime, args, progress, result)
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

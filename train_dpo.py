@@ -67,7 +67,8 @@ def parse_args(argv=None):
                    help="assumed share of swapped pairs, below 0.5 (sigmoid only)")
     cli.optim_flags(parser, batch_size=32, learning_rate=5e-5, muon_learning_rate=2e-4, warmup_steps=0.1,
                     optimizer="adamw")
-    cli.run_flags(parser, save_weight="dpo", eval_interval=50, save_interval=100)
+    cli.run_flags(parser, save_weight="dpo", eval_interval=50, save_interval=100,
+                  watched=("val_loss", "val_accuracy"))
     parser.add_argument("--eval_batches", type=cli.positive(int), default=64, help="held-out batches per evaluation")
     parser.add_argument("--eval_prompts", type=cli.positive(int, zero=True), default=400,
                         help="held-out prompts answered by both models for the win rate at the end, 0 = none")
@@ -267,7 +268,7 @@ def main(args):
         optim.load_state(optimizer, state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
         progress, tables = progress | state["progress"], state["tables"]
-        if not args.max_minutes:
+        if not args.max_minutes and not common.out_of_patience(progress, args):
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "dpo", model.config, [data, held_out], [parent],
@@ -390,6 +391,7 @@ def main(args):
                 for line in warning_lines(result, means["loss"], early=step < progress["max_steps"] / 2):
                     log.log(step, alarm=line)
                 log.judge()
+            common.watch_evaluation(runtime, args, progress, result | {"val_accuracy": result["accuracy"]})
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

@@ -70,7 +70,8 @@ def parse_args(argv=None):
     cli.optim_flags(parser, batch_size=48, learning_rate=1e-4, muon_learning_rate=4e-4, max_steps=20, warmup_steps=0,
                     schedule="constant", accumulation_steps=8, optimizer="adamw",
                     unserved=("sophia", "schedulefree"))
-    cli.run_flags(parser, save_weight="grpo", eval_interval=10, save_interval=10, log_interval=1)
+    cli.run_flags(parser, save_weight="grpo", eval_interval=10, save_interval=10, log_interval=1,
+                  watched=("pass_at_1", "exact_match"))
     parser.add_argument("--eval_prompts", type=whole, default=128, help="held-out prompts per evaluation")
     parser.add_argument("--eval_samples", type=whole, default=4, help="sampled answers to each of them")
     return parser.parse_args(argv)
@@ -399,7 +400,7 @@ def main(args):
         optim.load_state(optimizer, state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
-        if not args.max_minutes:
+        if not args.max_minutes and not common.out_of_patience(progress, args):
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "grpo", model.config, [data, held_out], [parent],
@@ -469,6 +470,7 @@ def main(args):
                          f"pass@{args.eval_samples} {result['pass_at_k']:.3f}, "
                          f"greedy {result['exact_match']:.3f}, stop rate {result['stop_rate']:.3f}")
                 log.judge()
+            common.watch_evaluation(runtime, args, progress, result)
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

@@ -89,7 +89,8 @@ def parse_args(argv=None):
     cli.optim_flags(parser, batch_size=32, learning_rate=1e-4, muon_learning_rate=4e-4, max_steps=10, warmup_steps=0,
                     schedule="constant", accumulation_steps=2, optimizer="adamw",
                     unserved=("sophia", "schedulefree"))
-    cli.run_flags(parser, save_weight="ppo", eval_interval=5, save_interval=5, log_interval=1)
+    cli.run_flags(parser, save_weight="ppo", eval_interval=5, save_interval=5, log_interval=1,
+                  watched=("val_reward", "exact_match"))
     parser.add_argument("--eval_prompts", type=whole, default=128, help="held-out prompts per evaluation")
     args = parser.parse_args(argv)
     if args.rule and args.value_head == "reward":
@@ -554,7 +555,7 @@ def main(args):
             optim.load_state(optimizer, saved)
         runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
-        if not args.max_minutes:
+        if not args.max_minutes and not common.out_of_patience(progress, args):
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "ppo", policy.config, [data, held_out], parents,
@@ -644,6 +645,7 @@ def main(args):
                                     for name, x in result.items())
                 logs.say(f"step {step}: held-out {numbers}")
                 log.judge()
+            common.watch_evaluation(runtime, args, progress, result)
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

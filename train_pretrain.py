@@ -72,7 +72,8 @@ def parse_args(argv=None):
     cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.01, warmup_steps=0.1,
                     unserved=())
     cli.sharding_flags(parser)
-    cli.run_flags(parser, save_weight="pretrain", eval_interval=250, save_interval=500)
+    cli.run_flags(parser, save_weight="pretrain", eval_interval=250, save_interval=500,
+                  watched=("val_loss", "bits_per_byte"))
     parser.add_argument("--length_warmup", type=cli.positive(float, zero=True, below=1.001), default=0.0,
                         help="share of the steps in which rows are shorter, 1/8 of --max_seq_len at first; 0 = none. "
                              "Better bits per byte in short runs, worse at looking things up in a text")
@@ -214,7 +215,7 @@ def main(args):
         runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
         del state  # twice the size of the weights, or more
-        if not args.max_minutes:
+        if not args.max_minutes and not common.out_of_patience(progress, args):
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "pretrain", model.config, [data, held_out], origin,
@@ -338,6 +339,7 @@ def main(args):
                 logs.say(f"step {step}: held-out loss {val_loss:.3f}{log.expected(step, 'val_loss')}, {bits:.3f} "
                          f"bits per byte | {text}")
                 log.judge()
+            common.watch_evaluation(runtime, args, progress, {"val_loss": val_loss, "bits_per_byte": bits})
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

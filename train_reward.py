@@ -55,7 +55,8 @@ def parse_args(argv=None):
                    help="weight of the term that keeps scores near 0")
     cli.optim_flags(parser, batch_size=32, learning_rate=3e-4, muon_learning_rate=1e-3, warmup_steps=0.05,
                     optimizer="adamw")
-    cli.run_flags(parser, save_weight="reward", eval_interval=100, save_interval=200)
+    cli.run_flags(parser, save_weight="reward", eval_interval=100, save_interval=200,
+                  watched=("val_loss", "val_accuracy"))
     parser.add_argument("--eval_batches", type=cli.positive(int), default=64, help="held-out batches per evaluation")
     cli.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
     return parser.parse_args(argv)
@@ -173,7 +174,7 @@ def main(args):
         optim.load_state(optimizer, state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
-        if not args.max_minutes:
+        if not args.max_minutes and not common.out_of_patience(progress, args):
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "reward", model.config, [data, held_out], [parent],
@@ -275,6 +276,7 @@ def main(args):
                 logs.say(f"step {step}: held-out loss {result['val_loss']:.3f}{log.expected(step, 'val_loss')}, "
                          f"{describe(result)}")
                 log.judge()
+            common.watch_evaluation(runtime, args, progress, result | {"val_accuracy": result["accuracy"]})
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

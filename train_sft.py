@@ -73,7 +73,8 @@ def parse_args(argv=None):
     cli.optim_flags(parser, batch_size=8, learning_rate=2e-3, muon_learning_rate=0.01, warmup_steps=0.05,
                     unserved=())
     cli.sharding_flags(parser)
-    cli.run_flags(parser, save_weight="sft", eval_interval=250, save_interval=500)
+    cli.run_flags(parser, save_weight="sft", eval_interval=250, save_interval=500,
+                  watched=("val_loss", "exact_match"))
     parser.add_argument("--eval_batches", type=cli.positive(int), default=16, help="held-out batches per evaluation")
     parser.add_argument("--eval_prompts", type=cli.positive(int, zero=True), default=600,
                         help="held-out questions answered for the exact match at the end (a fifth of them on the way)")
@@ -217,7 +218,7 @@ def main(args):
         runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
         del state  # twice the size of the weights, or more
-        if not args.max_minutes:
+        if not args.max_minutes and not common.out_of_patience(progress, args):
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "sft", model.config, [data, held_out, replay], [parent],
@@ -349,6 +350,7 @@ def main(args):
                 for question, answer in answered["samples"] if answered else []:
                     logs.say(f"    {question!r} >> {answer!r}")
                 log.judge()
+            common.watch_evaluation(runtime, args, progress, {"val_loss": val_loss, **found})
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

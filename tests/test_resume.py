@@ -3,6 +3,7 @@ bit-equal to those of a run that was never stopped.
 
     python -m pytest tests/test_resume.py
 """
+import argparse
 import contextlib
 import functools
 import importlib
@@ -330,6 +331,32 @@ def test_signal_in_the_last_step_loses_nothing(run, name):
     assert run(name, "broken", *FLAGS, "--from_resume", "1") == final
     assert_same_run(whole, run.out / "broken")
     assert checkpoint.read_minillm(run.out / "broken")["finished"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_patience_ends_a_run_that_stands_still_and_a_killed_one_at_the_same_step(run, name, capsys):
+    """Rates at which no weight moves: the second evaluation is as good as the first, the third step is the last. With
+    patience for more, the same run goes on."""
+    rates = {"--learning_rate": "1e-30", "--muon_learning_rate": "1e-30", "--value_learning_rate": "1e-30"}
+    rates = [word for flag, rate in rates.items() if flag != "--value_learning_rate" or name == "train_ppo"
+             for word in (flag, rate)]
+    flags = ["--eval_interval", "1", "--save_interval", "1", *rates]
+    whole = run(name, "whole", *flags, "--patience", "1")
+    assert whole["steps"] == 3 and capsys.readouterr().out.count("patience is over") == 1
+    assert run(name, "broken", *flags, "--patience", "1", kill=2) is None
+    assert run(name, "broken", *flags, "--patience", "1", "--from_resume", "1") == whole
+    assert_same_run(run.out / "whole", run.out / "broken", steps=3)
+    assert run(name, "broken", *flags, "--patience", "5", "--from_resume", "1")["steps"] == STEPS
+    assert "going on with changed flags: --patience: was 1, is 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("metric, values, patience, over", [
+    ("val_loss", [3, 2, 1], 2, False), ("val_loss", [3, 1, 2, 1], 2, True), ("val_loss", [3, 1, 2, 0.9], 2, False),
+    ("val_reward", [1], 1, False), ("val_reward", [1, 1], 1, True), ("exact_match", [1, 3, 2], 1, True),
+    ("pass_at_1", [1, 3, 2, 4], 2, False), ("val_loss", [5, 6, 7], 0, False)])
+def test_patience_is_over_when_nothing_became_better(metric, values, patience, over):
+    args = argparse.Namespace(patience=patience, patience_metric=metric)
+    assert common.out_of_patience({"watched": values}, args) is over
 
 
 def test_killed_run_with_shorter_rows_equals_uninterrupted_run(run):
