@@ -854,7 +854,7 @@ def score_tasks(args, runtime):
             except FileNotFoundError as error:
                 if args.tasks != "all":
                     raise
-                print(f"{name} is left out: {error}")
+                print(f"{name} is left out: {str(error).split(';')[0]}")
                 continue
             print(f"{player.name} {name}: {len(items)} items of {source}", flush=True)
             start = time.perf_counter()
@@ -867,6 +867,9 @@ def score_tasks(args, runtime):
                    "data": source, "seconds": round(time.perf_counter() - start, 2)}
             results.append(row)
             write_results(Path(args.save_dir) / "eval_results.jsonl", [row])
+    if not results:
+        raise FileNotFoundError(f"no file of any benchmark in --task_dir {args.task_dir}; their published rows are "
+                                f"read; fetch them with: python prepare_data.py download eval --output {args.task_dir}")
     print_tasks(results)
     return {"results": results}
 

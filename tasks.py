@@ -397,7 +397,8 @@ def load(name: str, folder, limit: int = 0, few_shot: int = -1) -> tuple[list[It
     files = find_files(folder, name, task.splits)
     if not files:
         raise FileNotFoundError(f"no file of {name} in {folder}/ (looked for {name}_{task.splits[0]}*.jsonl and the "
-                                "like); its published rows are read; see docs/evaluation.md for where they come from")
+                                "like); its published rows are read; fetch them with: python prepare_data.py download "
+                                f"eval --output {folder}, or see docs/evaluation.md")
     every = _items(task, files)
     few_shot = shots(task, few_shot)
     source, pool, spare = files[0].name + f" and {len(files) - 1} more" * (len(files) > 1), every, task.spare

@@ -538,6 +538,8 @@ def test_unknown_task_and_missing_file(stage, parse, tmp_path, capsys):
     stage("sft")
     with pytest.raises(ValueError, match="--tasks pika; there are: hellaswag, .*correct the name"):
         evaluation.main(parse("--tasks", "piqa,pika", "--task_dir", FILES))
+    with pytest.raises(FileNotFoundError, match="no file of any benchmark in .*prepare_data.py download eval --output"):
+        evaluation.main(parse("--tasks", "all", "--task_dir", tmp_path))
     shutil.copy(FILES / "piqa_validation.jsonl", tmp_path)
     with pytest.raises(FileNotFoundError, match="no file of boolq"):
         evaluation.main(parse("--tasks", "boolq", "--task_dir", tmp_path))
