@@ -488,7 +488,7 @@ def chat(player, args):
         answer = speak(player, prompt, args, row_seed=len(answers), prefix=prefix)
         answers.append(answer.text)
         # what a model thought is not part of the conversation it goes on with
-        said = {"role": "assistant", "content": answer.text.rsplit("</think>", 1)[-1].lstrip()}
+        said = {"role": "assistant", "content": metrics.spoken(answer.text).lstrip()}
         # and a base model has no turns to remember: each line is a text of its own
         messages = [*kept, said] if player.chat else messages
     return {"weight": str(player.folder), "answers": answers}

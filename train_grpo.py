@@ -307,14 +307,13 @@ def evaluate(policy, tokenizer, items, args, runtime):
     once = metrics.exact_match([answer for answer, in greedy], items)
     # each prompt has the same number of answers, so the share of right answers is the mean pass@1 of the prompts
     often = metrics.exact_match(flat, [item for item in items for _ in range(count)])
-    solved = [metrics.pass_at_k(count, sum(metrics.check_answer(item["check"], item["answer"], answer.text)
-                                           for answer in group), count)
-              for item, group in zip(items, sampled, strict=True)]
+    right = [[metrics.check_answer(item["check"], item["answer"], answer.text) for answer in group]
+             for item, group in zip(items, sampled, strict=True)]
     skills = {skill: [often["by_skill"][skill]["exact_match"], found["exact_match"], found["n"]]
               for skill, found in once["by_skill"].items()}
-    return {"pass_at_1": often["total"], "pass_at_k": sum(solved) / len(solved), "exact_match": once["total"],
-            "stop_rate": often["stop_rate"], "val_length": sum(len(answer.ids) for answer in flat) / len(flat),
-            "by_skill": skills}
+    return {"pass_at_1": often["total"], "pass_at_k": metrics.pass_at(right, [count])[count][0],
+            "exact_match": once["total"], "stop_rate": often["stop_rate"],
+            "val_length": sum(len(answer.ids) for answer in flat) / len(flat), "by_skill": skills}
 
 
 def before_and_after(before, after):
