@@ -28,8 +28,9 @@ FORMAT_VERSION = 1  # of our checkpoint folders; part of every stage key, so tha
 FREE_FLAGS = {"accumulation_steps", "batch_size", "cache_dir", "debug", "device", "dtype", "epochs", "eval_batches",
               "eval_interval", "eval_prompts", "from_resume", "fsdp", "if_needed", "keep_resume", "learning_rate",
               "health", "log_interval", "max_minutes", "max_steps", "merge", "muon_learning_rate", "overwrite",
-              "patience", "plot_interval", "save_dir", "save_interval", "save_weight", "show_batch", "threads",
-              "tracker", "use_compile", "use_wandb", "value_learning_rate", "zero"}
+              "patience", "plot_interval", "regression_interval", "regression_path", "save_dir", "save_interval",
+              "save_weight", "show_batch", "threads", "tracker", "use_compile", "use_wandb", "value_learning_rate",
+              "zero"}
 # ... but these do change the result of a whole stage, so the key keeps them although resume allows them: a run that
 # was stopped because its loss was not finite goes on at a lower rate.
 KEY_FLAGS = {"max_steps", "epochs", "max_minutes", "accumulation_steps", "batch_size", "learning_rate", "merge",

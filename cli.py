@@ -44,6 +44,9 @@ class Parser(argparse.ArgumentParser):
         if self.unserved and args.optimizer in self.unserved:
             self.error(f"--optimizer {args.optimizer}; {UNSERVED[args.optimizer]}; give one of "
                        f"{', '.join(name for name in OPTIMIZERS if name not in self.unserved)}")
+        if getattr(args, "patience_metric", "") == "regression_pass_rate" and not args.regression_interval:
+            self.error("--patience_metric regression_pass_rate with --regression_interval 0; it would never be "
+                       "measured; give --regression_interval 1")
         sharing = [f"--{name} 1" for name in ("zero", "fsdp") if getattr(args, name, 0)]
         if len(sharing) == 2:
             self.error("--zero 1 with --fsdp 1; FSDP shares the optimizer's state as well; give one of them")
@@ -121,6 +124,21 @@ def run_flags(parser, save_weight, eval_interval, save_interval=100, log_interva
     g.add_argument("--seed", type=int, default=42, help="seed of weights, data order and sampling")
     switch(g, "--show_batch", 0, "print the tokens of two samples, and which of them are trained, before training")
     switch(g, "--debug", 0, "show the traceback of an error")
+
+
+def regression_flags(parser):
+    """Add the flags of the suite of fixed prompts, for scripts whose model chats."""
+    g = parser.add_argument_group("fixed prompts")
+    g.add_argument("--regression_interval", type=positive(int, zero=True), default=0,
+                   help="evaluations between two runs of the suite of fixed prompts, which the last one always has; "
+                        "0 = none")
+    suite_path(g)
+
+
+def suite_path(parser):
+    """Add --regression_path, which eval.py has as well."""
+    parser.add_argument("--regression_path", default=str(Path(__file__).parent / "assets" / "regression.jsonl"),
+                        help="file of fixed prompts, each with answer and check")
 
 
 def optim_flags(parser, batch_size, learning_rate, muon_learning_rate, max_steps=0, epochs=1.0, warmup_steps=0.05,

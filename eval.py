@@ -133,8 +133,7 @@ def parse_args(argv=None):
                         "who wins; left out prompts: those of the held-out preferences, where a rule judges as well")
     g.add_argument("--judge", default="", help="reward model that judges in --compare, name or folder")
     cli.switch(g, "--regression", 0, "only the suite of fixed prompts in --regression_path: share passed, failures")
-    g.add_argument("--regression_path", default=str(Path(__file__).parent / "assets" / "regression.jsonl"),
-                   help="file of prompts with answer and check")
+    cli.suite_path(g)
     g = parser.add_argument_group("benchmarks")
     g.add_argument("--tasks", default="", help=f"comma list or all: {', '.join(tasks.TASKS)}; --limit counts the items "
                                                "of each subject")
@@ -989,23 +988,20 @@ def score_references(args, runtime):
 
 def score_regression(args, runtime):
     """The suite of fixed prompts: share passed, and the first failures. Returns {"results": rows}."""
-    items = []
-    for row, where in read_rows(args.regression_path):
-        if not {"prompt", "answer", "check"} <= row.keys():
-            raise ValueError(f"{where}: found the keys [{', '.join(row)}]; a fixed prompt needs prompt, answer and "
-                             "check (number, exact or set); add what is missing")
-        items.append({**row, "messages": [{"role": "user", "content": row["prompt"]}]})
+    items = metrics.fixed_prompts(read_rows(args.regression_path))
     results = []
     for player in speakers(args, runtime):
         start = time.perf_counter()
-        rate, failures = metrics.regression(answers(player, items, args, temperature=0.0), items)
+        prompts = [player.ids(item["messages"]) for item in items]
+        rate, failures = metrics.run_regression(player.model, player.tokenizer, items, runtime, prompts,
+                                                stop_ids(player), args.batch_size)
         results.append({"weight": player.name, "group": "regression", "pass_rate": rate, "n": len(items),
                         "standard_error": metrics.standard_error(rate, len(items)),
                         "failed": [item["prompt"] for item, _, _ in failures], **circumstances(player, args),
                         "data": args.regression_path, "seconds": round(time.perf_counter() - start, 2)})
         print(f"\n{player.name}: {len(items) - len(failures)} of {len(items)} fixed prompts passed ({rate:.3f})")
-        for item, text, wrong in failures[:5]:
-            print(f"  {wrong}: {item['prompt']!r} -> {text!r:.80}, expected {item['answer']!r}")
+        for line in metrics.failure_lines(failures, 5):
+            print(f"  {line}")
     write_results(Path(args.save_dir) / "eval_results.jsonl", results)
     return {"results": results}
 

@@ -34,6 +34,7 @@ PANELS = [
     ("loss", ["loss", "val_loss"]),
     ("held-out bits per byte", ["bits_per_byte"]),
     ("exact match", ["exact_match"]),
+    ("fixed prompts passed", ["regression_pass_rate"]),
     ("pair accuracy", ["accuracy", "val_accuracy"]),
     ("implicit reward margin", ["margin"]),
     ("reward", ["reward", "val_reward"]),
@@ -372,6 +373,11 @@ class MetricLog:
         """" (expected 1.18-1.24 here)", to be printed behind a metric; "" where no reference curve fits."""
         normal = band(self.curve, key, step)
         return f" (expected {_range(*normal)} here)" if normal else ""
+
+    def named(self, step, numbers):
+        """Numbers of an evaluation (dict) as text behind others: ", exact match 0.512 (expected 0.49-0.55 here)"."""
+        return "".join(f", {name.replace('_', ' ')} {value:.3f}{self.expected(step, name)}"
+                       for name, value in numbers.items())
 
     def judge(self):
         """Print the verdict on the run so far below the evaluation just logged, and log it too (rank 0 only)."""

@@ -26,6 +26,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+CHECKS = ("number", "exact", "set")  # of check_answer()
+SUITE_TOKENS = 64  # longest answer to a fixed prompt, wherever a suite is run: its pass rates are to be comparable
 APART = ("identity", "chat")  # skills with many right wordings: held out by wording, reported beside the total
 MAX_EXTRA = 60  # characters a text may have beyond an exact answer: a sentence around it, not a list of guesses
 STYLE_SCORES = {"polite": 1.0, "curt": 0.0, "rambling": -0.5, "impolite": -1.0}  # beside 1.0 for a right answer
@@ -321,7 +323,7 @@ def check_answer(check: str, answer: str, text: str) -> bool:
         return bool(answer) and len(text) <= len(answer) + MAX_EXTRA and _contains(text, answer)
     if check == "set":
         return _same_set(text, answer)
-    raise ValueError(f"check {check!r} is unknown; it is one of number, exact, set; correct the field in the data")
+    raise ValueError(f"check {check!r} is unknown; it is one of {', '.join(CHECKS)}; correct the field in the data")
 
 
 def exact_match(completions: Sequence[Completion], items: Sequence[dict]) -> dict:
@@ -379,22 +381,6 @@ def rule_score(text: str, answer: str | None, check: str | None, styles: dict) -
     return float(right) + STYLE_SCORES[style(text, styles)]
 
 
-def regression(completions: Sequence[Completion], items: Sequence[dict]) -> tuple[float, list[tuple[dict, str, str]]]:
-    """A suite of fixed prompts: (share passed, (item, answer, what is wrong) of each that failed).
-
-    To pass, an answer must be right (check_answer), end by itself and not run in a circle: the three things that break
-    without any loss showing it.
-    """
-    failures = []
-    for completion, item in zip(completions, items, strict=True):
-        wrong = [name for name, bad in (("wrong", not check_answer(item["check"], item["answer"], completion.text)),
-                                        ("does not stop", not completion.stopped),
-                                        ("repeats itself", has_loop(completion.ids))) if bad]
-        if wrong:
-            failures.append((item, completion.text, ", ".join(wrong)))
-    return share([True] * (len(items) - len(failures)) + [False] * len(failures)), failures
-
-
 def words(text: str) -> list[str]:
     """The words of a text for ROUGE: runs of letters and digits in lower case, each Chinese character for itself."""
     return re.findall(rf"[{CJK}]|[^\W{CJK}]+", _fold(text))
@@ -431,7 +417,82 @@ def _library(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Comparing and counting
+# 3. A regression suite: fixed prompts of which every model of a kind should pass as many as the one before
+
+
+def fixed_prompts(rows: Iterable[tuple[dict, str]]) -> list[dict]:
+    """Items of a suite from its rows {"prompt", "answer", "check"}, each with the "file:line" where it stands
+    (dataset.read_rows()). Raises ValueError for a row that could not be judged, and for a suite without any."""
+    items = []
+    for row, where in rows:
+        if not {"prompt", "answer", "check"} <= row.keys():
+            raise ValueError(f"{where}: found the keys [{', '.join(row)}]; a fixed prompt needs prompt, answer and "
+                             "check (number, exact or set); add what is missing")
+        if not isinstance(row["prompt"], str) or row["check"] not in CHECKS:
+            raise ValueError(f"{where}: found the prompt {row['prompt']!r:.60} with the check {row['check']!r}; a "
+                             f"fixed prompt is a text, its check one of {', '.join(CHECKS)}; correct the row")
+        items.append(row | {"messages": [{"role": "user", "content": row["prompt"]}]})
+    if not items:
+        raise ValueError("the file of fixed prompts has no rows; there is nothing to pass; give another file with "
+                         "--regression_path")
+    return items
+
+
+def regression(completions: Sequence[Completion], items: Sequence[dict]) -> tuple[float, list[tuple[dict, str, str]]]:
+    """A suite of fixed prompts: (share passed, (item, answer, what is wrong) of each that failed).
+
+    To pass, an answer must be right (check_answer), end by itself and not run in a circle: the three things that break
+    without any loss showing it.
+    """
+    failures = []
+    for completion, item in zip(completions, items, strict=True):
+        wrong = [name for name, bad in (("wrong", not check_answer(item["check"], item["answer"], completion.text)),
+                                        ("does not stop", not completion.stopped),
+                                        ("repeats itself", has_loop(completion.ids))) if bad]
+        if wrong:
+            failures.append((item, completion.text, ", ".join(wrong)))
+    return share([True] * (len(items) - len(failures)) + [False] * len(failures)), failures
+
+
+def run_regression(model, tokenizer, items: Sequence[dict], runtime, prompts: Sequence[Sequence[int]] | None = None,
+                   stop_ids: Iterable[int] | None = None, batch_size: int = 64):
+    """What regression() finds of a model's most likely answers to a suite (fixed_prompts()).
+
+    runtime: common.Runtime, whose ranks share the work and all get the result. prompts: ids to answer, by default those
+    of a chat; one too long for the model loses its beginning.
+    """
+    if prompts is None:
+        prompts = [tokenizer.render(item["messages"], add_generation_prompt=True)[0] for item in items]
+    room = max(1, model.config.max_position_embeddings - SUITE_TOKENS)
+    with runtime.autocast():
+        answers = complete(model, tokenizer, runtime.shard([ids[-room:] for ids in prompts]), SUITE_TOKENS, batch_size,
+                           stop_ids=stop_ids)
+    return regression(runtime.unshard(answers), items)
+
+
+def failure_lines(failures: Sequence[tuple[dict, str, str]], count: int) -> list[str]:
+    """The first `count` failures that regression() found, a line each."""
+    return [f"{wrong}: {item['prompt']!r} -> {text!r:.80}, expected {item['answer']!r}"
+            for item, text, wrong in failures[:count]]
+
+
+def check_regression(model, tokenizer, items: Sequence[dict], args, runtime, step: int, done: bool = False):
+    """--regression_interval, at every evaluation of a training script: when it is the suite's turn, that is every so
+    many evaluations (the one before the first step is number 0) and at the end.
+
+    Returns: ({"regression_pass_rate": share} for the log, lines on the first three failures); ({}, []) out of turn and
+        without items.
+    """
+    # the number follows from the step: a run that goes on after kill -9 needs no counter to be where it was
+    number = math.ceil(step / args.eval_interval) if args.eval_interval else 0
+    if not items or (number % args.regression_interval and not done):
+        return {}, []
+    rate, failures = run_regression(model, tokenizer, items, runtime)
+    return {"regression_pass_rate": rate}, failure_lines(failures, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Comparing and counting
 
 
 def pass_at(samples: Sequence[Sequence[bool]], ks: Iterable[int]) -> dict[int, tuple[float, float]]:

@@ -30,7 +30,7 @@ STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
 PANELS = [
     ("loss", ("loss", "val_loss"), True),
     ("held-out bits per byte", ("bits_per_byte",), True),
-    ("share of right answers", ("exact_match", "sampled_exact_match", "pass_at_1"), False),
+    ("share of right answers", ("exact_match", "sampled_exact_match", "pass_at_1", "regression_pass_rate"), False),
     ("pair accuracy", ("accuracy", "val_accuracy"), False),
     ("reward", ("reward", "val_reward"), False),
     ("KL to the reference, nats per answer", ("kl", "val_kl"), False),

@@ -35,9 +35,10 @@ import cli
 import common
 import health
 import logs
+import metrics
 import optim
 import report
-from dataset import PretrainData, SFTData, expand_paths
+from dataset import PretrainData, SFTData, expand_paths, read_rows
 from model import PRESETS, ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -74,10 +75,14 @@ def parse_args(argv=None):
                "recompute activations in the backward pass: less memory, about 30%% slower")
     cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.01, warmup_steps=0.1)
     cli.run_flags(parser, save_weight="distill", eval_interval=250, save_interval=500,
-                  watched=("val_kl", "val_loss"))
+                  watched=("val_kl", "val_loss", "regression_pass_rate"))
+    cli.regression_flags(parser)
     parser.add_argument("--eval_batches", type=cli.positive(int), default=32, help="held-out batches per evaluation")
     cli.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
     args = parser.parse_args(argv)
+    if args.regression_interval and args.stage == "pretrain":
+        parser.error(f"--regression_interval {args.regression_interval} with --stage pretrain; fixed prompts are "
+                     "questions, and a base model only continues text; give --stage sft, or leave it out")
     args.data_path = args.data_path or [f"out/data/{args.stage}.train.jsonl"]
     return args
 
@@ -192,6 +197,7 @@ def main(args):
     kind = SFTData if args.stage == "sft" else PretrainData
     data = kind(args.data_path, part="train" if ratio else "all", val_ratio=ratio, **shared)
     held_out = kind(args.val_path or args.data_path, part="val" if ratio else "all", val_ratio=ratio, **shared)
+    suite = metrics.fixed_prompts(read_rows(args.regression_path)) if args.regression_interval else []
     runtime.print(data.summary())
 
     # -- 3. Student and teacher ----------------------------------------------------------------------------------------
@@ -262,7 +268,8 @@ def main(args):
         result = evaluate(model, teacher, held_out, args, runtime)
         if progress["step"] == 0:  # else a resume with nothing left: it only reports
             progress["before"] = result["val_kl"]
-            log.log(0, **result)
+            checked, _ = metrics.check_regression(model, tokenizer, suite, args, runtime, 0)
+            log.log(0, **result, **checked)
         log.rate()
     while progress["step"] < progress["max_steps"]:
         step = progress["step"]
@@ -333,11 +340,14 @@ def main(args):
             bar.set_postfix_str(f"loss {loss_value:.3f}{log.expected(step, 'loss')}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(model, teacher, held_out, args, runtime)
-            log.log(step, **result)
+            checked, failures = metrics.check_regression(model, tokenizer, suite, args, runtime, step, done)
+            log.log(step, **result, **checked)
             if runtime.is_main:
-                logs.say(f"step {step}: {describe(result)}")
+                logs.say(f"step {step}: {describe(result)}{log.named(step, checked)}")
+                for line in failures:
+                    logs.say(f"    {line}")
                 log.judge()
-            common.watch_evaluation(runtime, args, progress, result)
+            common.watch_evaluation(runtime, args, progress, result | checked)
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

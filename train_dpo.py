@@ -68,7 +68,8 @@ def parse_args(argv=None):
     cli.optim_flags(parser, batch_size=32, learning_rate=5e-5, muon_learning_rate=2e-4, warmup_steps=0.1,
                     optimizer="adamw")
     cli.run_flags(parser, save_weight="dpo", eval_interval=50, save_interval=100,
-                  watched=("val_loss", "val_accuracy"))
+                  watched=("val_loss", "val_accuracy", "regression_pass_rate"))
+    cli.regression_flags(parser)
     parser.add_argument("--eval_batches", type=cli.positive(int), default=64, help="held-out batches per evaluation")
     parser.add_argument("--eval_prompts", type=cli.positive(int, zero=True), default=400,
                         help="held-out prompts answered by both models for the win rate at the end, 0 = none")
@@ -233,6 +234,7 @@ def main(args):
     data = PreferenceData(args.data_path, part=parts[0], val_ratio=ratio, **shared)
     held_out = PreferenceData(args.val_path or args.data_path, part=parts[1], val_ratio=ratio, **shared)
     prompts, styles = heldout_prompts(args, tokenizer)
+    suite = metrics.fixed_prompts(read_rows(args.regression_path)) if args.regression_interval else []
     runtime.print(data.summary())
 
     # -- 3. Model and reference ----------------------------------------------------------------------------------------
@@ -382,16 +384,21 @@ def main(args):
             bar.set_postfix_str(f"loss {means['loss']:.3f}, margin {margin:.2f}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(model, held_out, tables["held_out"], args, runtime)
+            checked, failures = metrics.check_regression(model, tokenizer, suite, args, runtime, step, done)
             by_kind = {f"val_accuracy_{kind}": value for kind, value in result["accuracy_by_kind"].items()}
             log.log(step, val_loss=result["val_loss"], val_accuracy=result["accuracy"], val_margin=result["margin"],
-                    chosen_drift=result["chosen_drift"], rejected_drift=result["rejected_drift"], **by_kind)
+                    chosen_drift=result["chosen_drift"], rejected_drift=result["rejected_drift"], **by_kind,
+                    **checked)
             if runtime.is_main:
                 logs.say(f"step {step}: held-out loss {result['val_loss']:.3f}{log.expected(step, 'val_loss')}, "
-                         f"{describe(result)}")
+                         f"{describe(result)}{log.named(step, checked)}")
                 for line in warning_lines(result, means["loss"], early=step < progress["max_steps"] / 2):
                     log.log(step, alarm=line)
+                for line in failures:
+                    logs.say(f"    {line}")
                 log.judge()
-            common.watch_evaluation(runtime, args, progress, result | {"val_accuracy": result["accuracy"]})
+            common.watch_evaluation(runtime, args, progress,
+                                    result | {"val_accuracy": result["accuracy"]} | checked)
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

@@ -40,7 +40,7 @@ import logs
 import metrics
 import optim
 import report
-from dataset import PromptData, expand_paths, micro_batches, pad_rows
+from dataset import PromptData, expand_paths, micro_batches, pad_rows, read_rows
 from model import Transformer, token_logprobs
 from tokenizer import Tokenizer
 
@@ -71,7 +71,8 @@ def parse_args(argv=None):
                     schedule="constant", accumulation_steps=8, optimizer="adamw",
                     unserved=("sophia", "schedulefree"))
     cli.run_flags(parser, save_weight="grpo", eval_interval=10, save_interval=10, log_interval=1,
-                  watched=("pass_at_1", "exact_match"))
+                  watched=("pass_at_1", "exact_match", "regression_pass_rate"))
+    cli.regression_flags(parser)
     parser.add_argument("--eval_prompts", type=whole, default=128, help="held-out prompts per evaluation")
     parser.add_argument("--eval_samples", type=whole, default=4, help="sampled answers to each of them")
     return parser.parse_args(argv)
@@ -364,6 +365,7 @@ def main(args):
         raise ValueError(f"--format_weight {args.format_weight:g}, but there is no {rule}; it holds the rule of a "
                          "polite answer; use --format_weight 0, or --format think")
     styles = json.loads(rule.read_text(encoding="utf-8")) if polite else None
+    suite = metrics.fixed_prompts(read_rows(args.regression_path)) if args.regression_interval else []
     runtime.print(data.summary())
 
     # -- 3. Model and reference ----------------------------------------------------------------------------------------
@@ -413,7 +415,8 @@ def main(args):
         runtime.print(logs.show_samples(data.samples(progress["position"]), tokenizer, targets=False))
     if start != "resume":
         progress["before"] = evaluate(model, tokenizer, items, args, runtime)
-        log.log(0, **progress["before"])
+        checked, _ = metrics.check_regression(model, tokenizer, suite, args, runtime, 0)
+        log.log(0, **progress["before"], **checked)
 
     def save(finished, final=None):
         """Write out/<save_weight>; called by all ranks at the same step."""
@@ -463,13 +466,17 @@ def main(args):
             bar.set_postfix_str(f"reward {stats['reward']:.3f}, signal {stats['signal']:.2f}")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(model, tokenizer, items, args, runtime)
-            log.log(step, **result)
+            checked, failures = metrics.check_regression(model, tokenizer, suite, args, runtime, step, done)
+            log.log(step, **result, **checked)
             if runtime.is_main:
                 logs.say(f"step {step}: held-out pass@1 {result['pass_at_1']:.3f}{log.expected(step, 'pass_at_1')}, "
                          f"pass@{args.eval_samples} {result['pass_at_k']:.3f}, "
-                         f"greedy {result['exact_match']:.3f}, stop rate {result['stop_rate']:.3f}")
+                         f"greedy {result['exact_match']:.3f}, stop rate {result['stop_rate']:.3f}"
+                         f"{log.named(step, checked)}")
+                for line in failures:
+                    logs.say(f"    {line}")
                 log.judge()
-            common.watch_evaluation(runtime, args, progress, result)
+            common.watch_evaluation(runtime, args, progress, result | checked)
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

@@ -44,7 +44,7 @@ import logs
 import metrics
 import optim
 import report
-from dataset import PromptData, expand_paths, micro_batches, pad_rows, shuffled
+from dataset import PromptData, expand_paths, micro_batches, pad_rows, read_rows, shuffled
 from model import ScalarHead, Transformer, token_logprobs
 from tokenizer import Tokenizer
 
@@ -90,7 +90,8 @@ def parse_args(argv=None):
                     schedule="constant", accumulation_steps=2, optimizer="adamw",
                     unserved=("sophia", "schedulefree"))
     cli.run_flags(parser, save_weight="ppo", eval_interval=5, save_interval=5, log_interval=1,
-                  watched=("val_reward", "exact_match"))
+                  watched=("val_reward", "exact_match", "regression_pass_rate"))
+    cli.regression_flags(parser)
     parser.add_argument("--eval_prompts", type=whole, default=128, help="held-out prompts per evaluation")
     args = parser.parse_args(argv)
     if args.rule and args.value_head == "reward":
@@ -520,6 +521,7 @@ def main(args):
     if args.rule and not styles:
         raise ValueError(f"--rule 1, but there is no {rule}; it holds the markers of the preferred style; put one "
                          "beside the data (make_data.py writes it), or train a reward model")
+    suite = metrics.fixed_prompts(read_rows(args.regression_path)) if args.regression_interval else []
     runtime.print(data.summary())
 
     # -- 3. Model, value model, reference, reward model ----------------------------------------------------------------
@@ -571,7 +573,8 @@ def main(args):
         # the policy to beat is the one it starts from: if nothing improves on it, nothing else is kept
         progress["before"] = evaluate(team, items, styles, args, runtime)
         progress["best"] = progress["before"] | {"step": 0}
-        log.log(0, **progress["before"])
+        checked, _ = metrics.check_regression(policy, tokenizer, suite, args, runtime, 0)
+        log.log(0, **progress["before"], **checked)
 
     def save(finished, final=None):
         """Write out/<save_weight>: the best policy; the last one and the value model go to resume/. All ranks call."""
@@ -636,16 +639,19 @@ def main(args):
             bar.set_postfix_str(f"reward {stats['reward']:.2f}, KL {stats['kl']:.2f}, length {stats['length']:.0f}")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(team, items, styles, args, runtime)
-            log.log(step, **result)
+            checked, failures = metrics.check_regression(policy, tokenizer, suite, args, runtime, step, done)
+            log.log(step, **result, **checked)
             if result["val_kl"] <= args.kl_limit and result["val_reward"] > progress["best"]["val_reward"]:
                 best.load_state_dict(policy.state_dict())
                 progress["best"] = result | {"step": step}
             if runtime.is_main:
                 numbers = ", ".join(f"{name.replace('_', ' ')} {x:.3f}{log.expected(step, name)}"
-                                    for name, x in result.items())
+                                    for name, x in (result | checked).items())
                 logs.say(f"step {step}: held-out {numbers}")
+                for line in failures:
+                    logs.say(f"    {line}")
                 log.judge()
-            common.watch_evaluation(runtime, args, progress, result)
+            common.watch_evaluation(runtime, args, progress, result | checked)
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

@@ -35,7 +35,7 @@ import metrics
 import optim
 import report
 import sharding
-from dataset import PretrainData, PromptData, SFTData, expand_paths, join_windows
+from dataset import PretrainData, PromptData, SFTData, expand_paths, join_windows, read_rows
 from model import Transformer, row_uniforms, token_logprobs
 from tokenizer import Tokenizer
 
@@ -74,7 +74,8 @@ def parse_args(argv=None):
                     unserved=())
     cli.sharding_flags(parser)
     cli.run_flags(parser, save_weight="sft", eval_interval=250, save_interval=500,
-                  watched=("val_loss", "exact_match"))
+                  watched=("val_loss", "exact_match", "regression_pass_rate"))
+    cli.regression_flags(parser)
     parser.add_argument("--eval_batches", type=cli.positive(int), default=16, help="held-out batches per evaluation")
     parser.add_argument("--eval_prompts", type=cli.positive(int, zero=True), default=600,
                         help="held-out questions answered for the exact match at the end (a fifth of them on the way)")
@@ -167,6 +168,7 @@ def main(args):
     held_out = SFTData(args.val_path or args.data_path, part="val" if ratio else "all", val_ratio=ratio, **shared)
     replay = PretrainData(args.replay_path, part="all", **shared) if args.replay_path else None
     prompts = PromptData(args.val_path or args.data_path, part="val" if ratio else "all", val_ratio=ratio, **shared)
+    suite = metrics.fixed_prompts(read_rows(args.regression_path)) if args.regression_interval else []
     runtime.print(data.summary())
 
     # -- 3. Model ------------------------------------------------------------------------------------------------------
@@ -260,7 +262,8 @@ def main(args):
         answered = answer_questions(model, tokenizer, prompts, count, args, runtime)
         if progress["step"] == 0:  # else a resume with nothing left: it only reports
             progress["before"] = answered["total"] if answered else val_loss
-            log.log(0, val_loss=val_loss, **({"exact_match": answered["total"]} if answered else {}))
+            checked, _ = metrics.check_regression(model, tokenizer, suite, args, runtime, 0)
+            log.log(0, val_loss=val_loss, **({"exact_match": answered["total"]} if answered else {}), **checked)
         log.rate()
     while progress["step"] < progress["max_steps"]:
         step = progress["step"]
@@ -342,13 +345,16 @@ def main(args):
             count = args.eval_prompts if done else args.eval_prompts // 5
             answered = answer_questions(model, tokenizer, prompts, count, args, runtime)
             found = {"exact_match": answered["total"], "stop_rate": answered["stop_rate"]} if answered else {}
+            checked, failures = metrics.check_regression(model, tokenizer, suite, args, runtime, step, done)
+            found |= checked
             log.log(step, val_loss=val_loss, **found)
             if runtime.is_main:
-                numbers = "".join(f", {name.replace('_', ' ')} {value:.3f}{log.expected(step, name)}"
-                                  for name, value in found.items())
-                logs.say(f"step {step}: held-out loss {val_loss:.3f}{log.expected(step, 'val_loss')}{numbers}")
+                logs.say(f"step {step}: held-out loss {val_loss:.3f}{log.expected(step, 'val_loss')}"
+                         f"{log.named(step, found)}")
                 for question, answer in answered["samples"] if answered else []:
                     logs.say(f"    {question!r} >> {answer!r}")
+                for line in failures:
+                    logs.say(f"    {line}")
                 log.judge()
             common.watch_evaluation(runtime, args, progress, {"val_loss": val_loss, **found})
             log.rate()  # the evaluation's seconds are not training seconds

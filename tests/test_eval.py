@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_eval.py
 """
+import importlib
 import io
 import json
 import math
@@ -17,6 +18,7 @@ import torch
 import checkpoint
 import common
 import eval as evaluation
+import logs
 import metrics
 import tasks
 from dataset import SFTData
@@ -593,6 +595,69 @@ def test_fixed_prompts_pass_only_when_right_and_stopped(stage, parse, tmp_path, 
     (tmp_path / "s.jsonl").write_text('{"prompt": "say 1"}\n')
     with pytest.raises(ValueError, match=r"s\.jsonl:1: found the keys \[prompt\].*add what is missing"):
         evaluation.main(parse("--regression", 1, "--regression_path", tmp_path / "s.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["train_sft", "train_dpo", "train_ppo", "train_grpo", "train_distill"])
+def test_a_run_logs_and_shows_what_the_fixed_prompts_found(stage_of, tmp_path, tokenizer, monkeypatch, capsys, name):
+    """One of four is wrong, one loops; what eval.py says of the finished model is what stood in the log. Rates at which
+    no weight moves: the second evaluation is no better, and the next step is the last."""
+    rows = [{"prompt": f"say {n}", "answer": str(n), "check": "number"} for n in range(4)]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    echo(monkeypatch, tokenizer, lambda text: {"say 1": "7", "say 2": "2 " * 80}.get(text, text))
+    flags = ["--regression_interval", "1", "--regression_path", str(tmp_path / "s.jsonl"), "--eval_interval", "1",
+             "--patience", "1", "--patience_metric", "regression_pass_rate", *["--stage", "sft"] * ("distill" in name)]
+    module, argv = stage_of(tmp_path, name, *flags, "--max_steps", "6")
+    assert module.main(module.parse_args(argv))["steps"] == 3
+    shown = capsys.readouterr().out
+    assert shown.count("regression pass rate 0.500") == 3 and "patience is over: regression_pass_rate" in shown
+    assert shown.count("    wrong: 'say 1' -> '7', expected '1'\n") == 3 == shown.count("repeats itself: 'say 2'")
+    logged = [row["regression_pass_rate"] for row in logs.read_metrics(tmp_path / "out" / "logs" / "run")
+              if "val_loss" in row or "val_reward" in row or "pass_at_1" in row]
+    assert logged == [0.5] * (3 + (name != "train_dpo"))
+    argv = ["--regression", "1", "--weight", "run", *flags[2:4], "--save_dir", str(tmp_path / "out")]
+    assert evaluation.main(evaluation.parse_args(argv))["results"][0]["pass_rate"] == logged[-1]
+
+
+def test_a_suite_that_cannot_be_run_ends_a_run_before_its_first_step(stage_of, tmp_path, capsys):
+    module, argv = stage_of(tmp_path, "train_sft", "--regression_interval", "9", "--regression_path", "gone.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl not found"):
+        module.main(module.parse_args(argv))
+    for text, message in (('{"prompt": "x", "answer": "1", "check": "regex"}\n', r"s\.jsonl:1: .*check 'regex'"),
+                          ('{"prompt": 3, "answer": "1", "check": "exact"}\n', r"s\.jsonl:1: .*a text"),
+                          ("", "no rows.*--regression_path")):
+        (tmp_path / "s.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            module.main(module.parse_args([*argv[:-1], str(tmp_path / "s.jsonl")]))
+    assert not (tmp_path / "out" / "run").exists() and not (tmp_path / "out" / "logs").exists()
+    for script, flags, message in (("train_sft", ["--patience_metric", "regression_pass_rate"], "never be measured"),
+                                   ("train_distill", ["--regression_interval", "1"], "a base model only continues")):
+        with pytest.raises(SystemExit):
+            importlib.import_module(script).parse_args(flags)
+        assert message in capsys.readouterr().err
+
+
+def test_ranks_share_the_fixed_prompts_and_find_the_same(player, tokenizer, monkeypatch):
+    echo(monkeypatch, tokenizer, lambda text: text.replace("3", "4"))
+    sft, _ = player()
+    items = metrics.fixed_prompts(({"prompt": f"say {n}", "answer": str(n), "check": "number"}, "") for n in range(5))
+    whole = metrics.run_regression(sft.model, tokenizer, items, sft.runtime)
+    assert whole[0] == 0.8 and [item["prompt"] for item, _, _ in whole[1]] == ["say 3"]
+    shares = []
+
+    def send(self, value):
+        shares.append(value)
+        raise EOFError  # the other rank is not there
+
+    def rank(number):
+        runtime = common.Runtime(torch.device("cpu"), torch.float32, number, 2)
+        return metrics.run_regression(sft.model, tokenizer, items, runtime)
+
+    monkeypatch.setattr(common.Runtime, "gather", send)
+    for number in (0, 1):
+        with pytest.raises(EOFError):
+            rank(number)
+    monkeypatch.setattr(common.Runtime, "gather", lambda self, value: shares)
+    assert list(map(len, shares)) == [3, 2] and rank(0) == rank(1) == whole
 
 
 def test_the_fixed_prompts_of_the_project_are_whole():

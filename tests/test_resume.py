@@ -350,10 +350,34 @@ def test_patience_ends_a_run_that_stands_still_and_a_killed_one_at_the_same_step
     assert "going on with changed flags: --patience: was 1, is 5" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["train_sft", "train_dpo", "train_ppo", "train_grpo", "train_distill"])
+def test_fixed_prompts_leave_a_run_as_it_is_and_a_killed_one_runs_them_at_the_same_evaluations(run, name, tmp_path,
+                                                                                               dropped_folder):
+    """Evaluations 1 to 3 are behind steps 2, 4 and 6; every second runs the suite, and the last. DPO alone has none
+    before its first step. With dropout a draw too many would change all that follows."""
+    suite = tmp_path / "suite.jsonl"
+    suite.write_text(json.dumps({"prompt": "What is 2 + 3?", "answer": "5", "check": "number"}) + "\n")
+    chat = [*FLAGS, *["--stage", "sft"] * (name == "train_distill")]
+    flags = [*chat, "--regression_interval", "2", "--regression_path", str(suite)]
+    parent = dropped_folder if name in ("train_sft", "train_distill") else None
+    final = run(name, "whole", *flags, parent=parent)
+    assert run(name, "broken", *flags, kill=3, parent=parent) is None
+    assert run(name, "broken", *flags, "--from_resume", "1", parent=parent) == final
+    assert_same_run(run.out / "whole", run.out / "broken")
+    measured = [row["step"] for row in lines(run.out / "whole") if "regression_pass_rate" in row]
+    assert measured == [0, 4, 6][name == "train_dpo":]
+    run(name, "without", *chat, parent=parent)
+    bare = [{key: value for key, value in row.items() if key != "regression_pass_rate"}
+            for row in lines(run.out / "whole")]
+    assert bare == lines(run.out / "without")
+    assert same(*(load_file(run.out / folder / "model.safetensors") for folder in ("whole", "without")))
+
+
 @pytest.mark.parametrize("metric, values, patience, over", [
     ("val_loss", [3, 2, 1], 2, False), ("val_loss", [3, 1, 2, 1], 2, True), ("val_loss", [3, 1, 2, 0.9], 2, False),
     ("val_reward", [1], 1, False), ("val_reward", [1, 1], 1, True), ("exact_match", [1, 3, 2], 1, True),
-    ("pass_at_1", [1, 3, 2, 4], 2, False), ("val_loss", [5, 6, 7], 0, False)])
+    ("pass_at_1", [1, 3, 2, 4], 2, False), ("val_loss", [5, 6, 7], 0, False),
+    ("regression_pass_rate", [0.5, 0.6], 1, False), ("regression_pass_rate", [0.6, 0.5, 0.6], 2, True)])
 def test_patience_is_over_when_nothing_became_better(metric, values, patience, over):
     args = argparse.Namespace(patience=patience, patience_metric=metric)
     assert common.out_of_patience({"watched": values}, args) is over
