@@ -6,7 +6,8 @@ What is measured, always on held-out data and with a standard error:
                        wording only and reported apart. Beside it: answers that stop by themselves, and that loop
     polite, win rate = answers sampled at temperature 1: share in the preferred style; won against the parent's answer
                        to the same prompt, by a rule (right and polite), ties count half
-    pass@1           = share of right sampled answers to the prompts of reinforcement learning
+    pass@k           = chance of a right answer among k sampled ones, to the prompts of reinforcement learning or of a
+                       benchmark; pass@1 is the share of right ones
     pair accuracy    = of a reward model, by kind of error
 What is here: the loops and the formatting. What is not: the judges (metrics.py), decoding (model.py, generation.py).
 
@@ -19,6 +20,7 @@ Papers: Gao et al. 2020 (bits per byte, arXiv:2101.00027), Ouyang et al. 2022 (w
     python eval.py --mode score --weight pretrain,sft,dpo --data_dir out/data   # the table; --weight all is the default
     python eval.py --mode score --weight pretrain --bpb my/articles.jsonl       # bits per byte of any text
     python eval.py --weight sft --tasks all --task_dir out/tasks                # benchmarks, as lm-evaluation-harness
+    python eval.py --weight grpo --tasks gsm8k --pass_k 8 --temperature 0.8     # and pass@1, 2, 4, 8 of drawn answers
     python eval.py --samples 1                                                  # fixed held-out questions, answered
     python eval.py --report out                                                 # report.html and report.md, made again
 
@@ -95,9 +97,11 @@ def parse_args(argv=None):
                                                 "left out: standard output")
     g.add_argument("--system", default="", help="system message in front of the conversation")
     g.add_argument("--max_new_tokens", type=cli.positive(int), default=200, help="longest answer, in tokens")
-    g.add_argument("--temperature", type=at_least_0, default=0.7, help="0 = always the most likely token")
+    g.add_argument("--temperature", type=at_least_0,
+                   help="0 = always the most likely token (default: 0.7, in --tasks with --pass_k 1)")
     g.add_argument("--top_k", type=count, default=0, help="draw from the k most likely tokens, 0 = from all")
-    g.add_argument("--top_p", type=at_least_0, default=0.9, help="draw from the fewest tokens with this probability")
+    g.add_argument("--top_p", type=at_least_0,
+                   help="draw from the fewest tokens with this probability (default: 0.9, in --tasks with --pass_k 1)")
     g.add_argument("--min_p", type=at_least_0, default=0.0,
                    help="draw from tokens at least so many times as likely as the most likely one, 0 = from all")
     g.add_argument("--min_new_tokens", type=count, default=0, help="shortest answer, in tokens")
@@ -125,7 +129,8 @@ def parse_args(argv=None):
                    help="answers shown to each of ten fixed held-out questions: one greedy, the others drawn; with "
                         "scores: by the last of the weights")
     g.add_argument("--pass_k", type=cli.positive(int), default=1,
-                   help="samples of each checked prompt; pass@k for k = 1, 2, 4, ... up to it")
+                   help="samples of each checked prompt, in --tasks of each question that is answered in writing "
+                        "(gsm8k), from 2 on; pass@k for k = 1, 2, 4, ... up to it")
     g.add_argument("--references", default="", help="file of questions with answers (the formats of SFT, or prompt and "
                                                     "reference): BLEU, chrF and ROUGE-L of the greedy answers")
     g.add_argument("--compare", default="",
@@ -153,6 +158,10 @@ def parse_args(argv=None):
         # what is given says what is wanted: nobody types a prompt to start a chat
         asked = {"single": args.prompt, **{mode: getattr(args, flag) for mode, flag in MODES.items()}}
         args.mode = next((mode for mode, value in asked.items() if value), "chat")
+    # pass@k is about all that a model may say, a conversation about the better part of it
+    for name, in_talk in (("temperature", 0.7), ("top_p", 0.9)):
+        if getattr(args, name) is None:
+            setattr(args, name, 1.0 if args.mode == "tasks" else in_talk)
     return args
 
 
@@ -728,14 +737,26 @@ def score_samples(player, items, args):
     draws = [answers(player, items, args, temperature=1.0, first_seed=n * len(items)) for n in range(args.pass_k)]
     result = metrics.exact_match([c for draw in draws for c in draw], list(items) * args.pass_k)
     total = result.pop("total")
-    result |= {"pass_at_1": total, "n": result["n"] // args.pass_k}
     right = [[metrics.check_answer(item["check"], item["answer"], c.text) for c in of_item]
              for item, *of_item in zip(items, *draws, strict=True) if item.get("check")]
-    ks = sorted({args.pass_k, *(2**i for i in range(args.pass_k.bit_length()) if 2**i <= args.pass_k)})
-    rates = metrics.pass_at(right, ks)
-    return {**result, "standard_error": rates[1][1], "samples": args.pass_k,
-            "pass_at_k": {str(k): rate for k, (rate, _) in rates.items()},
-            "pass_at_k_error": {str(k): error for k, (_, error) in rates.items()}}
+    rates = pass_rates(right, args.pass_k)
+    return {**result, **rates, "pass_at_1": total, "n": result["n"] // args.pass_k, "samples": args.pass_k,
+            "standard_error": rates["pass_at_k_error"]["1"]}
+
+
+def pass_rates(right, most):
+    """pass@k for k = 1, 2, 4, ... and `most`, from which of each prompt's answers are right: rates and errors by k, as
+    text (JSON has no other keys)."""
+    ks = sorted({most, *(2**i for i in range(most.bit_length()))})
+    rates = {str(k): found for k, found in metrics.pass_at(right, ks).items()}
+    return {"pass_at_k": {k: rate for k, (rate, _) in rates.items()},
+            "pass_at_k_error": {k: error for k, (_, error) in rates.items()}}
+
+
+def pass_line(result):
+    """What pass_rates() found as text: pass@1 0.120 (0.011), pass@2 ..."""
+    return ", ".join(f"pass@{k} {cell({'rate': rate, 'error': result['pass_at_k_error'][k]}, 'rate', 'error')}"
+                     for k, rate in result["pass_at_k"].items())
 
 
 def score_pairs(player, count, args):
@@ -845,6 +866,12 @@ def score_tasks(args, runtime):
     unknown = [name for name in names if name not in tasks.TASKS]
     if unknown:
         raise ValueError(f"--tasks {', '.join(unknown)}; there are: {', '.join(tasks.TASKS)}; correct the name")
+    if args.pass_k > 1 and not any(tasks.TASKS[name].kind == "generate" for name in names):
+        raise ValueError(f"--pass_k {args.pass_k} with --tasks {args.tasks}; only answers in writing can be drawn; add "
+                         "gsm8k, or leave --pass_k out")
+    if args.pass_k > 1 and not args.temperature:
+        raise ValueError(f"--pass_k {args.pass_k} with --temperature 0; all answers would be the same; give a higher "
+                         "--temperature, or leave it out")
     results = []
     for player in speakers(args, runtime):
         for name in names:
@@ -857,8 +884,8 @@ def score_tasks(args, runtime):
                 continue
             print(f"{player.name} {name}: {len(items)} items of {source}", flush=True)
             start = time.perf_counter()
-            outcomes = task_outcomes(player, name, items, args)
-            result = tasks.score(name, items, outcomes)
+            outcomes, drawn = task_outcomes(player, name, items, args)
+            result = tasks.score(name, items, outcomes) | drawn_rates(name, items, drawn, args)
             metric = tasks.TASKS[name].metrics[0]
             row = {"weight": player.name, "group": f"task:{name}", "task": name, "metric": metric,
                    "score": result["scores"][metric], "standard_error": result["errors"][metric], **result,
@@ -882,25 +909,39 @@ def speakers(args, runtime):
             yield load(folder, args, runtime)
 
 
+def drawn_rates(name, items, drawn, args):
+    """pass@k of a benchmark by each of its metrics, from the texts drawn for every item; {} without any."""
+    if not drawn:
+        return {}
+    task = tasks.TASKS[name]
+    judged = [[tasks.judge(task, item, text) for text in texts] for item, texts in zip(items, drawn, strict=True)]
+    rates = {metric: pass_rates([[bool(values[metric]) for values in of_item] for of_item in judged], args.pass_k)
+             for metric in task.metrics}
+    return {"drawn": {"samples": args.pass_k, "temperature": args.temperature, "top_p": args.top_p, "rates": rates}}
+
+
 def task_outcomes(player, name, items, args):
-    """What tasks.score() wants of every item. What is known is on the disk at once, so that an interrupted run goes on
-    where it was."""
-    task, model, tok = tasks.TASKS[name], player.model, player.tokenizer
+    """What tasks.score() wants of every item, and with --pass_k above 1 the texts drawn for each where answers are in
+    writing, else []. What is known is on the disk at once, so that an interrupted run goes on where it was."""
+    task, model, tok, turns = tasks.TASKS[name], player.model, player.tokenizer, 0
+    facts = [player.weights_hash, str(player.runtime.dtype), tok.fingerprint, items]
     if task.kind == "generate":
+        turns = args.pass_k if args.pass_k > 1 else 0
+        facts += [args.temperature, args.top_k, args.top_p, args.seed] * bool(turns)
         room = max(1, player.context - tasks.ANSWER_TOKENS)
-        groups = [(i, tok.encode(item.contexts[0])[-room:]) for i, item in enumerate(items)]
+        prompts = [tok.encode(item.contexts[0])[-room:] for item in items]
+        groups = list(enumerate(prompts)) * (1 + turns)  # the greedy answers, then the drawn ones in turns
     else:
         groups = tasks.requests(task, items, tok, player.context)
-    facts = [player.weights_hash, str(player.runtime.dtype), tok.fingerprint, items]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = Path(args.save_dir) / "eval_partial" / f"{name}-{key}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = tasks.read_partial(path)
+    known = {n: result for n, result in tasks.read_partial(path).items() if n < len(groups)}
     todo = [n for n in range(len(groups)) if n not in known]
     if known:
         print(f"{len(known)} of {len(groups)} are known from an interrupted run ({path})")
     if task.kind == "generate":
-        found = greedy_texts(player, [groups[n][1] for n in todo], args)
+        found = written_answers(player, [(n, groups[n][1]) for n in todo], len(items), args)
     else:
         found = metrics.sequence_scores(model, [groups[n][1] for n in todo], args.batch_size, pad_id=tok.pad_id,
                                         autocast=player.runtime.autocast)
@@ -910,23 +951,31 @@ def task_outcomes(player, name, items, args):
             known[todo[place]] = result
             file.write(json.dumps([todo[place], result]) + "\n")
             bar.update()
-    outcomes = [[] for _ in items]
-    for n, (i, _) in enumerate(groups):
-        # the windows of a page add up; everything else is one group an item
-        outcomes[i] = known[n] if task.kind == "generate" else outcomes[i] + known[n]
     path.unlink()
-    return outcomes
+    results = [known[n] for n in range(len(groups))]
+    if task.kind == "generate":
+        turns = [results[first:first + len(items)] for first in range(len(items), len(results), len(items))]
+        return results[:len(items)], list(zip(*turns, strict=True))
+    outcomes = [[] for _ in items]
+    for (i, _), result in zip(groups, results, strict=True):
+        outcomes[i] += result  # the windows of a page add up; everything else is one group an item
+    return outcomes, []
 
 
-def greedy_texts(player, prompts, args):
-    """(number, text up to a stop) of the most likely answers."""
+def written_answers(player, prompts, count, args):
+    """(place, text up to a stop) of the answers to [(number, ids)]: the most likely ones to numbers below `count`,
+    others drawn, each with random numbers of its own."""
     tok = player.tokenizer
-    for first in range(0, len(prompts), args.batch_size):
-        with player.runtime.autocast():
-            found = metrics.complete(player.model, tok, prompts[first:first + args.batch_size], tasks.ANSWER_TOKENS,
-                                     args.batch_size, stop_ids=tok.stop_ids(chat=True))
-        for n, completion in enumerate(found):
-            yield first + n, tasks.cut(tok.decode(completion.ids, skip_special=True))
+    for drawn in (False, True):
+        places = [place for place, (number, _) in enumerate(prompts) if (number >= count) == drawn]
+        for batch in (places[i:i + args.batch_size] for i in range(0, len(places), args.batch_size)):
+            numbers, ids = zip(*(prompts[place] for place in batch), strict=True)
+            with player.runtime.autocast():
+                found = metrics.complete(player.model, tok, ids, tasks.ANSWER_TOKENS, args.batch_size,
+                                         args.temperature * drawn, args.seed, numbers, tok.stop_ids(chat=True),
+                                         args.top_k, args.top_p)
+            for place, completion in zip(batch, found, strict=True):
+                yield place, tasks.cut(tok.decode(completion.ids, skip_special=True))
 
 
 def print_tasks(results):
@@ -944,6 +993,10 @@ def print_tasks(results):
         print("\nbenchmarks; majority: always the commonest right answer")
         print(logs.table(["weight", "task", "shots", "n", "metric", "score", "error", "chance", "majority", "in words",
                           "seconds"], lines))
+    for row in (row for row in results if "drawn" in row):
+        for metric, rates in row["drawn"]["rates"].items():
+            print(f"{row['weight']} {row['task']}, {row['drawn']['samples']} answers at temperature "
+                  f"{row['drawn']['temperature']:g}, {metric}: {pass_line(rates)}")
 
 
 def number(value):
@@ -1107,10 +1160,8 @@ def print_tables(results):
         print("\nexact match by skill; the last ones are held out by wording only and not part of the total")
         print(skill_table(asked))
     for name, rows in speakers.items():
-        rates = rows["pass_at_1"].get("pass_at_k", {})
-        if len(rates) > 1:
-            print(f"\n{name}: " + ", ".join(f"pass@{k} {rate:.3f} ({rows['pass_at_1']['pass_at_k_error'][k]:.3f})"
-                                           for k, rate in rates.items()))
+        if len(rows["pass_at_1"].get("pass_at_k", {})) > 1:
+            print(f"\n{name}: {pass_line(rows['pass_at_1'])}")
     for name in sorted(table.keys() - speakers.keys()):
         row = table[name]["pair_accuracy"]
         kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in row["accuracy_by_kind"].items())

@@ -536,6 +536,78 @@ def test_an_interrupted_benchmark_goes_on_where_it_was(stage, parse, tmp_path, m
     assert asked == [10, 6] and again["scores"] == whole["scores"] and "4 of 10 are known" in capsys.readouterr().out
 
 
+@pytest.fixture
+def drawn(tmp_path, tokenizer, monkeypatch):
+    """Three word problems with the answers 10, 11, 12, all answered wrongly when asked for the likeliest. Drawn answer
+    t (0 to 3) to problem i is right for t <= i, in the strict form in even turns only. Returns the seeds in use."""
+    rows = [{"question": f"How many is {10 + i}?", "answer": f"#### {10 + i}"} for i in range(3)]
+    (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(tasks, "ANSWER_TOKENS", 32)  # the context of 256 is to hold the question as well
+    seeds = []
+
+    def generate(self, prompts, max_new_tokens, temperature, top_p, row_seeds, **settings):
+        assert (temperature, top_p) in ((0.0, 1.0), (1.0, 1.0)) and (temperature == 0) == (max(row_seeds) < 3)
+        for row, (prompt, seed) in enumerate(zip(prompts, row_seeds, strict=True)):
+            i, t = int(tokenizer.decode(prompt).split("?")[0].split()[-1]) - 10, seed // 3 - 1
+            seeds.append(seed)
+            text = ("#### " if t % 2 == 0 else "It is ") + str(10 + i if 0 <= t <= i else 99)
+            yield from ((row, token) for token in [*tokenizer.encode(text), tokenizer.eos_id])
+
+    monkeypatch.setattr(Transformer, "generate", generate)
+    return seeds
+
+
+def test_pass_k_of_a_benchmark_equals_a_count_by_hand(stage, parse, tmp_path, drawn, capsys):
+    """Of 4 answers 1, 2 and 3 are right: 1 - C(4 - c, 2) / C(4, 2) is 3/6, 5/6 and 1. In the strict form 1, 1 and 2."""
+    stage("sft")
+    flags = ("--tasks", "gsm8k", "--task_dir", tmp_path, "--few_shot", 0, "--batch_size", 2)
+    row, = evaluation.main(parse(*flags, "--pass_k", 4))["results"]
+    assert sorted(drawn) == list(range(15)), "three greedy answers and twelve drawn ones, each with a seed of its own"
+    assert row["scores"] == {"strict-match": 0.0, "flexible-extract": 0.0} and row["n"] == 3
+    assert (row["drawn"]["samples"], row["drawn"]["temperature"], row["drawn"]["top_p"]) == (4, 1.0, 1.0)
+    flexible, strict = (row["drawn"]["rates"][name] for name in ("flexible-extract", "strict-match"))
+    assert flexible["pass_at_k"] == pytest.approx({"1": 6 / 12, "2": (3 / 6 + 5 / 6 + 1) / 3, "4": 1.0})
+    assert strict["pass_at_k"] == pytest.approx({"1": 4 / 12, "2": (3 / 6 + 3 / 6 + 5 / 6) / 3, "4": 1.0})
+    assert flexible["pass_at_k_error"]["1"] == pytest.approx(0.25 / math.sqrt(3))  # of 1/4, 2/4 and 3/4
+    said = "sft gsm8k, 4 answers at temperature 1, flexible-extract: pass@1 0.500 (0.144), pass@2 0.778 (0.147), pass@4"
+    assert said in capsys.readouterr().out
+    evaluation.main(parse("--mode", "summary"))
+    assert said in capsys.readouterr().out
+    drawn.clear()
+    assert "drawn" not in evaluation.main(parse(*flags))["results"][0] and sorted(drawn) == [0, 1, 2]
+
+
+def test_interrupted_pass_k_goes_on_and_finds_the_same(stage, parse, tmp_path, drawn, monkeypatch, capsys):
+    stage("sft")
+    flags = ("--tasks", "gsm8k", "--task_dir", tmp_path, "--few_shot", 0, "--batch_size", 2, "--pass_k", 4)
+    whole, = evaluation.main(parse(*flags))["results"]
+    drawn.clear()
+    complete, batches = metrics.complete, []
+
+    def killed(*inputs):
+        batches.append(1)
+        if len(batches) == 5:
+            raise KeyboardInterrupt
+        return complete(*inputs)
+
+    monkeypatch.setattr(metrics, "complete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(parse(*flags))
+    assert sorted(drawn) == list(range(7))
+    again, = evaluation.main(parse(*flags))["results"]
+    assert "7 of 15 are known" in capsys.readouterr().out and sorted(drawn) == list(range(15))
+    assert again["drawn"] == whole["drawn"] and again["scores"] == whole["scores"]
+
+
+def test_pass_k_that_would_mean_nothing_is_refused(stage, parse, tmp_path, drawn):
+    stage("sft")
+    with pytest.raises(ValueError, match="--pass_k 2 with --tasks piqa; .*; add gsm8k"):
+        evaluation.main(parse("--tasks", "piqa", "--task_dir", FILES, "--pass_k", 2))
+    with pytest.raises(ValueError, match="--pass_k 2 with --temperature 0; .*; give a higher"):
+        evaluation.main(parse("--tasks", "gsm8k", "--task_dir", tmp_path, "--pass_k", 2, "--temperature", 0))
+    assert parse().temperature == 0.7 and parse("--tasks", "gsm8k", "--temperature", 0.5).temperature == 0.5
+
+
 def test_unknown_task_and_missing_file(stage, parse, tmp_path, capsys):
     stage("sft")
     with pytest.raises(ValueError, match="--tasks pika; there are: hellaswag, .*correct the name"):
