@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")  # in the order in which run.sh makes them
 FORMAT_VERSION = 1  # of our checkpoint folders; part of every stage key, so that a new layout redoes old stages
 # Flags that cannot change what a run computes: they are left out of the stage key, and resume may change them freely.
 FREE_FLAGS = {"accumulation_steps", "batch_size", "cache_dir", "debug", "device", "dtype", "epochs", "eval_batches",
@@ -441,3 +442,75 @@ def earlier_choice(args):
     # threads are cores / processes: a run that goes on with more processes must not start cores threads in each
     same = earlier.get("world_size") == int(os.environ.get("WORLD_SIZE", 1))
     return earlier if same else {"dtype": earlier.get("dtype")}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All checkpoints of an output folder
+def stage_order(name):
+    """Sort key: the stages as run.sh makes them, then everything else by name."""
+    return STAGES.index(name) if name in STAGES else len(STAGES), name
+
+
+def names(save_dir):
+    """Names of the checkpoints below save_dir, in stage_order()."""
+    # one whose swap was interrupted is there under its earlier name only, which find() knows
+    found = {path.parent.name.removesuffix(".previous") for path in Path(save_dir).glob("*/config.json")}
+    return sorted((name for name in found if not name.endswith(".tmp")), key=stage_order)
+
+
+def chosen(save_dir, weights):
+    """Folders of the checkpoints in a comma list of names or paths; of all below save_dir for "" or "all"."""
+    if weights not in ("", "all"):
+        return [find(save_dir, name.strip()) for name in weights.split(",") if name.strip()]
+    found = names(save_dir)
+    if not found:
+        raise FileNotFoundError(f"no checkpoint in {save_dir}/; scores need one; train with: bash run.sh, or give a "
+                                "folder with --weight")
+    return [find(save_dir, os.path.join(save_dir, name)) for name in found]
+
+
+def newest(save_dir):
+    """Name of the stage finished last among those that speak; the later stage where two share a second.
+
+    Raises FileNotFoundError with what to do when there is none.
+    """
+    finished, speakers = [], [name for name in STAGES if name != "reward"]
+    for place, name in enumerate(speakers):
+        try:
+            # with the folder in front: a folder of that name in the working directory is something else
+            facts = read_minillm(find(save_dir, os.path.join(save_dir, name)))
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            print(error)  # damaged: named, and the others are still there to talk to
+            continue
+        if facts.get("finished"):
+            # not simply the last stage: who has just trained sft again wants to talk to that
+            finished.append((facts.get("written", ""), place, name))
+    if not finished:
+        raise FileNotFoundError(f"no finished checkpoint in {save_dir}/ (looked for {', '.join(speakers)}); chatting "
+                                "needs one; train with: bash run.sh, or name another one with --weight")
+    return max(finished)[2]
+
+
+def chat_parent(facts, save_dir):
+    """Folder of the chat model from which a checkpoint with these facts (minillm.json) was trained, or None."""
+    for parent in facts.get("parents", []):
+        # the path was written where the training ran; below this save_dir it may have moved
+        for folder in (Path(parent), Path(save_dir) / Path(parent).name):
+            if (folder / "config.json").is_file():
+                return None if read_minillm(folder).get("stage") in ("pretrain", "reward") else folder
+    return None
+
+
+def stage_rows(save_dir):
+    """[name, metric, before, after, seconds, folder] of every finished stage below save_dir: what it changed."""
+    rows = []
+    for name in names(save_dir):
+        folder = Path(save_dir) / name
+        facts = read_minillm(folder)
+        found = facts.get("metrics", {})
+        if facts.get("finished") and "metric" in found:
+            rows.append([name, found["metric"], f"{found['before']:.3f}", f"{found['after']:.3f}",
+                         f"{facts['seconds']:.0f}", str(folder)])
+    return rows

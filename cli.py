@@ -116,13 +116,18 @@ def run_flags(parser, save_weight, eval_interval, save_interval=100, log_interva
     switch(g, "--if_needed", 0,
            "skip when this checkpoint is finished with the same flags and inputs, resume when it was interrupted")
     switch(g, "--overwrite", 0, "replace a checkpoint of that name")
+    switch(g, "--show_batch", 0, "print the tokens of two samples, and which of them are trained, before training")
+    machine_flags(g)
+
+
+def machine_flags(g):
+    """Add the flags of whatever runs a model: on what, how exactly, with which random numbers."""
     g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
     g.add_argument("--dtype", default="auto", choices=("auto", *DTYPES),
                    help="autocast dtype; float64 turns autocast off")
-    g.add_argument("--threads", type=count, default=0,
+    g.add_argument("--threads", type=positive(int, zero=True), default=0,
                    help="CPU threads of this process, 0 = cores / processes on this machine")
-    g.add_argument("--seed", type=int, default=42, help="seed of weights, data order and sampling")
-    switch(g, "--show_batch", 0, "print the tokens of two samples, and which of them are trained, before training")
+    g.add_argument("--seed", type=int, default=42, help="seed of all random numbers: weights, data order, sampling")
     switch(g, "--debug", 0, "show the traceback of an error")
 
 

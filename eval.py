@@ -1,7 +1,8 @@
 """Talk to a checkpoint, or measure it: chat, single answers, files of prompts, and one table of scores over all stages.
 
 What is measured, always on held-out data and with a standard error:
-    bits per byte    = - sum_t log2 p(x_t | x_<t) / UTF-8 bytes of the text: unlike a loss it compares tokenizers
+    bits per byte    = - sum_t log2 p(x_t | x_<t) / UTF-8 bytes of the text: unlike a loss it compares tokenizers.
+                       Beside it the perplexity of a token, which compares models of one tokenizer only
     exact match      = share of right greedy answers, by skill and language; identity and small talk are held out by
                        wording only and reported apart. Beside it: answers that stop by themselves, and that loop
     polite, win rate = answers sampled at temperature 1: share in the preferred style; won against the parent's answer
@@ -9,7 +10,8 @@ What is measured, always on held-out data and with a standard error:
     pass@k           = chance of a right answer among k sampled ones, to the prompts of reinforcement learning or of a
                        benchmark; pass@1 is the share of right ones
     pair accuracy    = of a reward model, by kind of error
-What is here: the loops and the formatting. What is not: the judges (metrics.py), decoding (model.py, generation.py).
+What is here: opening checkpoints, the loops over questions. What is not: talking on a terminal (chat.py), judges
+(metrics.py), benchmark formats (tasks.py), tables (results.py), decoding (model.py, generation.py).
 
 Papers: Gao et al. 2020 (bits per byte, arXiv:2101.00027), Ouyang et al. 2022 (win rate, arXiv:2203.02155), Chen et al.
 2021 (pass@k, arXiv:2107.03374).
@@ -23,8 +25,6 @@ Papers: Gao et al. 2020 (bits per byte, arXiv:2101.00027), Ouyang et al. 2022 (w
     python eval.py --weight grpo --tasks gsm8k --pass_k 8 --temperature 0.8     # and pass@1, 2, 4, 8 of drawn answers
     python eval.py --samples 1                                                  # fixed held-out questions, answered
     python eval.py --report out                                                 # report.html and report.md, made again
-
-Letters: B rows, T tokens, V vocabulary.
 """
 import contextlib
 import copy
@@ -38,12 +38,13 @@ import random
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 
+import chat
 import checkpoint
 import cli
 import common
@@ -51,25 +52,21 @@ import logs
 import lora
 import metrics
 import report
+import results
 import tasks
-from dataset import PreferenceData, conversation, expand_paths, pad_rows, preference, read_rows
+from dataset import PreferenceData, conversation, expand_paths, preference, read_rows
 from generation import accelerate, beam_search, lookup_decoding
 from model import Prefix, ScalarHead, Transformer, read_json, token_logprobs
-from tokenizer import StreamDecoder, Tokenizer
+from tokenizer import StreamDecoder, Tokenizer, bytes_per_token
 
-SPEAKERS = ("pretrain", "sft", "dpo", "ppo", "grpo")  # stages to talk to, in the order in which run.sh makes them
-STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
 # Items per set when --limit is not given: standard errors of one to three points, and about ten seconds for a model of
 # 6M parameters on two CPU cores. The win rate needs the most: it compares two noisy answers.
 CAPS = {"pretrain": 240, "sft": 300, "preference": 400, "rl": 200}
-GROUPS = ("bits_per_byte", "exact_match", "preference", "pass_at_1", "pair_accuracy")  # of --mode score
-SCORE_TOKENS = 64  # longest answer in scores, as in the training scripts' evaluations
 SAMPLE_KINDS = {"story": ("story",), "arithmetic": ("add", "subtract"), "translation": ("translate",),
                 "small talk": ("chat",), "several turns": ("dialogue",)}
 # What a flag asks for when --mode is left out; the first that is given decides
 MODES = {"compare": "compare", "batch": "prompts", "tasks": "tasks", "references": "references",
          "regression": "regression", "score": "bpb", "samples": "samples", "report": "report"}
-HELP = "/reset forget the conversation, /system TEXT set the system message (no text: remove it), /exit leave, /help"
 
 
 def parse_args(argv=None):
@@ -98,10 +95,10 @@ def parse_args(argv=None):
     g.add_argument("--system", default="", help="system message in front of the conversation")
     g.add_argument("--max_new_tokens", type=cli.positive(int), default=200, help="longest answer, in tokens")
     g.add_argument("--temperature", type=at_least_0,
-                   help="0 = always the most likely token (default: 0.7, in --tasks with --pass_k 1)")
+                   help="0 = always the most likely token (default: 0.7, and 1 where --tasks draws)")
     g.add_argument("--top_k", type=count, default=0, help="draw from the k most likely tokens, 0 = from all")
     g.add_argument("--top_p", type=at_least_0,
-                   help="draw from the fewest tokens with this probability (default: 0.9, in --tasks with --pass_k 1)")
+                   help="draw from the fewest tokens with this probability (default: 0.9, and 1 where --tasks draws)")
     g.add_argument("--min_p", type=at_least_0, default=0.0,
                    help="draw from tokens at least so many times as likely as the most likely one, 0 = from all")
     g.add_argument("--min_new_tokens", type=count, default=0, help="shortest answer, in tokens")
@@ -147,12 +144,7 @@ def parse_args(argv=None):
                    help="solved examples in front of each question, -1 = as lm-evaluation-harness: 5 for gsm8k, else 0")
     g = parser.add_argument_group("run")
     g.add_argument("--batch_size", type=cli.positive(int), default=64, help="rows decoded or scored together")
-    g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
-    g.add_argument("--dtype", default="auto", choices=["auto", *common.DTYPES, *common.SHORT_DTYPES],
-                   help="autocast dtype; float64 turns autocast off")
-    g.add_argument("--threads", type=count, default=0, help="CPU threads, 0 = all cores")
-    g.add_argument("--seed", type=int, default=42, help="seed of all draws")
-    cli.switch(g, "--debug", 0, "show the traceback of an error")
+    cli.machine_flags(g)
     args = parser.parse_args(argv)
     if not args.mode:
         # what is given says what is wanted: nobody types a prompt to start a chat
@@ -184,6 +176,11 @@ class Player:
         """Tokens that prompt and answer may have together."""
         return self.model.config.max_position_embeddings
 
+    @property
+    def stop_ids(self):
+        """Ids that end a generation."""
+        return self.tokenizer.stop_ids(chat=self.chat)
+
     @functools.cached_property
     def weights_hash(self):
         """What tells two checkpoints apart wherever they lie: a hash of the weight files' hashes."""
@@ -199,48 +196,48 @@ class Player:
         start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         return start + self.tokenizer.encode(messages[-1]["content"])
 
+    def tokens(self, prompts, args, row_seeds, counts=None, prefix=None):
+        """(row, token id) as they are made: drawn, or with --num_beams found and handed over row by row.
 
-def newest(save_dir):
-    """Name of the stage finished last among those that speak; the later stage where two share a second.
+        counts: a dict for the facts of --speculate. prefix: memory() of a chat, whose beginning is not read again.
+        """
+        if args.num_beams > 1:
+            # which beam wins is known at the end only, so there is nothing to stream before
+            for row, prompt in enumerate(prompts):
+                found = beam_search(self.model, prompt, args.num_beams, args.max_new_tokens, stop_ids=self.stop_ids)
+                yield from ((row, token) for token in found[0][0])
+        elif args.speculate:
+            for row, prompt in enumerate(prompts):
+                found = lookup_decoding(self.model, prompt, args.max_new_tokens, args.speculate, self.stop_ids, counts)
+                yield from ((row, token) for token in found)
+        else:
+            yield from self.model.generate(
+                prompts, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                min_p=args.min_p, repetition_penalty=args.repetition_penalty, min_new_tokens=args.min_new_tokens,
+                stop_ids=self.stop_ids, seed=args.seed, row_seeds=row_seeds, max_batch=args.batch_size, prefix=prefix)
 
-    Raises FileNotFoundError with what to do when there is none.
-    """
-    finished = []
-    for place, name in enumerate(SPEAKERS):
-        try:
-            # with the folder in front: a folder of that name in the working directory is something else
-            facts = checkpoint.read_minillm(checkpoint.find(save_dir, os.path.join(save_dir, name)))
-        except FileNotFoundError:
-            continue
-        except ValueError as error:
-            print(error)  # damaged: named, and the others are still there to talk to
-            continue
-        if facts.get("finished"):
-            # not simply the last stage: who has just trained sft again wants to talk to that
-            finished.append((facts.get("written", ""), place, name))
-    if not finished:
-        raise FileNotFoundError(f"no finished checkpoint in {save_dir}/ (looked for {', '.join(SPEAKERS)}); chatting "
-                                "needs one; train with: bash run.sh, or name another one with --weight")
-    return max(finished)[2]
+    def pieces(self, prompt, answer, args, row_seed=0, prefix=None):
+        """Text of one answer, piece by piece and never half a character; notes ids and end in a chat.Answer."""
+        decoder = StreamDecoder(self.tokenizer)
+        for _, token in self.tokens([prompt], args, [row_seed], answer.counts, prefix):
+            answer.ids.append(token)
+            if token in self.stop_ids:
+                answer.ended = True  # the stop token is no text, and the row ends with it
+                break
+            yield decoder.push(token)
+        yield decoder.flush()
 
+    def said(self, text):
+        """An answer as a turn of the conversation that goes on: what a model only thought is no part of it."""
+        return {"role": "assistant", "content": metrics.spoken(text).lstrip()}
 
-def folders_to_score(args):
-    """Folders named by --weight, or all below --save_dir: the stages in their order, then everything else."""
-    if args.weight not in ("", "all"):
-        return [checkpoint.find(args.save_dir, name.strip()) for name in args.weight.split(",") if name.strip()]
-    names = {p.parent.name for p in Path(args.save_dir).glob("*/config.json")}
-    # a stage whose swap was interrupted is there under its earlier name only; find_checkpoint knows
-    names = {name.removesuffix(".previous") for name in names if not name.endswith(".tmp")}
-    if not names:
-        raise FileNotFoundError(f"no checkpoint in {args.save_dir}/; scores need one; train with: bash run.sh, or give "
-                                "a folder with --weight")
-    return [checkpoint.find(args.save_dir, os.path.join(args.save_dir, name))
-            for name in sorted(names, key=stage_order)]
+    def loops(self, ids):
+        """Whether an answer repeats itself."""
+        return metrics.has_loop(ids)
 
-
-def stage_order(name):
-    """Sort key: the stages as run.sh makes them, then everything else by name."""
-    return STAGES.index(name) if name in STAGES else len(STAGES), name
+    def memory(self):
+        """What keeps the beginning of a conversation, so that it is read once."""
+        return Prefix()
 
 
 def is_reward(folder):
@@ -282,7 +279,12 @@ def load(folder, args, runtime):
 
 def speaker(args, runtime):
     """The Player for chat, single answers and batches; says which one it is and what it can do."""
-    folder = checkpoint.find(args.save_dir, args.weight or os.path.join(args.save_dir, newest(args.save_dir)))
+    if args.speculate and (args.temperature or args.repetition_penalty != 1 or args.min_new_tokens):
+        raise ValueError(f"--speculate {args.speculate} with other choices than greedy ones; a guess is checked against"
+                         " the most likely token; give --temperature 0, without --repetition_penalty and "
+                         "--min_new_tokens")
+    name = args.weight or os.path.join(args.save_dir, checkpoint.newest(args.save_dir))
+    folder = checkpoint.find(args.save_dir, name)
     if is_reward(folder):
         raise ValueError(f"{folder} is a reward model; it scores answers and cannot give any; chat with another "
                          "--weight, or measure it with --mode score")
@@ -301,220 +303,21 @@ def speaker(args, runtime):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. One answer
-@dataclass
-class Answer:
-    """What came of a prompt: text without stop token and stop string; how it ended; what it cost."""
-
-    text: str = ""
-    ids: list = field(default_factory=list)
-    ended: bool = False  # by itself or by a stop string, not by a limit
-    interrupted: bool = False
-    seconds: float = 0.0
-    counts: dict = field(default_factory=dict)  # of guessed tokens, see generation.lookup_decoding
-
-
-def until_stop(pieces, stops):
-    """Pass pieces of text on until a stop string is complete; whatever may be the beginning of one waits.
-
-    Yields (text, whether a stop string ended it).
-    """
-    tail = ""
-    for piece in pieces:
-        tail += piece
-        cut = min((at for at in map(tail.find, stops) if at >= 0), default=-1)
-        if cut >= 0:
-            yield tail[:cut], True
-            return
-        wait = max((n for stop in stops for n in range(1, len(stop)) if tail.endswith(stop[:n])), default=0)
-        yield tail[:len(tail) - wait], False
-        tail = tail[len(tail) - wait:]
-    yield tail, False
-
-
-def stop_ids(player):
-    """Ids that end a generation of this player."""
-    return player.tokenizer.stop_ids(chat=player.chat)
-
-
-def token_stream(player, prompts, args, row_seeds, counts=None, prefix=None):
-    """(row, token id) as they are made: drawn, or with --num_beams found and handed over row by row.
-
-    counts: a dict for the facts of --speculate. prefix: model.Prefix of a chat, whose beginning is not read again.
-    """
-    if args.num_beams > 1:
-        # which beam wins is known at the end only, so there is nothing to stream before
-        for row, prompt in enumerate(prompts):
-            found = beam_search(player.model, prompt, args.num_beams, args.max_new_tokens, stop_ids=stop_ids(player))
-            yield from ((row, token) for token in found[0][0])
-        return
-    if args.speculate:
-        if args.temperature or args.repetition_penalty != 1 or args.min_new_tokens:
-            raise ValueError(f"--speculate {args.speculate} with other choices than greedy ones; a guess is checked "
-                             "against the most likely token; give --temperature 0, without --repetition_penalty and "
-                             "--min_new_tokens")
-        for row, prompt in enumerate(prompts):
-            found = lookup_decoding(player.model, prompt, args.max_new_tokens, args.speculate, stop_ids(player), counts)
-            yield from ((row, token) for token in found)
-        return
-    yield from player.model.generate(prompts, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-                                     top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty,
-                                     min_new_tokens=args.min_new_tokens, stop_ids=stop_ids(player), seed=args.seed,
-                                     row_seeds=row_seeds, max_batch=args.batch_size, prefix=prefix)
-
-
-def text_stream(player, prompt, args, row_seed, answer, prefix=None):
-    """Text of one answer, piece by piece and never half a character; notes ids and end in `answer`."""
-    decoder = StreamDecoder(player.tokenizer)
-    for _, token in token_stream(player, [prompt], args, [row_seed], answer.counts, prefix):
-        answer.ids.append(token)
-        if token in stop_ids(player):
-            answer.ended = True  # the stop token is no text, and the row ends with it
-            break
-        yield decoder.push(token)
-    yield decoder.flush()
-
-
-def speak(player, prompt, args, row_seed=0, prefix=None):
-    """Answer one prompt on the screen. Ctrl-C ends the answer, not the program. Returns an Answer."""
-    answer, start = Answer(), time.perf_counter()
-    try:
-        with player.runtime.autocast():
-            pieces = text_stream(player, prompt, args, row_seed, answer, prefix)
-            for text, stopped in until_stop(pieces, args.stop):
-                answer.text += text
-                answer.ended |= stopped
-                print(text if args.stream else "", end="", flush=True)
-    except KeyboardInterrupt:
-        answer.interrupted = True
-    answer.seconds = time.perf_counter() - start
-    print("" if args.stream else answer.text, flush=True)
-    for remark in remarks(answer, args, player):
-        print(f"({remark})", flush=True)
-    return answer
-
-
-def remarks(answer, args, player):
-    """What a user should know about an answer: its speed, why it ended, that it loops."""
-    if args.show_speed and answer.ids:
-        yield f"{len(answer.ids)} tokens, {len(answer.ids) / max(answer.seconds, 1e-9):.3g} tokens/s"
-    if args.show_speed and answer.counts.get("guessed"):
-        steps, guessed, accepted = (answer.counts[name] for name in ("steps", "guessed", "accepted"))
-        yield f"{accepted} of {guessed} guessed tokens were right: {len(answer.ids) / steps:.2f} tokens a step"
-    if answer.interrupted:
-        yield "stopped"
-    elif not answer.ended and player.chat:
-        limit = f"--max_new_tokens {args.max_new_tokens}" if len(answer.ids) >= args.max_new_tokens else "the context"
-        yield f"cut off: {limit} is used up"
-    if metrics.has_loop(answer.ids):
-        yield "it repeats itself: usual for small models; try --repetition_penalty 1.1 or a higher --temperature"
-
-
-def fit(player, messages, max_new_tokens):
-    """Drop the oldest turns, each a question with its answer, until an answer has room; a system message stays.
-
-    Returns: (prompt ids, messages kept, number of messages dropped). Raises ValueError when the last question alone
-    does not fit the context.
-    """
-    # a short context is shared: with all of --max_new_tokens kept free, little of the conversation would be left
-    room = player.context - min(max_new_tokens, player.context // 4)
-    dropped = 0
-    while True:
-        ids = player.ids(messages)
-        questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
-        if len(ids) <= room or len(questions) < 2 or not player.chat:
-            break
-        # up to the second question: half a turn would be an answer without its question
-        system = int(messages[0]["role"] == "system")
-        dropped += questions[1] - system
-        messages = messages[:system] + messages[questions[1]:]
-    if len(ids) >= player.context:
-        raise ValueError(f"the prompt has {len(ids)} tokens; prompt and answer must fit the model's context of "
-                         f"{player.context}; shorten the prompt")
-    return ids, messages, dropped
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Chat, single answers, batches
-def typed_lines():
-    """Lines from the terminal or a pipe, until the end of input, or Ctrl-C at the prompt."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - line editing and history for input(); not on Windows
-    while True:
-        try:
-            line = input("you> " if sys.stdin.isatty() else "")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        yield line.strip()
-
-
-def opening(args):
-    """The messages a conversation begins with."""
-    return [{"role": "system", "content": args.system}] if args.system else []
-
-
-def command(line, messages, player):
-    """Carry out a /command. Returns the messages to go on with, None to leave."""
-    word, _, rest = line.partition(" ")
-    system = [message for message in messages[:1] if message["role"] == "system"]
-    talk = messages[len(system):]
-    if word == "/exit":
-        return None
-    if word == "/reset":
-        print("(the conversation is forgotten)")
-        return system
-    if word == "/system":
-        rest = rest.strip()
-        print("(a base model has no system message)" if not player.chat else f"(system message: {rest or 'none'})")
-        return ([{"role": "system", "content": rest}] if rest else []) + talk
-    print(HELP if word == "/help" else f"(unknown command {word}; there are: {HELP})")
-    return messages
-
-
-def chat(player, args):
-    """Talk until /exit or the end of input. Returns {"answers": texts}."""
-    print(HELP)
-    messages, answers, prefix = opening(args), [], Prefix()
-    for line in typed_lines():
-        if line.startswith("/"):
-            messages = command(line, messages, player)
-            if messages is None:
-                break
-            continue
-        if not line:
-            continue
-        try:
-            prompt, kept, dropped = fit(player, [*messages, {"role": "user", "content": line}], args.max_new_tokens)
-        except ValueError as error:
-            print(f"error: {error}")
-            continue
-        if dropped:
-            print(f"(the oldest {dropped} messages are dropped: the conversation fills the context of {player.context} "
-                  "tokens)")
-        # each answer has its own stream of random numbers, so a question asked twice can be answered in two ways
-        answer = speak(player, prompt, args, row_seed=len(answers), prefix=prefix)
-        answers.append(answer.text)
-        # what a model thought is not part of the conversation it goes on with
-        said = {"role": "assistant", "content": metrics.spoken(answer.text).lstrip()}
-        # and a base model has no turns to remember: each line is a text of its own
-        messages = [*kept, said] if player.chat else messages
-    return {"weight": str(player.folder), "answers": answers}
-
-
-def single(player, args):
-    """Answer --prompt. Returns the answer's facts."""
-    if not args.prompt:
-        raise ValueError("--mode single without a prompt; it answers one question; give --prompt TEXT")
-    prompt, _, _ = fit(player, [*opening(args), {"role": "user", "content": args.prompt}], args.max_new_tokens)
-    answer = speak(player, prompt, args)
-    if answer.interrupted:
-        raise KeyboardInterrupt  # there is nothing to go on with: exit code 130, as for any other program
-    return {"weight": str(player.folder), "answer": answer.text, "stopped": answer.ended, "tokens": len(answer.ids)}
+# 2. Questions, and answers to many of them
+def question(row, where):
+    """(messages up to the question, text of the answer behind it or None) of a row in any format of the training data,
+    or with nothing but a prompt."""
+    if "chosen" in row:
+        return preference(row, where)[0], None
+    if "prompt" in row and not {"completion", "response", "output"} & row.keys():
+        prompt = row["prompt"]
+        row = {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+    *messages, last = conversation(row, where)
+    return (messages, last["content"]) if last["role"] == "assistant" else ([*messages, last], None)
 
 
 def read_prompts(args):
-    """(messages, "file:line") of every prompt in --prompts; a final assistant turn (SFT rows) is taken off."""
+    """(messages, "file:line") of every prompt in --prompts; an answer behind it (SFT rows) is taken off."""
     if not args.prompts:
         raise ValueError("--mode batch without prompts; it answers a file of them; give --prompts FILE")
     path, = expand_paths(args.prompts)
@@ -525,141 +328,63 @@ def read_prompts(args):
     else:
         rows = read_rows(path)
     for row, where in rows:
-        if isinstance(row.get("prompt"), str):
-            messages = [{"role": "user", "content": row["prompt"]}]
-        elif "prompt" in row:
-            messages = conversation({"messages": row["prompt"]}, where)
-        else:
-            messages = conversation(row, where)
-        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        messages, _ = question(row, where)
         if not messages:
             raise ValueError(f"{where}: found only an answer; expected a question; add a user turn")
-        yield (messages if messages[0]["role"] == "system" else opening(args) + messages), where
-
-
-def batch(player, args):
-    """Answer all prompts of a file, several at a time: one JSON object a line, in their order, as soon as known.
-
-    An answer that ended has its conversation beside it, so that train_sft.py can learn from it (--skip_bad 1 leaves out
-    the others): distillation from a teacher's answers (Kim and Rush 2016, arXiv:1606.07947)."""
-    conversations, prompts, cut = [], [], 0
-    for messages, where in read_prompts(args):
-        try:
-            prompt, messages, dropped = fit(player, messages, args.max_new_tokens)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        prompts.append(prompt)
-        conversations.append(messages)
-        cut += dropped > 0
-    start, tokens = time.perf_counter(), 0
-    with contextlib.ExitStack() as stack:
-        file = sys.stdout
-        if args.output:
-            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(args.output, "w", encoding="utf-8"))
-        # some batches at a time: a row that ends makes room for the next prompt, and answers still appear early
-        for first in range(0, len(prompts), 4 * args.batch_size):
-            rows = range(first, min(first + 4 * args.batch_size, len(prompts)))
-            for row, ids in zip(rows, decode_rows(player, [prompts[i] for i in rows], args, rows), strict=True):
-                tokens += len(ids)
-                line = {"index": row, "prompt": conversations[row][-1]["content"], **row_answer(player, ids, args)}
-                if line["stopped"]:  # a row of SFT data; one that breaks off would teach to break off
-                    line["conversations"] = [*conversations[row], assistant_turn(line["answer"])]
-                print(json.dumps({"weight": player.name, **line}, ensure_ascii=False), file=file, flush=True)
-    speed = tokens / max(time.perf_counter() - start, 1e-9)
-    where = f", answers in {args.output}" if args.output else ""
-    print(f"{len(prompts)} prompts ({cut} lost their oldest turns), {tokens} tokens, {speed:.0f} tokens/s{where}",
-          file=sys.stdout if args.output else sys.stderr)
-    return {"weight": str(player.folder), "prompts": len(prompts), "tokens": tokens}
-
-
-def assistant_turn(text):
-    """An answer as a message of a conversation; what was only thought stands apart, as tokenizer.render() wants it."""
-    thought, end, said = text.partition("</think>")
-    if not end:
-        return {"role": "assistant", "content": text}
-    return {"role": "assistant", "reasoning_content": thought.replace("<think>", "", 1).strip("\n"),
-            "content": said.lstrip("\n")}
-
-
-def decode_rows(player, prompts, args, row_seeds):
-    """Answer ids of several prompts decoded together: a list of lists."""
-    rows = [[] for _ in prompts]
-    with player.runtime.autocast():
-        for row, token in token_stream(player, prompts, args, list(row_seeds)):
-            rows[row].append(token)
-    return rows
-
-
-def row_answer(player, ids, args):
-    """Text and end of an answer that was decoded in a batch."""
-    ended = bool(ids) and ids[-1] in stop_ids(player)
-    pieces = list(until_stop([player.tokenizer.decode(ids[:-1] if ended else ids)], args.stop))
-    return {"answer": "".join(text for text, _ in pieces), "stopped": ended or pieces[-1][1], "tokens": len(ids)}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Scores. Each function takes a Player and held-out items and returns a dict with n and standard_error.
-def held_out(args):
-    """{set: items} of the held-out files in --data_dir; what is missing is said and empty.
-
-    Items: pretrain rows as they are; else dicts of messages (up to the question), answer, check, lang, skill.
-    """
-    sets = {}
-    for name, cap in CAPS.items():
-        path = Path(args.data_dir) / f"{name}.heldout.jsonl"
-        sets[name] = []
-        if not path.is_file():
-            print(f"{path} not found: the scores that need it are left out")
-            continue
-        cap = cap if args.limit < 0 else args.limit or None
-        for row, where in islice(read_rows(path), cap):
-            sets[name].append(row if name == "pretrain" else question(row, where, name))
-    if not any(sets.values()):
-        raise FileNotFoundError(f"no held-out data in {args.data_dir}/ (looked from {Path.cwd()}); scores need "
-                                f"{{{','.join(CAPS)}}}.heldout.jsonl; write them with make_data.py, or give --data_dir")
-    return sets
-
-
-def question(row, where, name):
-    """One held-out row as an item."""
-    messages = preference(row, where)[0] if name == "preference" else conversation(row, where)
-    messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return {"messages": messages} | {key: row.get(key) for key in ("answer", "check", "lang", "skill")}
+        yield (messages if messages[0]["role"] == "system" else chat.opening(args) + messages), where
 
 
 def answers(player, items, args, temperature, first_seed=0, top_p=1.0, longest=0):
     """metrics.complete over items, in their order; each item has its own random numbers, the same for every player."""
-    longest = longest or SCORE_TOKENS
+    longest = longest or metrics.SUITE_TOKENS
     # a question too long for the model loses its beginning: it will be answered wrongly, and that is the truth
     room = max(1, player.context - longest)
     prompts = [player.ids(item["messages"])[-room:] for item in items]
     with player.runtime.autocast():
         return metrics.complete(player.model, player.tokenizer, prompts, longest, batch_size=args.batch_size,
                                 temperature=temperature, top_p=top_p, seed=args.seed,
-                                row_seeds=range(first_seed, first_seed + len(items)), stop_ids=stop_ids(player))
+                                row_seeds=range(first_seed, first_seed + len(items)), stop_ids=player.stop_ids)
 
 
-def window_batches(player, texts, width):
-    """Documents as padded batches for metrics.heldout_loss: windows of `width` tokens that begin with the last token of
-    the one before (bos for the first), so that every token of a text is a target once."""
-    tok = player.tokenizer
-    windows, sizes = [], []
-    for text in texts:
-        ids = [tok.eos_id if tok.bos_id is None else tok.bos_id, *tok.encode(text)]
-        starts = range(0, len(ids) - 1, width - 1)
-        windows += [ids[i:i + width] for i in starts]
-        # the bytes of a document are counted with its first window: only their sum is used
-        sizes += [len(text.encode("utf-8", "replace")) if i == 0 else 0 for i in starts]
-    rows = max(1, 2**26 // (width * player.model.config.vocab_size))  # logits [B, T, V] of 256 MB in fp32
-    for i in range(0, len(windows), rows):
-        ids, lengths = pad_rows(windows[i:i + rows], tok.pad_id)  # [B, T], [B]
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).float()  # [B, T]
-        yield {"ids": ids, "mask": mask, "bytes": torch.tensor(sizes[i:i + rows])}
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Scores. Each function takes a Player and held-out items and returns a dict with n and standard_error.
+def held_out(args, wanted=tuple(CAPS)):
+    """{set: items} of the wanted held-out files in --data_dir; what is missing is said and empty.
+
+    Items: pretrain rows as they are; else dicts of messages (up to the question), answer, check, lang, skill.
+    """
+    sets = {}
+    for name in wanted:
+        path = Path(args.data_dir) / f"{name}.heldout.jsonl"
+        sets[name] = []
+        if not path.is_file():
+            print(f"{path} not found: the scores that need it are left out")
+            continue
+        for row, where in islice(read_rows(path), CAPS[name] if args.limit < 0 else args.limit or None):
+            sets[name].append(row if name == "pretrain" else heldout_item(row, where))
+    if not any(sets.values()):
+        raise FileNotFoundError(f"no held-out data in {args.data_dir}/ (looked from {Path.cwd()}); scores need "
+                                f"{{{','.join(wanted)}}}.heldout.jsonl; write them with make_data.py, or give "
+                                "--data_dir")
+    return sets
+
+
+def heldout_item(row, where):
+    """One held-out row as an item."""
+    return {"messages": question(row, where)[0]} | {key: row.get(key) for key in ("answer", "check", "lang", "skill")}
+
+
+def read_styles(args):
+    """The markers of the preferred style, which make_data.py writes; None without them, which is said."""
+    path = Path(args.data_dir) / "styles.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    print(f"{path} not found: without it polite and impolite cannot be told apart, no style and no win rate by rule")
+    return None
 
 
 def score_bits(player, rows, args):
-    """Bits per byte of documents {"text", "lang"}, by language and in total."""
+    """Bits per byte of documents {"text", "lang"}, by language and in total, and the perplexity of a token."""
     # beyond the length it was trained with a model guesses; 2048 keeps the logits of a large vocabulary in memory
     trained = player.facts.get("args", {}).get("max_seq_len", 2048)
     width = max(2, min(args.max_seq_len or trained, player.context))
@@ -668,22 +393,21 @@ def score_bits(player, rows, args):
         if not isinstance(row.get("text"), str):
             raise ValueError(f"found a row with the keys [{', '.join(row)}]; bits per byte need text, a string; write "
                              'every row as {"text": "..."}')
-        texts[row.get("lang") or "all"].append(row["text"])
-    by_lang, nll, size, variance = {}, 0.0, 0, 0.0
+        if row["text"]:
+            texts[row.get("lang") or "all"].append(row["text"])
+    by_lang, every, variance = {}, [], 0.0
     for lang, group in sorted(texts.items()):
-        parts = [metrics.heldout_loss(player.model, window_batches(player, group[i:i + 8], width), token_logprobs,
-                                      player.runtime.device, player.runtime.autocast) for i in range(0, len(group), 8)]
-        bits = [part["nll"] / math.log(2) for part in parts]
-        total = sum(part["bytes"] for part in parts)
-        rate = sum(bits) / max(total, 1)
-        # standard error of a ratio of sums: from how far each part lies from the common ratio
-        spread = sum((b - rate * part["bytes"]) ** 2 for b, part in zip(bits, parts, strict=True))
-        spread *= len(parts) / (len(parts) - 1) if len(parts) > 1 else math.nan
+        parts = [metrics.heldout_loss(
+            player.model, metrics.text_batches(player.tokenizer, group[i:i + 8], width, player.model.config.vocab_size),
+            token_logprobs, player.runtime.device, player.runtime.autocast) for i in range(0, len(group), 8)]
+        sizes = [part["bytes"] for part in parts]
+        rate, error = tasks.ratio([part["nll"] / math.log(2) for part in parts], sizes)
+        by_lang[lang] = {"bits_per_byte": rate, "standard_error": error, "bytes": sum(sizes)}
         # languages apart: their rates differ, and that difference is no error
-        by_lang[lang] = {"bits_per_byte": rate, "standard_error": math.sqrt(spread) / max(total, 1), "bytes": total}
-        nll, size, variance = nll + sum(bits), size + total, variance + spread
-    return {"bits_per_byte": nll / max(size, 1), "standard_error": math.sqrt(variance) / max(size, 1), "n": len(rows),
-            "bytes": size, "by_lang": by_lang}
+        every, variance = every + parts, variance + (error * sum(sizes)) ** 2
+    nll, tokens, size = (sum(part[name] for part in every) for name in ("nll", "tokens", "bytes"))
+    return {"bits_per_byte": nll / math.log(2) / max(size, 1), "standard_error": math.sqrt(variance) / max(size, 1),
+            "perplexity": math.exp(nll / max(tokens, 1)), "n": len(rows), "bytes": size, "by_lang": by_lang}
 
 
 def score_questions(player, items, args):
@@ -700,17 +424,14 @@ def score_preferences(player, items, args, played):
 
     played: {folder: answers} of the players so far, so that a parent answers once. None without styles.json.
     """
-    path = Path(args.data_dir) / "styles.json"
-    if not path.is_file():
-        print(f"{path} not found: without it polite and impolite cannot be told apart, no style and no win rate")
+    styles = read_styles(args)
+    if styles is None:
         return None
-    styles = json.loads(path.read_text(encoding="utf-8"))
-
     own = played[player.folder.resolve()] = answers(player, items, args, temperature=1.0)
     polite = metrics.share([metrics.style(answer.text, styles) == "polite" for answer in own])
     result = {"polite": polite, "standard_error": metrics.standard_error(polite, len(own)), "n": len(own),
               "exact_match": metrics.exact_match(own, items)["total"], "loop_rate": metrics.loop_rate(own)}
-    parent = parent_folder(player, args)
+    parent = checkpoint.chat_parent(player.facts, args.save_dir)
     if parent:
         if parent.resolve() not in played:
             played[parent.resolve()] = answers(load(parent, args, player.runtime), items, args, temperature=1.0)
@@ -721,17 +442,6 @@ def score_preferences(player, items, args, played):
     return result
 
 
-def parent_folder(player, args):
-    """Folder of the chat model that this one was trained from; None where there is none to compare with."""
-    for parent in player.facts.get("parents", []):
-        # the path was written where the training ran; below this --save_dir it may have moved
-        for folder in (Path(parent), Path(args.save_dir) / Path(parent).name):
-            if (folder / "config.json").is_file():
-                stage = checkpoint.read_minillm(folder).get("stage")
-                return None if stage in ("pretrain", "reward") else folder
-    return None
-
-
 def score_samples(player, items, args):
     """pass@k: chance of a right answer among k drawn at temperature 1; pass@1 by skill and language as well."""
     draws = [answers(player, items, args, temperature=1.0, first_seed=n * len(items)) for n in range(args.pass_k)]
@@ -739,45 +449,16 @@ def score_samples(player, items, args):
     total = result.pop("total")
     right = [[metrics.check_answer(item["check"], item["answer"], c.text) for c in of_item]
              for item, *of_item in zip(items, *draws, strict=True) if item.get("check")]
-    rates = pass_rates(right, args.pass_k)
+    rates = metrics.pass_rates(right, args.pass_k)
     return {**result, **rates, "pass_at_1": total, "n": result["n"] // args.pass_k, "samples": args.pass_k,
             "standard_error": rates["pass_at_k_error"]["1"]}
 
 
-def pass_rates(right, most):
-    """pass@k for k = 1, 2, 4, ... and `most`, from which of each prompt's answers are right: rates and errors by k, as
-    text (JSON has no other keys)."""
-    ks = sorted({most, *(2**i for i in range(most.bit_length()))})
-    rates = {str(k): found for k, found in metrics.pass_at(right, ks).items()}
-    return {"pass_at_k": {k: rate for k, (rate, _) in rates.items()},
-            "pass_at_k_error": {k: error for k, (_, error) in rates.items()}}
-
-
-def pass_line(result):
-    """What pass_rates() found as text: pass@1 0.120 (0.011), pass@2 ..."""
-    return ", ".join(f"pass@{k} {cell({'rate': rate, 'error': result['pass_at_k_error'][k]}, 'rate', 'error')}"
-                     for k, rate in result["pass_at_k"].items())
-
-
 def score_pairs(player, count, args):
     """Pair accuracy of a reward model by kind of error, over the first `count` held-out pairs."""
-    # the class that training uses, so that a score is read at the same last token here, there and in PPO
     path = Path(args.data_dir) / "preference.heldout.jsonl"
     data = PreferenceData(path, player.tokenizer, player.context, cache_dir=Path(args.save_dir) / "cache")
-    count = min(count, len(data))
-    chosen, rejected, kinds, lengths = [], [], [], []
-    for first in range(0, count, args.batch_size):
-        rows = data.batch(range(first, min(first + args.batch_size, count)))
-        device = player.runtime.device
-        with torch.no_grad(), player.runtime.autocast():
-            scores = player.model(rows["ids"].to(device), rows["lengths"].to(device)).float().cpu()  # [2B]
-        better, worse = scores.chunk(2)  # [B], [B]
-        chosen, rejected, kinds = chosen + better.tolist(), rejected + worse.tolist(), kinds + rows["kind"]
-        lengths += rows["mask"].sum(1).view(2, -1).T.tolist()  # [2B] -> [B, 2]
-    result = metrics.pair_accuracy(chosen, rejected, kinds)
-    both = [score for pair in zip(chosen, rejected, strict=True) for score in pair]
-    return {**result, "standard_error": metrics.standard_error(result["accuracy"], result["n"]),
-            "length_correlation": metrics.length_correlation(both, [n for pair in lengths for n in pair])}
+    return metrics.score_pairs(player.model, data, min(count, len(data)), player.runtime, args.batch_size)
 
 
 def groups(player, sets, args, played):
@@ -798,14 +479,14 @@ def groups(player, sets, args, played):
 
 
 def score(args, runtime):
-    """Measure all weights, print the table, write eval_results.jsonl. Returns {"results": rows}."""
-    folders = folders_to_score(args)
+    """Measure all weights on held-out data and print the table. Returns {"results": rows}."""
+    folders = checkpoint.chosen(args.save_dir, args.weight)
     if args.bpb:
-        rows = [row for row, _ in read_rows(expand_paths(args.bpb))]
-        sets = dict.fromkeys(CAPS, ()) | {"pretrain": rows[:args.limit if args.limit > 0 else None]}
+        documents = [row for row, _ in islice(read_rows(args.bpb), args.limit if args.limit > 0 else None)]
+        sets = dict.fromkeys(CAPS, ()) | {"pretrain": documents}
     else:
         sets = held_out(args)
-    results, played = [], {}
+    rows, played = [], {}
     for folder in folders:
         player = load(folder, args, runtime)
         if not player.facts.get("finished", True):
@@ -815,53 +496,44 @@ def score(args, runtime):
             result = function()
             if result is None:  # nothing to measure it with, as was said
                 continue
-            seconds = time.perf_counter() - start
-            results.append({"weight": player.name, "group": group + ":files" * bool(args.bpb), **result,
-                            **circumstances(player, args), "seconds": round(seconds, 2)})
-            print(f"{player.name} {group.replace('_', ' ')}: {result['n']} items, {seconds:.1f} s", flush=True)
-    write_results(Path(args.save_dir) / "eval_results.jsonl", results)
-    print_tables(results)
-    return {"results": results}
+            rows.append(row_of(player, group + ":files" * bool(args.bpb), result, args, start))
+            keep(rows[-1:], args)
+            print(f"{player.name} {group.replace('_', ' ')}: {result['n']} items, {rows[-1]['seconds']:.1f} s",
+                  flush=True)
+    show(*results.held_out(rows))
+    return {"results": rows}
 
 
-def circumstances(player, args):
-    """What a score depends on besides the model."""
-    return {"folder": str(player.folder), "checkpoint": player.weights_hash, "key": player.facts.get("key"),
-            "stage": player.facts.get("stage"), "step": player.facts.get("progress", {}).get("step"),
-            "seed": args.seed, "limit": args.limit, "data": args.bpb or args.data_dir,
-            "device": player.runtime.device.type, "dtype": str(player.runtime.dtype)[6:],
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+def row_of(player, group, numbers, args, start):
+    """A row of eval_results.jsonl: the numbers of a measurement that began at `start`, and what they depend on besides
+    the model."""
+    return {"weight": player.name, "group": group, "folder": str(player.folder), "checkpoint": player.weights_hash,
+            "key": player.facts.get("key"), "stage": player.facts.get("stage"),
+            "step": player.facts.get("progress", {}).get("step"), "seed": args.seed, "limit": args.limit,
+            "data": args.bpb or args.data_dir, "device": player.runtime.device.type,
+            "dtype": str(player.runtime.dtype)[6:], "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "format": checkpoint.FORMAT_VERSION}}
+                         "format": checkpoint.FORMAT_VERSION},
+            **numbers, "seconds": round(time.perf_counter() - start, 2)}
 
 
-def write_results(path, results):
-    """Put the new rows into the file in place of older ones for the same weight and group."""
-    new = {(row["weight"], row["group"]) for row in results}
-    kept = [row for row in read_results(path) if (row["weight"], row["group"]) not in new]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in kept + results]
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)  # as a whole: an interrupted run leaves the old scores
+def keep(rows, args):
+    """Put new rows into eval_results.jsonl: at once, for what comes next may take hours."""
+    path = Path(args.save_dir) / "eval_results.jsonl"
+    results.write(path, report.read_rows(path), rows)
 
 
-def finite(value):
-    """A result with None in place of nan, which is no JSON."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_results(path):
-    """Rows of eval_results.jsonl, [] without the file."""
-    return [row for row, _ in read_rows(path)] if path.is_file() else []
+def show(tables, lines):
+    """Print what a function of results.py has made."""
+    for title, header, rows in tables:
+        print(f"\n{title}\n{logs.table(header, rows)}")
+    print("".join(f"\n{line}\n" for line in lines), end="")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Benchmarks (tasks.py)
+# 4. Benchmarks (tasks.py)
 def score_tasks(args, runtime):
-    """Measure all weights on --tasks; each result is written as soon as it is there. Returns {"results": rows}."""
+    """Measure all weights on --tasks and print the table. Returns {"results": rows}."""
     names = list(tasks.TASKS) if args.tasks == "all" else [name.strip() for name in args.tasks.split(",")]
     unknown = [name for name in names if name not in tasks.TASKS]
     if unknown:
@@ -872,7 +544,7 @@ def score_tasks(args, runtime):
     if args.pass_k > 1 and not args.temperature:
         raise ValueError(f"--pass_k {args.pass_k} with --temperature 0; all answers would be the same; give a higher "
                          "--temperature, or leave it out")
-    results = []
+    rows = []
     for player in speakers(args, runtime):
         for name in names:
             try:
@@ -887,22 +559,22 @@ def score_tasks(args, runtime):
             outcomes, drawn = task_outcomes(player, name, items, args)
             result = tasks.score(name, items, outcomes) | drawn_rates(name, items, drawn, args)
             metric = tasks.TASKS[name].metrics[0]
-            row = {"weight": player.name, "group": f"task:{name}", "task": name, "metric": metric,
-                   "score": result["scores"][metric], "standard_error": result["errors"][metric], **result,
-                   "few_shot": tasks.shots(tasks.TASKS[name], args.few_shot), **circumstances(player, args),
-                   "data": source, "seconds": round(time.perf_counter() - start, 2)}
-            results.append(row)
-            write_results(Path(args.save_dir) / "eval_results.jsonl", [row])
-    if not results:
+            main = {"score": result["scores"][metric], "standard_error": result["errors"][metric]}
+            facts = {"task": name, "metric": metric, **main, **result, "data": source,
+                     "verdict": tasks.verdict(*main.values(), result["chance"], result["majority"], result["n"]),
+                     "few_shot": tasks.shots(tasks.TASKS[name], args.few_shot)}
+            rows.append(row_of(player, f"task:{name}", facts, args, start))
+            keep(rows[-1:], args)
+    if not rows:
         raise FileNotFoundError(f"no file of any benchmark in --task_dir {args.task_dir}; their published rows are "
                                 f"read; fetch them with: python prepare_data.py download eval --output {args.task_dir}")
-    print_tasks(results)
-    return {"results": results}
+    show(*results.benchmarks(rows))
+    return {"results": rows}
 
 
 def speakers(args, runtime):
     """The weights to measure, loaded one after another; reward models are passed over."""
-    for folder in folders_to_score(args):
+    for folder in checkpoint.chosen(args.save_dir, args.weight):
         if is_reward(folder):
             print(f"{folder} is a reward model: it scores answers and cannot give any")
         else:
@@ -915,7 +587,7 @@ def drawn_rates(name, items, drawn, args):
         return {}
     task = tasks.TASKS[name]
     judged = [[tasks.judge(task, item, text) for text in texts] for item, texts in zip(items, drawn, strict=True)]
-    rates = {metric: pass_rates([[bool(values[metric]) for values in of_item] for of_item in judged], args.pass_k)
+    rates = {metric: metrics.pass_rates([[bool(values[metric]) for values in row] for row in judged], args.pass_k)
              for metric in task.metrics}
     return {"drawn": {"samples": args.pass_k, "temperature": args.temperature, "top_p": args.top_p, "rates": rates}}
 
@@ -952,12 +624,12 @@ def task_outcomes(player, name, items, args):
             file.write(json.dumps([todo[place], result]) + "\n")
             bar.update()
     path.unlink()
-    results = [known[n] for n in range(len(groups))]
+    ordered = [known[n] for n in range(len(groups))]
     if task.kind == "generate":
-        turns = [results[first:first + len(items)] for first in range(len(items), len(results), len(items))]
-        return results[:len(items)], list(zip(*turns, strict=True))
+        greedy, *turns = (ordered[first:first + len(items)] for first in range(0, len(ordered), len(items)))
+        return greedy, list(zip(*turns, strict=True))
     outcomes = [[] for _ in items]
-    for (i, _), result in zip(groups, results, strict=True):
+    for (i, _), result in zip(groups, ordered, strict=True):
         outcomes[i] += result  # the windows of a page add up; everything else is one group an item
     return outcomes, []
 
@@ -978,46 +650,14 @@ def written_answers(player, prompts, count, args):
                 yield place, tasks.cut(tok.decode(completion.ids, skip_special=True))
 
 
-def print_tasks(results):
-    """A line a score, the first of a task with what it is worth, in words."""
-    lines = []
-    for row in results:
-        said = tasks.verdict(row["score"], row["standard_error"], row["chance"], row["majority"], row["n"])
-        facts = [number(row["chance"]), number(row["majority"]), said or "-", f"{row['seconds']:.1f}"]
-        for metric in tasks.TASKS[row["task"]].metrics:
-            score = [metric, number(row["scores"][metric]), number(row["errors"][metric])]
-            first = metric == row["metric"]
-            lines.append([row["weight"], row["task"], row["few_shot"], row["n"], *score, *facts] if first else
-                         ["", "", "", "", *score, *[""] * len(facts)])
-    if lines:
-        print("\nbenchmarks; majority: always the commonest right answer")
-        print(logs.table(["weight", "task", "shots", "n", "metric", "score", "error", "chance", "majority", "in words",
-                          "seconds"], lines))
-    for row in (row for row in results if "drawn" in row):
-        for metric, rates in row["drawn"]["rates"].items():
-            print(f"{row['weight']} {row['task']}, {row['drawn']['samples']} answers at temperature "
-                  f"{row['drawn']['temperature']:g}, {metric}: {pass_line(rates)}")
-
-
-def number(value):
-    """Four decimals, as the harness prints; "-" for what is not there."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:.4f}" if value < 1e6 else f"{value:.4g}"
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. References, fixed prompts, one checkpoint against another
+# 5. References, fixed prompts, one checkpoint against another
 def score_references(args, runtime):
     """BLEU, chrF and ROUGE-L of greedy answers to the questions in --references. Returns {"results": rows}."""
     items, wanted = [], []
     for row, where in islice(read_rows(args.references), args.limit if args.limit > 0 else None):
-        if isinstance(row.get("prompt"), str):
-            messages = [{"role": "user", "content": row["prompt"]}]
-            text = row.get("reference", row.get("answer"))
-        else:
-            *messages, last = conversation(row, where)
-            text = last["content"] if last["role"] == "assistant" else None
+        messages, text = question(row, where)
+        text = row.get("reference", row.get("answer")) if text is None else text
         if not isinstance(text, str) or not messages:
             raise ValueError(f"{where}: no reference; each question needs one answer to compare with; write prompt and "
                              "reference, or a conversation that ends with the assistant")
@@ -1025,75 +665,68 @@ def score_references(args, runtime):
         wanted.append(text)
     if not items:
         raise ValueError(f"{args.references} has no rows; there is nothing to compare with; give another file")
-    results = []
+    rows = []
     for player in speakers(args, runtime):
         start = time.perf_counter()
         scores = metrics.text_scores([c.text for c in answers(player, items, args, temperature=0.0)], wanted)
-        results.append({"weight": player.name, "group": "references", **scores, "n": len(items),
-                        **circumstances(player, args), "data": args.references,
-                        "seconds": round(time.perf_counter() - start, 2)})
-    write_results(Path(args.save_dir) / "eval_results.jsonl", results)
+        rows.append(row_of(player, "references", scores | {"n": len(items), "data": args.references}, args, start))
+        keep(rows[-1:], args)
     print(f"\n{len(items)} answers beside their references, 0 to 100")
     print(logs.table(["weight", "BLEU", "chrF", "ROUGE-L"], [
-        [row["weight"], *(f"{row[name]:.2f}" for name in ("bleu", "chrf", "rouge_l"))] for row in results]))
-    return {"results": results}
+        [row["weight"], *(f"{row[name]:.2f}" for name in ("bleu", "chrf", "rouge_l"))] for row in rows]))
+    return {"results": rows}
 
 
 def score_regression(args, runtime):
     """The suite of fixed prompts: share passed, and the first failures. Returns {"results": rows}."""
-    items = metrics.fixed_prompts(read_rows(args.regression_path))
-    results = []
+    items, rows = metrics.fixed_prompts(read_rows(args.regression_path)), []
     for player in speakers(args, runtime):
         start = time.perf_counter()
         prompts = [player.ids(item["messages"]) for item in items]
         rate, failures = metrics.run_regression(player.model, player.tokenizer, items, runtime, prompts,
-                                                stop_ids(player), args.batch_size)
-        results.append({"weight": player.name, "group": "regression", "pass_rate": rate, "n": len(items),
-                        "standard_error": metrics.standard_error(rate, len(items)),
-                        "failed": [item["prompt"] for item, _, _ in failures], **circumstances(player, args),
-                        "data": args.regression_path, "seconds": round(time.perf_counter() - start, 2)})
+                                                player.stop_ids, args.batch_size)
+        found = {"pass_rate": rate, "standard_error": metrics.standard_error(rate, len(items)), "n": len(items),
+                 "failed": [item["prompt"] for item, _, _ in failures], "data": args.regression_path}
+        rows.append(row_of(player, "regression", found, args, start))
+        keep(rows[-1:], args)
         print(f"\n{player.name}: {len(items) - len(failures)} of {len(items)} fixed prompts passed ({rate:.3f})")
         for line in metrics.failure_lines(failures, 5):
             print(f"  {line}")
-    write_results(Path(args.save_dir) / "eval_results.jsonl", results)
-    return {"results": results}
+    return {"results": rows}
 
 
 def compare(args, runtime):
     """Answers of several checkpoints side by side, and how often the first wins against each other one. Returns
     {"answers": {name: texts}, "results": rows}."""
-    path, styles = Path(args.data_dir) / "preference.heldout.jsonl", {}
     if args.prompts:
-        items = [{"messages": messages} for messages, _ in read_prompts(args)]
+        items, styles = [{"messages": messages} for messages, _ in read_prompts(args)], None
     else:
-        rows = islice(read_rows(path), CAPS["preference"] if args.limit < 0 else args.limit or None)
-        items = [question(row, where, "preference") for row, where in rows]
-        if (path.parent / "styles.json").is_file():  # without it there is no rule, and only --judge compares
-            styles = json.loads((path.parent / "styles.json").read_text(encoding="utf-8"))
-    names, texts, facts = [name.strip() for name in args.compare.split(",")], [], []
+        items, styles = held_out(args, ["preference"])["preference"], read_styles(args)
+    names, texts, start, first = [name.strip() for name in args.compare.split(",")], [], time.perf_counter(), None
     for name in names:
         folder = checkpoint.find(args.save_dir, name)
         if is_reward(folder):
             raise ValueError(f"--compare {name} is a reward model; it gives no answers; name it in --judge")
         player = load(folder, args, runtime)
-        facts.append(circumstances(player, args))
+        first = first or player
         found = answers(player, items, args, args.temperature, top_p=args.top_p, longest=args.max_new_tokens)
         texts.append([completion.text for completion in found])
-    results = []
+    rows = []
     for by, sides in judged(texts, items, styles, args, runtime).items():
-        for n, name in enumerate(names[1:], 1):
-            rate, error = metrics.win_rate(sides[0], sides[n])
-            results.append({"weight": names[0], "group": f"against {name} by {by}", "win_rate": rate,
-                            "standard_error": error, "n": len(items), **facts[0]})
+        for name, scores in zip(names[1:], sides[1:], strict=True):
+            rate, error = metrics.win_rate(sides[0], scores)
+            facts = {"win_rate": rate, "standard_error": error, "n": len(items), "data": args.prompts or args.data_dir}
+            rows.append(row_of(first, f"against {name} by {by}", facts, args, start) | {"weight": names[0]})
             print(f"{names[0]} against {name}, judged by the {by}: won {rate:.3f} ({error:.3f}) of {len(items)}, ties "
                   "count half")
-    write_results(Path(args.save_dir) / "eval_results.jsonl", results)
-    table = markdown(["prompt", *names], zip((item["messages"][-1]["content"] for item in items), *texts, strict=True))
+    keep(rows, args)
+    asked = [item["messages"][-1]["content"] for item in items]
+    table = results.markdown(["prompt", *names], zip(asked, *texts, strict=True))
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(table, encoding="utf-8")
     print(f"{len(items)} prompts side by side in {args.output}" if args.output else table)
-    return {"answers": dict(zip(names, texts, strict=True)), "results": results}
+    return {"answers": dict(zip(names, texts, strict=True)), "results": rows}
 
 
 def judged(texts, items, styles, args, runtime):
@@ -1113,96 +746,20 @@ def judged(texts, items, styles, args, runtime):
     return scores
 
 
-def markdown(header, rows):
-    """A markdown table; bars and line breaks inside a cell are written so that they do not end it."""
-    def line(cells):
-        safe = (str(cell).replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>") for cell in cells)
-        return "| " + " | ".join(safe) + " |\n"
-
-    return line(header) + "|" + "---|" * len(header) + "\n" + "".join(line(row) for row in rows)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Tables and samples
-def cell(row, name, error=""):
-    """A number for a table, with its standard error in brackets; "-" where there is none."""
-    value, spread = finite(row.get(name)), finite(row.get(error))
-    if value is None:
-        return "-"
-    return f"{value:.3f}" + ("" if spread is None else f" ({spread:.3f})")
-
-
-def print_tables(results):
-    """All scores: a line a weight, then exact match by skill, then pair accuracy by kind of error."""
-    table = defaultdict(lambda: defaultdict(dict))
-    for row in results:
-        if row["group"].removesuffix(":files") not in GROUPS:
-            continue
-        table[row["weight"]][row["group"].removesuffix(":files")] = row
-    speakers = {name: rows for name, rows in table.items() if "pair_accuracy" not in rows}
-    langs = sorted({lang for rows in speakers.values() for group in rows.values() for lang in group.get("by_lang", {})})
-    lines = []
-    for name, rows in speakers.items():
-        bits, exact, liked, passed = (rows[g] for g in ("bits_per_byte", "exact_match", "preference", "pass_at_1"))
-        lines.append([name])
-        for row, key in ((bits, "bits_per_byte"), (exact, "exact_match")):
-            split = row.get("by_lang", {})
-            lines[-1] += [cell(row, key, "standard_error"), *(cell(split.get(lang, {}), key) for lang in langs)]
-        lines[-1] += [cell(exact, "stop_rate"), cell(exact, "loop_rate"), cell(liked, "polite", "standard_error"),
-                      cell(liked, "win_rate", "win_rate_error"), cell(passed, "pass_at_1", "standard_error")]
-    if lines:
-        header = ["weight", "bits/byte", *langs, "exact match", *langs, "stops", "loops", "polite", "win rate",
-                  "pass@1"]
-        print("\nheld-out scores, standard error in brackets (win rate: against the parent)")
-        print(logs.table(header, lines))
-    asked = {name: rows["exact_match"] for name, rows in speakers.items() if rows["exact_match"]}
-    if asked:
-        print("\nexact match by skill; the last ones are held out by wording only and not part of the total")
-        print(skill_table(asked))
-    for name, rows in speakers.items():
-        if len(rows["pass_at_1"].get("pass_at_k", {})) > 1:
-            print(f"\n{name}: {pass_line(rows['pass_at_1'])}")
-    for name in sorted(table.keys() - speakers.keys()):
-        row = table[name]["pair_accuracy"]
-        kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in row["accuracy_by_kind"].items())
-        print(f"\n{name}: pair accuracy {cell(row, 'accuracy', 'standard_error')}: {kinds}; correlation of score and "
-              f"length {row['length_correlation']:.2f}; n {row['n']}")
-
-
-def skill_table(asked):
-    """Exact match of every skill (lines) and weight (columns)."""
-    lines = []
-    for part in ("by_skill", "apart"):
-        for skill in sorted({skill for row in asked.values() for skill in row[part]}):
-            cells = [row[part].get(skill, {}) for row in asked.values()]
-            lines.append([skill, max(c.get("n", 0) for c in cells), *(cell(c, "exact_match") for c in cells)])
-    return logs.table(["skill", "n", *asked], lines)
-
-
-def stage_table(save_dir):
-    """Rows of the closing table: what each finished stage changed, in how many seconds, and where it is."""
-    rows = []
-    for folder in sorted((f.parent for f in Path(save_dir).glob("*/minillm.json")), key=lambda f: stage_order(f.name)):
-        facts = checkpoint.read_minillm(folder)
-        found = facts.get("metrics", {})
-        if facts.get("finished") and "metric" in found:
-            rows.append([folder.name, found["metric"], f"{found['before']:.3f}", f"{found['after']:.3f}",
-                         f"{facts['seconds']:.0f}", str(folder)])
-    return rows
-
-
+# 6. Summary, samples, report
 def summary(args):
     """Print the last scores of all weights again, and last what every stage changed."""
     path = Path(args.save_dir) / "eval_results.jsonl"
-    results = read_results(path)
-    if not results:
+    rows = [row for row in report.read_rows(path) if not row["group"].endswith(":files")]
+    if not rows:
         raise FileNotFoundError(f"no scores in {path}; a summary repeats them; make them: python eval.py --mode score")
-    results = [row for row in results if not row["group"].endswith(":files")]
-    results = sorted(results, key=lambda row: stage_order(row["weight"]))
-    print_tables(results)
-    print_tasks([row for row in results if "task" in row])
-    print("\n" + logs.table(["stage", "metric", "before", "after", "seconds", "where"], stage_table(args.save_dir)))
-    return {"results": results}
+    rows.sort(key=lambda row: checkpoint.stage_order(row["weight"]))
+    show(*results.held_out(rows))
+    show(*results.benchmarks(rows))
+    header = ["stage", "metric", "before", "after", "seconds", "where"]
+    print("\n" + logs.table(header, checkpoint.stage_rows(args.save_dir)))
+    return {"results": rows}
 
 
 def show_samples(player, args):
@@ -1211,7 +768,7 @@ def show_samples(player, args):
     for row, where in read_rows(Path(args.data_dir) / "sft.heldout.jsonl"):
         kind = next((kind for kind, skills in SAMPLE_KINDS.items() if row.get("skill") in skills), None)
         if kind:
-            found[kind, row.get("lang")].append(question(row, where, "sft"))
+            found[kind, row.get("lang")].append(heldout_item(row, where))
     order = list(SAMPLE_KINDS)
     items = {key: random.Random(f"{args.seed} {key}").choice(found[key])
              for key in sorted(found, key=lambda key: (order.index(key[0]), str(key[1])))}
@@ -1243,9 +800,8 @@ def write_report(args, runtime):
                                 "training scripts left; give their --save_dir")
     # a folder's own questions first: the smoke test has other ones than the default run
     places = [place for place in (out / "data", Path(args.data_dir)) if (place / "sft.heldout.jsonl").is_file()]
-    names = {path.parent.name.removesuffix(".previous") for path in out.glob("*/config.json")}
     found, samples = None, []
-    for name in sorted((name for name in names if not name.endswith(".tmp")), key=stage_order) if places else ():
+    for name in checkpoint.names(out) if places else ():
         try:
             folder = checkpoint.find(out, out / name)
         except ValueError as error:
@@ -1269,12 +825,11 @@ def write_report(args, runtime):
 
 def compression(tokenizer, data_dir):
     """{language: UTF-8 bytes per token} of held-out pretraining text, {} where there is none."""
-    path, size, tokens = Path(data_dir) / "pretrain.heldout.jsonl", defaultdict(int), defaultdict(int)
+    path, texts = Path(data_dir) / "pretrain.heldout.jsonl", defaultdict(list)
     for row, _ in islice(read_rows(path), CAPS["pretrain"]) if path.is_file() else ():
-        lang = row.get("lang") or "all"
-        size[lang] += len(row["text"].encode("utf-8", "replace"))
-        tokens[lang] += len(tokenizer.encode(row["text"]))
-    return {lang: size[lang] / tokens[lang] for lang in sorted(size) if tokens[lang]}
+        texts[row.get("lang") or "all"].append(row["text"])
+    rates = {lang: bytes_per_token(tokenizer, texts[lang]) for lang in sorted(texts)}
+    return {lang: rate for lang, rate in rates.items() if math.isfinite(rate)}
 
 
 def main(args):
@@ -1298,7 +853,9 @@ def main(args):
         folders = {row["weight"]: Path(row["folder"]) for row in result["results"]}
         result |= show_samples(load(folders[names[-1]], args, runtime), args) if names else {}
     if player:
-        result = {"chat": chat, "single": single, "batch": batch, "samples": show_samples}[args.mode](player, args)
+        talk = {"chat": chat.converse, "single": chat.single, "samples": show_samples,
+                "batch": lambda player, args: chat.batch(player, args, read_prompts(args))}
+        result = talk[args.mode](player, args)
     return result | write_report(args, runtime) if args.report else result
 
 

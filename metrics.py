@@ -84,6 +84,25 @@ def heldout_loss(model: torch.nn.Module, batches: Iterable[dict], token_logprobs
     return result
 
 
+def text_batches(tokenizer, texts: Iterable[str], width: int, vocab_size: int) -> Iterator[dict]:
+    """Documents as padded batches for heldout_loss(): windows of `width` ids, each of which begins with the last id of
+    the one before (bos for the first), so that every token of a text is a target once."""
+    windows, sizes = [], []
+    for text in texts:
+        ids = [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id, *tokenizer.encode(text)]
+        starts = range(0, len(ids) - 1, width - 1)
+        windows += [ids[i:i + width] for i in starts]
+        # the bytes of a document are counted with its first window: only their sum is used
+        sizes += [len(text.encode("utf-8", "replace")) if i == 0 else 0 for i in starts]
+    rows = max(1, 2**26 // (width * vocab_size))  # logits [B,T,V] of 256 MB in fp32
+    for i in range(0, len(windows), rows):
+        part = windows[i:i + rows]
+        longest = max(map(len, part))
+        ids = torch.tensor([row + [tokenizer.pad_id] * (longest - len(row)) for row in part])  # [B,T]
+        mask = torch.arange(longest) < torch.tensor([len(row) for row in part])[:, None]  # [B,T]
+        yield {"ids": ids, "mask": mask.float(), "bytes": torch.tensor(sizes[i:i + rows])}
+
+
 def pick(items: Sequence, count: int, seed: int = 0) -> list:
     """`count` items (all, if there are fewer) drawn by a fixed shuffle. Every n-th instead could miss a kind for good:
     where two languages alternate, every second row is of one language."""
@@ -249,6 +268,23 @@ def reward_scores(model, tokenizer, conversations: Sequence[list[dict]], texts: 
         with autocast():
             scores += model(ids, torch.tensor([len(row) for row in part], device=device)).float().tolist()  # [B]
     return scores
+
+
+@torch.no_grad()
+def score_pairs(model, data, count: int, runtime, batch_size: int = 64) -> dict:
+    """Scores of the first `count` pairs of a dataset.PreferenceData by a reward model, read at the same last token as
+    in training and in PPO: pair_accuracy(), its standard error, and length_correlation()."""
+    chosen, rejected, kinds, lengths = [], [], [], []
+    for first in range(0, count, batch_size):
+        rows = data.batch(range(first, min(first + batch_size, count)))
+        with runtime.autocast():
+            scores = model(rows["ids"].to(runtime.device), rows["lengths"].to(runtime.device)).float().cpu()  # [2B]
+        better, worse = scores.chunk(2)  # [B], [B]
+        chosen, rejected, kinds = chosen + better.tolist(), rejected + worse.tolist(), kinds + rows["kind"]
+        lengths.append(rows["mask"].sum(1).view(2, -1))  # [2B] -> [2,B]
+    result = pair_accuracy(chosen, rejected, kinds)
+    return {**result, "standard_error": standard_error(result["accuracy"], result["n"]),
+            "length_correlation": length_correlation(chosen + rejected, torch.cat(lengths, 1).flatten().tolist())}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,6 +539,14 @@ def pass_at(samples: Sequence[Sequence[bool]], ks: Iterable[int]) -> dict[int, t
         error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         result[k] = (float(np.mean(values)) if values else math.nan, error)
     return result
+
+
+def pass_rates(samples: Sequence[Sequence[bool]], most: int) -> dict[str, dict[str, float]]:
+    """pass_at() for k = 1, 2, 4, ... and `most`: {"pass_at_k": {k: mean}, "pass_at_k_error": {k: error}}; k is
+    text, for JSON has no other keys."""
+    rates = pass_at(samples, sorted({most, *(2**i for i in range(most.bit_length()))}))
+    return {"pass_at_k": {str(k): rate for k, (rate, _) in rates.items()},
+            "pass_at_k_error": {str(k): error for k, (_, error) in rates.items()}}
 
 
 def standard_error(rate: float, n: int) -> float:

@@ -75,7 +75,7 @@ def parse_args(argv=None):
                "recompute activations in the backward pass: less memory, about 30%% slower")
     cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.01, warmup_steps=0.1)
     cli.run_flags(parser, save_weight="distill", eval_interval=250, save_interval=500,
-                  watched=("val_kl", "val_loss", "regression_pass_rate"))
+                  watched=("val_kl", "val_loss", "agreement", "regression_pass_rate"))
     cli.regression_flags(parser)
     parser.add_argument("--eval_batches", type=cli.positive(int), default=32, help="held-out batches per evaluation")
     cli.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")

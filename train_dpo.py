@@ -68,7 +68,7 @@ def parse_args(argv=None):
     cli.optim_flags(parser, batch_size=32, learning_rate=5e-5, muon_learning_rate=2e-4, warmup_steps=0.1,
                     optimizer="adamw")
     cli.run_flags(parser, save_weight="dpo", eval_interval=50, save_interval=100,
-                  watched=("val_loss", "val_accuracy", "regression_pass_rate"))
+                  watched=("val_loss", "val_accuracy", "val_margin", "regression_pass_rate"))
     cli.regression_flags(parser)
     parser.add_argument("--eval_batches", type=cli.positive(int), default=64, help="held-out batches per evaluation")
     parser.add_argument("--eval_prompts", type=cli.positive(int, zero=True), default=400,
@@ -397,8 +397,8 @@ def main(args):
                 for line in failures:
                     logs.say(f"    {line}")
                 log.judge()
-            common.watch_evaluation(runtime, args, progress,
-                                    result | {"val_accuracy": result["accuracy"]} | checked)
+            measured = {"val_accuracy": result["accuracy"], "val_margin": result["margin"], **checked}
+            common.watch_evaluation(runtime, args, progress, result | measured)
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
         if signal or (not done and args.save_interval and step % args.save_interval == 0):

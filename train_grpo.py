@@ -71,7 +71,7 @@ def parse_args(argv=None):
                     schedule="constant", accumulation_steps=8, optimizer="adamw",
                     unserved=("sophia", "schedulefree"))
     cli.run_flags(parser, save_weight="grpo", eval_interval=10, save_interval=10, log_interval=1,
-                  watched=("pass_at_1", "exact_match", "regression_pass_rate"))
+                  watched=("pass_at_1", "pass_at_k", "exact_match", "stop_rate", "regression_pass_rate"))
     cli.regression_flags(parser)
     parser.add_argument("--eval_prompts", type=whole, default=128, help="held-out prompts per evaluation")
     parser.add_argument("--eval_samples", type=whole, default=4, help="sampled answers to each of them")

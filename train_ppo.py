@@ -90,7 +90,8 @@ def parse_args(argv=None):
                     schedule="constant", accumulation_steps=2, optimizer="adamw",
                     unserved=("sophia", "schedulefree"))
     cli.run_flags(parser, save_weight="ppo", eval_interval=5, save_interval=5, log_interval=1,
-                  watched=("val_reward", "exact_match", "regression_pass_rate"))
+                  watched=("val_reward", "exact_match", "sampled_exact_match", "polite", "stop_rate",
+                           "regression_pass_rate"))
     cli.regression_flags(parser)
     parser.add_argument("--eval_prompts", type=whole, default=128, help="held-out prompts per evaluation")
     args = parser.parse_args(argv)

@@ -74,7 +74,7 @@ def parse_args(argv=None):
                     unserved=())
     cli.sharding_flags(parser)
     cli.run_flags(parser, save_weight="sft", eval_interval=250, save_interval=500,
-                  watched=("val_loss", "exact_match", "regression_pass_rate"))
+                  watched=("val_loss", "exact_match", "stop_rate", "regression_pass_rate"))
     cli.regression_flags(parser)
     parser.add_argument("--eval_batches", type=cli.positive(int), default=16, help="held-out batches per evaluation")
     parser.add_argument("--eval_prompts", type=cli.positive(int, zero=True), default=600,

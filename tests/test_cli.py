@@ -82,7 +82,8 @@ def names_read(path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_no_flag_is_dead(name, parser_of):
-    read = set().union(*(names_read(ROOT / f"{file}.py") for file in (name, "cli", "common", "checkpoint", "health")))
+    files = (name, "cli", "common", "checkpoint", "health", "chat")
+    read = set().union(*(names_read(ROOT / f"{file}.py") for file in files))
     assert not set(flags(parser_of(name))) - read
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import chat
 import checkpoint
 import common
 import eval as evaluation
@@ -98,16 +99,16 @@ def test_newest_is_the_stage_finished_last(stage, tmp_path):
     stage("dpo", written="2026-01-02T00:00:00")
     stage("grpo", written="2026-01-09T00:00:00", finished=False)
     stage("reward", written="2026-01-09T00:00:00")
-    assert evaluation.newest(tmp_path / "out") == "pretrain"  # sft and dpo are older, grpo unfinished, reward is mute
+    assert checkpoint.newest(tmp_path / "out") == "pretrain"  # sft and dpo are older, grpo unfinished, reward is mute
     stage("ppo", written="2026-01-03T00:00:00")
-    assert evaluation.newest(tmp_path / "out") == "ppo"  # within one second the later stage
+    assert checkpoint.newest(tmp_path / "out") == "ppo"  # within one second the later stage
 
 
 def test_newest_finds_an_interrupted_swap_and_names_what_is_missing(stage, tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished checkpoint.*run.sh"):
-        evaluation.newest(tmp_path / "out")
+        checkpoint.newest(tmp_path / "out")
     stage("sft").rename(tmp_path / "out" / "sft.previous")
-    assert evaluation.newest(tmp_path / "out") == "sft"
+    assert checkpoint.newest(tmp_path / "out") == "sft"
 
 
 def test_chat_says_which_model_and_uses_it(stage, parse, monkeypatch, capsys):
@@ -157,10 +158,10 @@ def test_shown_text_is_the_decoded_text(player, scripted, tokenizer, capsys, str
     text = "小猫说：\U0001f431\U0001f389 “naïve” 一二三！"
     scripted([text], tokenizer)
     sft, args = player("sft", "--stream", stream, "--show_speed", 0)
-    pieces = list(evaluation.text_stream(sft, sft.ids(MESSAGES), args, 0, evaluation.Answer()))
+    pieces = list(sft.pieces(sft.ids(MESSAGES), chat.Answer(), args))
     # most of these characters are spread over several tokens: none may be shown in halves
     assert len(pieces) > len(text) and "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
-    answer = evaluation.speak(sft, sft.ids(MESSAGES), args)
+    answer = chat.speak(sft, sft.ids(MESSAGES), args)
     assert capsys.readouterr().out == text + "\n" and answer.ended and answer.ids[-1] == tokenizer.eos_id
 
 
@@ -169,7 +170,7 @@ def test_streamed_answer_equals_generate(player, tokenizer, capsys):
     prompt = sft.ids(MESSAGES)
     drawn = sft.model.generate([prompt], 40, seed=args.seed, row_seeds=[5], stop_ids=tokenizer.stop_ids(chat=True))
     ids = [token for _, token in drawn]
-    answer = evaluation.speak(sft, prompt, args, row_seed=5)
+    answer = chat.speak(sft, prompt, args, row_seed=5)
     assert answer.ids == ids
     assert answer.text == tokenizer.decode(ids[:-1] if ids[-1] == tokenizer.eos_id else ids)
     assert answer.text in capsys.readouterr().out
@@ -180,16 +181,16 @@ def test_stop_string_cuts_wherever_the_pieces_break(stops, shown):
     text = "ab # ### cd"
     for size in range(1, len(text) + 1):
         pieces = [text[i:i + size] for i in range(0, len(text), size)]
-        parts = list(evaluation.until_stop(pieces, stops))
+        parts = list(chat.until_stop(pieces, stops))
         assert "".join(part for part, _ in parts) == shown and parts[-1][1] == (stops != ["zz"])
 
 
 def test_stop_string_ends_an_answer(player, scripted, tokenizer, capsys):
     scripted(["one ### two"], tokenizer)
     sft, args = player("sft", "--stop", "###", "--show_speed", 0)
-    answer = evaluation.speak(sft, sft.ids(MESSAGES), args)
+    answer = chat.speak(sft, sft.ids(MESSAGES), args)
     assert answer.text == "one " and answer.ended and capsys.readouterr().out == "one \n"
-    assert evaluation.row_answer(sft, [*tokenizer.encode("one ### two"), tokenizer.eos_id], args)["answer"] == "one "
+    assert chat.row_answer(sft, [*tokenizer.encode("one ### two"), tokenizer.eos_id], args)["answer"] == "one "
 
 
 def test_seed_decides_and_temperature_0_needs_none(stage, parse):
@@ -232,7 +233,7 @@ def test_oldest_turns_are_dropped_whole_and_it_is_said(player, scripted, tokeniz
     sft, args = player("sft", "--system", "Be kind.", "--max_new_tokens", 64)
     seen = scripted(["It is a brown cat, and the dog is grey."], tokenizer)
     typed(monkeypatch, "".join(f"Question {i} about Anna and her apples?\n" for i in range(6)))
-    assert len(evaluation.chat(sft, args)["answers"]) == 6
+    assert len(chat.converse(sft, args)["answers"]) == 6
     assert "oldest 2 messages are dropped" in capsys.readouterr().out
     last = tokenizer.decode(seen[-1])
     assert len(seen[-1]) <= sft.context - 64
@@ -245,7 +246,7 @@ def test_prompt_longer_than_the_context_is_refused_and_chat_goes_on(player, scri
     sft, args = player()
     seen = scripted(["yes"], tokenizer)
     typed(monkeypatch, "z" * 600 + "\nhello\n")
-    assert evaluation.chat(sft, args)["answers"] == ["yes"] and len(seen) == 1
+    assert chat.converse(sft, args)["answers"] == ["yes"] and len(seen) == 1
     assert "must fit the model's context of 256; shorten" in capsys.readouterr().out
 
 
@@ -260,7 +261,7 @@ def test_ctrl_c_ends_the_answer_then_the_chat(player, scripted, tokenizer, monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", read)
-    answers = evaluation.chat(sft, args)["answers"]
+    answers = chat.converse(sft, args)["answers"]
     assert answers[1] == "abcdefgh" and answers[1].startswith(answers[0]) and len(answers[0]) < 8
     assert "(stopped)" in capsys.readouterr().out and answers[0] in tokenizer.decode(seen[1])
 
@@ -275,7 +276,7 @@ def test_a_chat_answers_as_if_it_read_everything_anew(player, monkeypatch):
     for memory in (evaluation.Prefix, lambda: None):
         monkeypatch.setattr(evaluation, "Prefix", memory)
         typed(monkeypatch, text)
-        found.append(evaluation.chat(sft, args)["answers"])
+        found.append(chat.converse(sft, args)["answers"])
         read.append(sum(reads))
         reads.clear()
     assert found[0] == found[1] and len(found[0]) == 4 and read[0] < read[1]
@@ -285,7 +286,7 @@ def test_commands(player, scripted, tokenizer, monkeypatch, capsys):
     sft, args = player()
     seen = scripted(["<think>hm</think>yes"], tokenizer)
     typed(monkeypatch, "/help\nfirst\n\n/system Be kind.\nsecond\n/reset\nthird\n/system\n/wrong\nfourth\n/exit\nfifth")
-    assert len(evaluation.chat(sft, args)["answers"]) == 4
+    assert len(chat.converse(sft, args)["answers"]) == 4
     prompts = [tokenizer.decode(ids) for ids in seen]
     assert "first" in prompts[1] and "Be kind." in prompts[1] and "hm" not in prompts[1]
     assert "second" not in prompts[2] and "Be kind." in prompts[2] and "Be kind." not in prompts[3]
@@ -470,6 +471,8 @@ def test_bits_per_byte_is_its_definition(player, tmp_path):
         assert abs(result["by_lang"][lang]["bits_per_byte"] - bits / size) < 1e-5
     totals = [sum(column) for column in zip(*by_lang.values(), strict=True)]
     assert abs(result["bits_per_byte"] - totals[0] / totals[1]) < 1e-5 and result["n"] == 3
+    tokens = sum(len(tok.encode(row["text"])) for row in TEXTS)  # each is a target once
+    assert result["perplexity"] == pytest.approx(2 ** (totals[0] / tokens), rel=1e-5)
 
 
 def test_bits_per_byte_of_any_file(stage, parse, tmp_path):
