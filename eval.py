@@ -336,7 +336,7 @@ def read_prompts(args):
 
 def answers(player, items, args, temperature, first_seed=0, top_p=1.0, longest=0):
     """metrics.complete over items, in their order; each item has its own random numbers, the same for every player."""
-    longest = longest or metrics.SUITE_TOKENS
+    longest = longest or metrics.ANSWER_TOKENS
     # a question too long for the model loses its beginning: it will be answered wrongly, and that is the truth
     room = max(1, player.context - longest)
     prompts = [player.ids(item["messages"])[-room:] for item in items]
@@ -559,9 +559,9 @@ def score_tasks(args, runtime):
             outcomes, drawn = task_outcomes(player, name, items, args)
             result = tasks.score(name, items, outcomes) | drawn_rates(name, items, drawn, args)
             metric = tasks.TASKS[name].metrics[0]
-            main = {"score": result["scores"][metric], "standard_error": result["errors"][metric]}
-            facts = {"task": name, "metric": metric, **main, **result, "data": source,
-                     "verdict": tasks.verdict(*main.values(), result["chance"], result["majority"], result["n"]),
+            score, error = result["scores"][metric], results.finite(result["errors"][metric])
+            facts = {"task": name, "metric": metric, "score": score, "standard_error": error, **result, "data": source,
+                     "verdict": tasks.verdict(score, error, result["chance"], result["majority"], result["n"]),
                      "few_shot": tasks.shots(tasks.TASKS[name], args.few_shot)}
             rows.append(row_of(player, f"task:{name}", facts, args, start))
             keep(rows[-1:], args)

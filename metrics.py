@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 CHECKS = ("number", "exact", "set")  # of check_answer()
-SUITE_TOKENS = 64  # longest answer to a fixed prompt, wherever a suite is run: its pass rates are to be comparable
+ANSWER_TOKENS = 64  # longest answer in scores and to fixed prompts: rates are comparable only with one limit
 APART = ("identity", "chat")  # skills with many right wordings: held out by wording, reported beside the total
 MAX_EXTRA = 60  # characters a text may have beyond an exact answer: a sentence around it, not a list of guesses
 STYLE_SCORES = {"polite": 1.0, "curt": 0.0, "rambling": -0.5, "impolite": -1.0}  # beside 1.0 for a right answer
@@ -499,9 +499,9 @@ def run_regression(model, tokenizer, items: Sequence[dict], runtime, prompts: Se
     """
     if prompts is None:
         prompts = [tokenizer.render(item["messages"], add_generation_prompt=True)[0] for item in items]
-    room = max(1, model.config.max_position_embeddings - SUITE_TOKENS)
+    room = max(1, model.config.max_position_embeddings - ANSWER_TOKENS)
     with runtime.autocast():
-        answers = complete(model, tokenizer, runtime.shard([ids[-room:] for ids in prompts]), SUITE_TOKENS, batch_size,
+        answers = complete(model, tokenizer, runtime.shard([ids[-room:] for ids in prompts]), ANSWER_TOKENS, batch_size,
                            stop_ids=stop_ids)
     return regression(runtime.unshard(answers), items)
 

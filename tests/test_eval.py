@@ -401,7 +401,7 @@ def results_of(tmp_path):
 
 
 def test_score_measures_all_weights_and_keeps_the_results(stage, parse, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "SCORE_TOKENS", 6)
+    monkeypatch.setattr(metrics, "ANSWER_TOKENS", 6)
     sft = stage("sft", parents=[str(stage("pretrain"))])
     stage("reward", parents=[str(sft)])
     stage("dpo", parents=["elsewhere/sft"])  # the folder has moved since; its name still finds it
