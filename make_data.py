@@ -769,7 +769,7 @@ def parse_args(argv=None):
     parser.add_argument("--pretrain_mb", type=cli.positive(float), default=16, help="pretraining text in MB")
     parser.add_argument("--sft_samples", type=above_zero, default=24000, help="conversations to train on")
     parser.add_argument("--preference_pairs", type=above_zero, default=20000, help="pairs to train on")
-    parser.add_argument("--rl_prompts", type=above_zero, default=3000, help="prompts to train on")
+    parser.add_argument("--rl_prompts", type=above_zero, default=10000, help="prompts to train on")
     parser.add_argument("--seed", type=int, default=42, help="same seed, same bytes")
     parser.add_argument("--persona", default="", help='JSON file {"name", "maker", "traits"} for another character, '
                         "of which more conversations are about")
