@@ -422,6 +422,16 @@ def preference(row: dict, where: str = "row") -> tuple[list[dict], dict, dict]:
     return _with_system(row, _check_turns(prompt, where)), sides[0][-1], sides[1][-1]
 
 
+def question(row: dict, where: str = "row") -> tuple[list[dict], str | None]:
+    """(turns up to the question, text of the answer behind it or None) of a row in any of the formats above, or with
+    nothing but a prompt."""
+    if "chosen" in row:
+        return preference(row, where)[0], None
+    bare = None if {"completion", "response", "output"} & row.keys() else _prompt(row)
+    *turns, last = conversation(row, where) if bare is None else _with_system(row, _check_turns(bare, where))
+    return (turns, last["content"]) if last["role"] == "assistant" else ([*turns, last], None)
+
+
 def first_question(turns: list[dict]) -> str:
     """What the held-out split hashes: the first user turn, so that one question never lies on both sides."""
     return next((turn["content"] for turn in turns if turn["role"] == "user"), turns[0]["content"])

@@ -54,7 +54,7 @@ import metrics
 import report
 import results
 import tasks
-from dataset import PreferenceData, conversation, expand_paths, preference, read_rows
+from dataset import PreferenceData, expand_paths, question, read_rows
 from generation import accelerate, beam_search, lookup_decoding
 from model import Prefix, ScalarHead, Transformer, read_json, token_logprobs
 from tokenizer import StreamDecoder, Tokenizer, bytes_per_token
@@ -304,18 +304,6 @@ def speaker(args, runtime):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Questions, and answers to many of them
-def question(row, where):
-    """(messages up to the question, text of the answer behind it or None) of a row in any format of the training data,
-    or with nothing but a prompt."""
-    if "chosen" in row:
-        return preference(row, where)[0], None
-    if "prompt" in row and not {"completion", "response", "output"} & row.keys():
-        prompt = row["prompt"]
-        row = {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
-    *messages, last = conversation(row, where)
-    return (messages, last["content"]) if last["role"] == "assistant" else ([*messages, last], None)
-
-
 def read_prompts(args):
     """(messages, "file:line") of every prompt in --prompts; an answer behind it (SFT rows) is taken off."""
     if not args.prompts:

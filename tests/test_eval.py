@@ -22,7 +22,7 @@ import eval as evaluation
 import logs
 import metrics
 import tasks
-from dataset import SFTData
+from dataset import SFTData, question
 from model import ScalarHead, Transformer, token_logprobs
 
 ROOT = Path(__file__).parent.parent
@@ -484,6 +484,27 @@ def test_bits_per_byte_of_any_file(stage, parse, tmp_path):
     assert set(row["by_lang"]) == {"en", "zh", "all"} and row["group"] == "bits_per_byte:files" and row["n"] == 4
 
 
+def test_a_score_is_on_the_disk_before_the_next_one_begins(stage, parse, data, tmp_path, monkeypatch):
+    stage("sft")
+    monkeypatch.setattr(evaluation, "score_questions", lambda *inputs: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(parse("--mode", "score", "--data_dir", data))
+    assert set(results_of(tmp_path)) == {("sft", "bits_per_byte")}
+
+
+ASKED, SAID = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize("row, text", [
+    ({"prompt": "a?"}, None), ({"prompt": [ASKED]}, None), ({"instruction": "a?"}, None), ({"messages": [ASKED]}, None),
+    ({"prompt": "a?", "completion": "b"}, "b"), ({"instruction": "a?", "output": "b"}, "b"),
+    ({"conversations": [ASKED, SAID], "answer": "9"}, "b"), ({"prompt": "a?", "chosen": "b", "rejected": "c"}, None)],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
+def test_a_question_is_read_from_rows_of_every_kind(row, text):
+    assert question(row) == ([ASKED], text)
+    assert question(row | {"system": "Be kind."})[0] == [{"role": "system", "content": "Be kind."}, ASKED]
+
+
 def test_missing_held_out_data_is_said(stage, parse, data, tmp_path, capsys):
     stage("sft")
     for name in ("sft", "preference", "rl"):
@@ -511,6 +532,10 @@ def test_tasks_are_scored_said_in_words_and_kept(stage, parse, tmp_path, capsys)
     assert row["stage"] == "sft" and len(row["checkpoint"]) == 16 and row["n"] == 2 and row["few_shot"] == 0
     assert {"score", "standard_error", "chance", "majority", "seconds", "versions"} <= row.keys()
     assert row["score"] == row["scores"]["acc"] and row["data"] == "piqa_validation.jsonl"
+    alone, = evaluation.main(parse("--tasks", "ceval", "--task_dir", FILES, "--limit", 1))["results"]
+    # a question a subject: no spread, and so no error, but a guesser's own error is known
+    assert alone["standard_error"] is None and alone["n"] > 1 and "chance" in alone["verdict"]
+    assert alone["verdict"] == tasks.verdict(alone["score"], 0.0, alone["chance"], alone["majority"], alone["n"])
     evaluation.main(parse("--mode", "summary"))
     assert "piqa" in capsys.readouterr().out
     assert not list((tmp_path / "out" / "eval_partial").iterdir())
