@@ -520,7 +520,7 @@ def check_regression(model, tokenizer, items: Sequence[dict], args, runtime, ste
         without items.
     """
     # the number follows from the step: a run that goes on after kill -9 needs no counter to be where it was
-    number = math.ceil(step / args.eval_interval) if args.eval_interval else 0
+    number = step // args.eval_interval if args.eval_interval else 0
     if not items or (number % args.regression_interval and not done):
         return {}, []
     rate, failures = run_regression(model, tokenizer, items, runtime)
