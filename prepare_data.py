@@ -1,6 +1,7 @@
 """Prepare data of one's own: mix sources, look at a file, fetch public sets, write tensors for other programs.
 
-    mix       sources by category -> {pretrain,sft,preference,rl}.{train,heldout}.jsonl, which the scripts train on
+    mix       sources by category -> {pretrain,sft,preference,rl}.{train,heldout}.jsonl, which the scripts train on;
+              without duplicates, and without the items of evaluation files
     inspect   lengths, languages, duplicates, samples and the trained share of any file that the scripts can read
     download  public sets by name, from several mirrors, resumed and checked
     export    input_ids, labels and loss_mask as .npz or .pt
@@ -15,8 +16,14 @@ MinHash: hash all pieces, and keep the smallest hash in each of 11 ranges; two t
 with probability s. That is done with 11 hash functions, and texts with the same 11 minima for one of them count as
 duplicates. It happens with probability 1 - (1 - s^11)^11: 2% at s = 0.55, 63% at 0.8, 98% at 0.9. The first text stays.
 
+How evaluation items are found. Whoever shares 13 words in a row with a question of a benchmark has copied it or its
+source: that is the rule of GPT-3 and of the tool with which lm-evaluation-harness cleans training data. Chinese has no
+spaces; 20 characters take the place of 13 words. Shorter items are looked for as a whole. The runs of all items wait in
+memory as sorted hashes (33 MB for all benchmarks that eval.py knows), and every row is looked up as it passes.
+
 What this file does not do: clean text (it drops rows, it does not change them), or tell languages of one script apart.
-Papers: Broder 1997 (MinHash), Li, Owen and Zhang 2012 (one permutation), Shrivastava and Li 2014 (empty ranges).
+Papers: Broder 1997 (MinHash), Li, Owen and Zhang 2012 (one permutation), Shrivastava and Li 2014 (empty ranges), Brown
+et al. 2020 (GPT-3, appendix C: shared runs of words).
 
     python prepare_data.py mix --config mix.json --output out/data
     python prepare_data.py inspect my/chats.jsonl --tokenizer out/tokenizer
@@ -25,6 +32,7 @@ Papers: Broder 1997 (MinHash), Li, Owen and Zhang 2012 (one permutation), Shriva
 """
 import contextlib
 import errno
+import functools
 import hashlib
 import http.client
 import json
@@ -35,6 +43,7 @@ import socket
 import ssl
 import tempfile
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -73,6 +82,13 @@ SHINGLE = 5        # characters of a piece: about a word of English, a phrase of
 BANDS = 11         # hash functions of a signature, and minima of each
 NEAR_LENGTH = 200  # shorter texts are compared exactly: "2 + 3?" and "2 + 4?" are near, and not the same
 ODD = np.uint64(0x9E3779B97F4A7C15)
+WORD_RUN = 13      # words in a row that only a copy has in common with an evaluation item (GPT-3, appendix C)
+HAN_RUN = 20       # the same in Han characters: words of running Chinese have about 1.5 characters
+WORD_WHOLE, HAN_WHOLE = 8, 12  # items below a run are found whole, down to GPT-3's shortest run; Han again times 1.5
+UNITS = re.compile("[\u3400-\u9fff]|[^\\W_\u3400-\u9fff]+")  # a Han character, or a word of other letters and digits
+# what rows of public benchmarks ask or show; their answers are too short to be told from other text
+ASKED = ("question", "Question", "query", "ctx", "context", "context_options", "passage", "sentence", "goal", "sol1",
+         "sol2", "problem", "prompt", "instruction")
 EXAMPLE = ('{"sources": [{"name": "chats", "category": "general", "path": "my/*.jsonl"}], '
            '"targets": {"general": {"count": 10000}}}')
 
@@ -150,6 +166,24 @@ def question_of(row):
     return row["text"] if "text" in row else first_question(turns_of(row)[0])
 
 
+def parts_of(row):
+    """The texts of a standard row one by one: the document, or what every turn says."""
+    if "text" in row:
+        return [row["text"]]
+    return [said for turns in turns_of(row) for turn in turns
+            for said in (turn["content"], turn.get("reasoning_content")) if said]
+
+
+def item_texts(row, where="row"):
+    """What must not be trained of a row of an evaluation file: questions and contexts in the layouts of public
+    benchmarks, else what question_of() says. Raises ValueError for a row without such a text."""
+    if "sentence" in row and "option1" in row:
+        return [row["sentence"].replace("_", row[name]) for name in ("option1", "option2")]  # Winogrande's gap, filled
+    found = [text for key in ASKED if key in row for text in (row[key] if isinstance(row[key], list) else [row[key]])]
+    found = [text.removeprefix("Question: ").removesuffix("\nAnswer:") for text in found if isinstance(text, str)]
+    return found or [question_of(standard_row(row, where)[1])]
+
+
 def language(text):
     """"zh", "en" or "other" by script. zh: a fifth or more of the letters are Han characters, and few are kana. en:
     else, if most letters are Latin, so French counts as en. other: also a text without letters."""
@@ -171,14 +205,24 @@ def language(text):
 # 2. Duplicates
 
 
+def runs(values, longest):
+    """Yield (n, hashes of all runs of n values, uint64 [N - n + 1]) for n = 1 .. longest, as long as there is one."""
+    hashes = values
+    for n in range(1, min(longest, len(values)) + 1):
+        if n > 1:
+            hashes = hashes[:-1] * ODD + values[n - 1:]  # wraps around
+        yield n, hashes
+
+
+@functools.lru_cache(maxsize=1)  # of a document it is asked for twice in a row: as a row, and as its question
 def signature(text):
-    """The MinHash signature of a text of SHINGLE characters or more as BANDS numbers, uint64 [BANDS]; texts that share
-    one of them are near duplicates."""
+    """The MinHash signature of a text as BANDS numbers, uint64 [BANDS]; texts that share one of them are near
+    duplicates. None for texts below NEAR_LENGTH."""
+    text = " ".join(text.lower().split())
+    if len(text) < NEAR_LENGTH:
+        return None
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)  # [characters]
-    count = len(points) - SHINGLE + 1
-    pieces = points[:count]
-    for i in range(1, SHINGLE):
-        pieces = pieces * ODD + points[i:i + count]                                 # [pieces], wraps around
+    *_, (_, pieces) = runs(points, SHINGLE)                                         # [pieces]
     # every function hashes anew: with one hashing for all 121 minima, many of a short text would be one piece
     salts = ODD * np.arange(1, BANDS + 1, dtype=np.uint64)                          # [BANDS]
     hashes = pieces ^ salts[:, None]                                                # [BANDS, pieces]
@@ -187,7 +231,7 @@ def signature(text):
     hashes.sort(axis=1)
     starts = np.arange(BANDS, dtype=np.uint64) * np.uint64(2**64 // BANDS)
     # the smallest hash in a range is the first one behind its start; an empty range borrows from the next
-    minima = np.stack([row[np.searchsorted(row, starts) % count] for row in hashes])  # [BANDS, BANDS]
+    minima = np.stack([row[np.searchsorted(row, starts) % len(pieces)] for row in hashes])  # [BANDS, BANDS]
     powers = ODD ** np.arange(1, BANDS + 1, dtype=np.uint64)
     return (minima * powers).sum(1, dtype=np.uint64)
 
@@ -205,10 +249,8 @@ class Fingerprints:
     def add(self, stage, row, text):
         """Append a standard row. Rows of different stages are never duplicates of each other."""
         exact = document_hash(f"{stage}\n{text}")
-        plain = " ".join(text.lower().split())
-        bands = [exact] * BANDS
-        if len(self.files) > 2 and len(plain) >= NEAR_LENGTH:
-            bands = signature(plain) + np.uint64(STAGES.index(stage))
+        bands = signature(text) if len(self.files) > 2 else None
+        bands = [exact] * BANDS if bands is None else bands + np.uint64(STAGES.index(stage))
         record = np.array([exact, document_hash(question_of(row)), *bands], np.uint64)
         for file, value in zip(self.files, record, strict=False):
             file.write(value.tobytes())
@@ -242,7 +284,104 @@ class Fingerprints:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. mix
+# 3. Contamination
+
+
+def units(text):
+    """The words of a text in small letters, Han characters one by one, without punctuation; full-width letters count as
+    plain ones."""
+    return UNITS.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+class Contamination:
+    """The texts of evaluation items as hashes, and the search for them in rows: only the items are held in memory.
+
+    A row is contaminated by a run of WORD_RUN words (HAN_RUN Han characters) that stands in an item; by a shorter item
+    as a whole, down to WORD_WHOLE words (HAN_WHOLE characters); by a still shorter one where a turn says nothing else;
+    or by a question that is a near duplicate of an item (signature()).
+    """
+
+    def __init__(self):
+        self.places, self.lengths = [], set()  # of the items: where they stand; numbers of units of the runs
+        self.hashes, self.owners = array("Q"), array("I")
+
+    def add(self, text, where):
+        """Take up a text of an item; texts without a letter or digit are left out."""
+        found = units(text)
+        if not found:
+            return
+        han = 2 * sum("\u3400" <= unit <= "\u9fff" for unit in found) > len(found)
+        run, whole = (HAN_RUN, HAN_WHOLE) if han else (WORD_RUN, WORD_WHOLE)
+        *_, (length, hashes) = runs(self._values(found), run)
+        if length < whole:
+            hashes = ~hashes  # another number than that of the same words inside a longer text
+        else:
+            self.lengths.add(length)
+        near = signature(text)
+        for number in {*hashes.tolist(), *([] if near is None else near.tolist())}:
+            self.hashes.append(number)
+            self.owners.append(len(self.places))
+        self.places.append(where)
+
+    def find(self, parts, question):
+        """{"item": its place, "kind": "same words" or "near duplicate", "text": of the row} for an item that is in a
+        row, or None. parts: the texts of the row; question: the one whose near duplicates count."""
+        if not self.places:
+            return None
+        for part in parts:
+            found = units(part)
+            if not found:
+                continue
+            values = self._values(found)
+            for length, hashes in runs(values, HAN_RUN):
+                hit = self._look_up(hashes) if length in self.lengths else None
+                if length == len(found) < HAN_WHOLE:
+                    hit = hit or self._look_up(~hashes)
+                if hit:
+                    return {"item": hit[0], "kind": "same words", "text": " ".join(found[hit[1]:hit[1] + length])}
+        near = signature(question)
+        hit = None if near is None else self._look_up(near)
+        return hit and {"item": hit[0], "kind": "near duplicate", "text": question[:100]}
+
+    @staticmethod
+    def _values(found):
+        # Python's hash of a text differs from run to run, but every comparison here is within one
+        return np.fromiter(map(hash, found), np.int64, len(found)).view(np.uint64)
+
+    @functools.cached_property
+    def _index(self):
+        """(sorted hashes, their owners, a table that says for the last bits of a hash whether any has them)."""
+        hashes, first = np.unique(np.frombuffer(self.hashes, np.uint64), return_index=True)
+        table = np.zeros(1 << (8 * len(hashes)).bit_length(), bool)  # at most one in eight is set
+        table[hashes & np.uint64(len(table) - 1)] = True
+        return hashes, np.frombuffer(self.owners, np.uint32)[first], table
+
+    def _look_up(self, hashes):
+        """(place, index) of the first hash that an item has, or None."""
+        known, owners, table = self._index
+        # a binary search for every hash would take ten times as long as this look into a table
+        candidates = np.flatnonzero(table[hashes & np.uint64(len(table) - 1)])
+        for i in candidates:
+            at = np.searchsorted(known, hashes[i])
+            if at < len(known) and known[at] == hashes[i]:
+                return self.places[owners[at]], int(i)
+        return None
+
+
+def read_items(paths, skip_bad):
+    """Contamination with the items of evaluation files (any that read_rows reads). Raises ValueError."""
+    items, bad = Contamination(), []
+    for row, where in read_rows(paths, skip_bad, bad):
+        for text in item_texts(row, where):
+            items.add(text, where)
+    print(f"{len(items.places)} texts of evaluation items are looked for", flush=True)
+    if bad:
+        print(f"skipped {len(bad)} bad rows of evaluation files; the first: {bad[0]}")
+    return items
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. mix
 
 
 def _is_text(value):
@@ -308,7 +447,12 @@ def read_config(path):
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}; it must hold one JSON object; write {EXAMPLE}") from None
     shared = ("val_ratio", "min_chars", "max_chars", "languages")
-    _checked_keys(config, ("sources", "targets", "total", "seed", "near_duplicates", *shared), f"--config {path}")
+    _checked_keys(config, ("sources", "targets", "total", "seed", "near_duplicates", "exclude", *shared),
+                  f"--config {path}")
+    rule, holds = RULES["path"]
+    if "exclude" in config and not holds(config["exclude"]):
+        raise ValueError(f"--config {path}: exclude is {config['exclude']!r}; it must be {rule}; name the files whose "
+                         "questions must stay out of training, or leave exclude out")
     sources = []
     for given in config.get("sources") or []:
         _checked_keys(given, RULES, f"--config {path}, source {len(sources) + 1}")
@@ -346,8 +490,8 @@ def _targets(path, config, categories):
 
 
 def source_rows(source, skip_bad, counts, bad):
-    """Stream the (stage, standard row, text) of a source that pass its filters. What is left out is counted by reason
-    in `counts`; messages of bad lines and rows, which only --skip_bad survives, are added to the list `bad`."""
+    """Stream (stage, standard row, text, "file:line") of the rows that pass the filters of a source. What is left out
+    is counted by reason in `counts`; messages of bad rows, which only --skip_bad survives, are added to `bad`."""
     for row, where in read_rows(source.path, skip_bad, bad):
         counts["read"] += 1
         if any(row.get(key) != value for key, value in source.where.items()):
@@ -366,7 +510,8 @@ def source_rows(source, skip_bad, counts, bad):
             counts[reason] += 1
             continue
         own = row.get("source")
-        yield stage, new | {"source": f"{source.name}/{own}" if isinstance(own, str) and own else source.name}, text
+        named = new | {"source": f"{source.name}/{own}" if isinstance(own, str) and own else source.name}
+        yield stage, named, text, where
 
 
 def _filtered(source, text):
@@ -392,13 +537,17 @@ def choose(pool, count, max_repeat, priority):
     return copies
 
 
-def plan(prints, sources, sizes, targets, seed, ratio, counts):
+def plan(prints, contaminated, sources, sizes, targets, seed, ratio, counts):
     """Which rows are written how often: (copies in train int64 [N], held out bool [N]).
 
-    Duplicates leave first, then every category is brought to its size, then the questions that any source holds out
-    leave training everywhere. counts: {source name: Counter}, to which the reasons are added.
+    Rows with evaluation items (numbers of rows `contaminated`) and duplicates leave first, then every category is
+    brought to its size, then the questions that any source holds out leave training everywhere. counts: {source name:
+    Counter}, to which the reasons are added.
     """
-    exact, near = prints.duplicates()
+    leaked = np.zeros(prints.count, bool)
+    leaked[contaminated] = True
+    exact, near = (found & ~leaked for found in prints.duplicates())
+    clean = ~(leaked | exact | near)
     owner = np.repeat(np.arange(len(sources)), sizes)                                   # [N], source of a row
     # another order for every seed, but the same for the same text
     priority = (prints.column(0) ^ np.uint64(document_hash(f"seed {seed}"))) * ODD      # [N]
@@ -406,21 +555,19 @@ def plan(prints, sources, sizes, targets, seed, ratio, counts):
     copies = np.zeros(prints.count, np.int64)
     for category, target in targets.items():
         mine = np.isin(owner, [i for i, source in enumerate(sources) if source.category == category])
-        pool = np.flatnonzero(mine & ~exact & ~near)
+        pool = np.flatnonzero(mine & clean)
         wanted = target["count"] if target["count"] is not None else len(pool)
         copies += choose(pool, round(wanted * ratio), target["max_repeat"], priority * ODD)
     question = prints.column(1)
     limits = np.array([round(source.val_ratio * 2**64) for source in sources], np.uint64)
     heldout = (copies > 0) & (question < limits[owner])
     # a question that one source holds out must not be trained through another, which holds out less
-    leaked = (copies > 0) & ~heldout & np.isin(question, question[heldout])
+    elsewhere = (copies > 0) & ~heldout & np.isin(question, question[heldout])
     for i, source in enumerate(sources):
-        mine = owner == i
-        unused = mine & ~exact & ~near & (copies == 0)
-        for reason, rows in (("exact duplicate", exact), ("near duplicate", near), ("not chosen", unused),
-                             ("question held out elsewhere", leaked)):
-            counts[source.name][reason] += int((rows & mine).sum())
-    copies[heldout | leaked] = 0
+        for reason, rows in (("contaminated", leaked), ("exact duplicate", exact), ("near duplicate", near),
+                             ("not chosen", clean & (copies == 0)), ("question held out elsewhere", elsewhere)):
+            counts[source.name][reason] += int((rows & (owner == i)).sum())
+    copies[heldout | elsewhere] = 0
     return copies, heldout
 
 
@@ -458,12 +605,16 @@ class Outputs:
             (self.folder / f"{name}.tmp").unlink(missing_ok=True)
 
 
-def _fingerprint(prints, sources, skip_bad, counts):
-    """The first pass: fill `prints` and `counts`; returns the number of rows that every source has left."""
-    sizes = []
+def _fingerprint(prints, items, sources, skip_bad, counts):
+    """The first pass: fill `prints` and `counts`. Returns the number of rows that every source has left, the numbers of
+    the rows in which one of `items` (Contamination) stands, and {source name: the first such case}."""
+    sizes, contaminated, examples = [], [], {}
     for source in sources:
         before, bad = prints.count, []
-        for stage, row, text in source_rows(source, skip_bad, counts[source.name], bad):
+        for stage, row, text, where in source_rows(source, skip_bad, counts[source.name], bad):
+            if found := items.find(parts_of(row), question_of(row)):
+                contaminated.append(prints.count)
+                examples.setdefault(source.name, {"row": where, **found})
             prints.add(stage, row, text)
         counts[source.name]["bad"] = len(bad)
         if bad:
@@ -471,7 +622,7 @@ def _fingerprint(prints, sources, skip_bad, counts):
         sizes.append(prints.count - before)
         print(f"source {source.name}: {counts[source.name]['read']} rows read, {sizes[-1]} left by the filters",
               flush=True)
-    return sizes
+    return sizes, contaminated, examples
 
 
 def _write(outputs, sources, skip_bad, sizes, copies, heldout, counts):
@@ -479,7 +630,7 @@ def _write(outputs, sources, skip_bad, sizes, copies, heldout, counts):
     number = 0
     for source, size in zip(sources, sizes, strict=True):
         end = number + size
-        for stage, row, _ in source_rows(source, skip_bad, Counter(), []):
+        for stage, row, *_ in source_rows(source, skip_bad, Counter(), []):
             if number < end and (copies[number] or heldout[number]):
                 part, times = ("heldout", 1) if heldout[number] else ("train", int(copies[number]))
                 row["category"] = source.category
@@ -492,13 +643,16 @@ def _write(outputs, sources, skip_bad, sizes, copies, heldout, counts):
                              "same rows; start again when nothing writes to them")
 
 
-def _warnings(sources, targets, counts, ratio, folder, facts):
+def _warnings(sources, targets, counts, examples, ratio, folder, facts):
     """What a reader of the stats should not miss, as lines. targets: those that the config itself sets."""
     for source in sources:
         found = counts[source.name]
         if not found["train"] + found["heldout"]:
             lost = ", ".join(f"{count} {reason}" for reason, count in found.items() if count and reason != "read")
             yield f"source {source.name} ended empty: {found['read']} rows read{lost and f', {lost}'}"
+        if source.name in examples:
+            yield (f"source {source.name}: {found['contaminated']} rows left out because evaluation items are in them; "
+                   "the first: {row} has the {kind} as {item}: {text!r}".format(**examples[source.name]))
     for category, target in sorted(targets.items()):
         got = sum(counts[source.name][part] for source in sources for part in ("train", "heldout")
                   if source.category == category)
@@ -521,22 +675,27 @@ def mix(args):
         if written & {path.resolve() for path in expand_paths(source.path)}:
             raise ValueError(f"source {source.name}: {source.path} lies in --output {folder} under a name that the mix "
                              "writes; a mix must not replace its own sources; give another --output")
+    items = read_items(config["exclude"], args.skip_bad) if "exclude" in config else Contamination()
+    if not items.places:
+        print('evaluation items are not looked for; "exclude" in the config names their files')
     counts = {source.name: Counter() for source in sources}
     outputs = Outputs(folder)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".mix") as scratch:
             prints = Fingerprints(scratch, near=config.get("near_duplicates", True))
             with contextlib.closing(prints):
-                sizes = _fingerprint(prints, sources, args.skip_bad, counts)
-                copies, heldout = plan(prints, sources, sizes, targets, seed, args.global_sample_ratio, counts)
+                sizes, contaminated, examples = _fingerprint(prints, items, sources, args.skip_bad, counts)
+                copies, heldout = plan(prints, contaminated, sources, sizes, targets, seed, args.global_sample_ratio,
+                                       counts)
         _write(outputs, sources, args.skip_bad, sizes, copies, heldout, counts)
         outputs.commit()
     finally:
         outputs.discard()
     asked = {category: targets[category] for category in config.get("targets", {})}
-    warnings = list(_warnings(sources, asked, counts, args.global_sample_ratio, folder, outputs.facts))
+    warnings = list(_warnings(sources, asked, counts, examples, args.global_sample_ratio, folder, outputs.facts))
     stats = {"config": config, "global_sample_ratio": args.global_sample_ratio, "targets": targets,
              "sources": {source.name: {"category": source.category, **counts[source.name]} for source in sources},
+             "evaluation texts": len(items.places), "contamination": examples,
              "files": outputs.facts, "warnings": warnings}
     temporary = folder / "dataset_stats.json.tmp"
     temporary.write_text(json.dumps(stats, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -560,7 +719,7 @@ def print_mix(stats, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. inspect
+# 5. inspect
 
 
 def _quantiles(values):
@@ -586,12 +745,15 @@ def inspect(args):
     """Print what is in the files; returns the facts."""
     source = Source("files", "inspected", args.files, _parse_map(args.map))
     tokenizer = Tokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
-    counts, bad, samples = Counter(), [], []
+    items = read_items(args.against, args.skip_bad) if args.against else None
+    counts, bad, samples, shared = Counter(), [], [], []
     stages, languages, names = Counter(), Counter(), Counter()
     lengths, tokens, trained = array("q"), array("q"), 0
     with tempfile.TemporaryDirectory() as scratch, contextlib.closing(Fingerprints(scratch)) as prints:
-        for stage, row, text in source_rows(source, args.skip_bad, counts, bad):
+        for stage, row, text, where in source_rows(source, args.skip_bad, counts, bad):
             prints.add(stage, row, text)
+            if items and (found := items.find(parts_of(row), question_of(row))):
+                shared.append("{row} has the {kind} as {item}: {text!r}".format(row=where, **found))
             stages[stage] += 1
             languages[language(text)] += 1
             names[row["source"].partition("/")[2] or "not named"] += 1
@@ -607,16 +769,20 @@ def inspect(args):
     facts = {"rows": len(lengths), "stages": dict(stages), "left out": {**counts, "bad": len(bad)},
              "languages": dict(languages), "sources": dict(names.most_common(10)), "exact duplicates": exact,
              "near duplicates": near, "characters": sum(lengths)}
+    if items:
+        facts |= {"contaminated": len(shared), "contaminated share": len(shared) / max(1, len(lengths))}
     if tokens:
         facts |= {"tokens": sum(tokens), "trained tokens": trained, "trained share": trained / sum(tokens)}
     for name, value in facts.items():
-        print(f"{name:>17}  {value}")
+        print(f"{name:>18}  {value}")
     if lengths:
-        print(f"{'characters a row':>17}  {_quantiles(lengths)}")
+        print(f"{'characters a row':>18}  {_quantiles(lengths)}")
     if tokens:
-        print(f"{'tokens a row':>17}  {_quantiles(tokens)}")
+        print(f"{'tokens a row':>18}  {_quantiles(tokens)}")
     for message in bad[:3]:
-        print(f"{'bad':>17}  {message}")
+        print(f"{'bad':>18}  {message}")
+    for message in shared[:3]:
+        print(f"{'contaminated':>18}  {message}")
     for _, number, row in samples:
         shown = json.dumps(row, ensure_ascii=False, indent=1)[:1500]
         # lone surrogates, which no terminal takes, become question marks
@@ -635,7 +801,7 @@ def _parse_map(words):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. download
+# 6. download
 
 
 @dataclass(frozen=True)
@@ -946,7 +1112,7 @@ def _get(public, source, path, mirrors):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. export
+# 7. export
 
 
 def sequences(data, add_bos, add_eos):
@@ -1050,7 +1216,7 @@ def _save(arrays, scratch, path, form):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. The command
+# 8. The command
 
 
 def parse_args(argv=None):
@@ -1085,6 +1251,8 @@ def parse_args(argv=None):
     sub.add_argument("files", nargs="+", help="files or globs")
     sub.add_argument("--tokenizer", default="", help="folder of a tokenizer or checkpoint, to count tokens")
     sub.add_argument("--samples", type=cli.positive(int, zero=True), default=3, help="rows to print")
+    sub.add_argument("--against", nargs="+", default=[], metavar="FILE",
+                     help="evaluation files (or globs): rows in which one of their questions stands are counted")
     reading(sub)
     sub = command("download", "fetch public sets by name; without one, list them with sizes and licences")
     sub.add_argument("names", nargs="*", help=f"sets, or groups of them: {', '.join([*GROUPS, *SETS])}")

@@ -29,6 +29,7 @@ import prepare_data
 from dataset import PreferenceData, PretrainData, PromptData, SFTData, read_rows
 from prepare_data import language, main, parse_args, signature, standard_row
 
+DATA = Path(os.environ.get("MINILLM_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 WORDS = "the cat sat on a mat while it rained and nobody knew why two birds sang in green trees near our house".split()
 
 
@@ -288,7 +289,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         rows = ({"text": f"{i} {prose(i, 150)}"} for i in range(4000 * size))
         with open(tmp_path / f"{size}.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        config = {"sources": [{"name": "a", "category": "x", "path": str(tmp_path / f"{size}.jsonl")}]}
+        config = {"sources": [{"name": "a", "category": "x", "path": str(tmp_path / f"{size}.jsonl")}],
+                  "exclude": write(tmp_path / "test.jsonl", [{"question": prose(-1)}])}
         (tmp_path / "mix.json").write_text(json.dumps(config))
         code = MEMORY.format(root=str(Path(prepare_data.__file__).parent), config=str(tmp_path / "mix.json"),
                              output=str(tmp_path / "out"))
@@ -298,7 +300,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Duplicates and languages
+# Duplicates
 
 
 def shingles(text):
@@ -345,6 +347,143 @@ def test_exact_and_near_duplicates_leave_and_short_or_different_texts_stay(mix):
     assert stats["sources"]["a"]["near duplicate"] == 0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Contamination
+
+ENGLISH = ("A farmer has 17 sheep, and all but nine of them run away in the night; how many sheep are left in his "
+           "field on the next morning?")
+CHINESE = "甲公司是国内一家上市公司，对其各子公司实行全面预算管理，并通常使用增量预算方式进行战略控制。"
+
+
+def slow_twin(items, parts):
+    """What Contamination.find() must find but for near duplicates, by comparing lists of words."""
+
+    def cut(text):
+        return re.findall("[一-鿿]|[a-z0-9]+", text.lower())
+
+    def within(short, long):
+        return any(long[i:i + len(short)] == short for i in range(len(long) - len(short) + 1))
+
+    for item, part in itertools.product(map(cut, items), map(cut, parts)):
+        run, whole = (20, 12) if sum("一" <= word <= "鿿" for word in item) * 2 > len(item) else (13, 8)
+        pieces = [item[i:i + run] for i in range(max(1, len(item) - run + 1))]
+        if item == part or len(item) >= whole and any(within(piece, part) for piece in pieces):
+            return True
+    return False
+
+
+def test_contamination_finds_what_comparing_all_runs_of_words_finds():
+    rng, seen = random.Random(0), Counter()
+    for _ in range(300):
+        alphabet = rng.choice([["red", "Green", "blue,"], ["春", "夏", "秋。"], ["red", "Green", "春", "夏"]])
+        gap = rng.choice(["", " "]) if "red" not in alphabet else " "
+        base = rng.choices(alphabet, k=60)
+        # the row holds a part of the item between other words
+        start, length = rng.randrange(30), rng.choice([1, 5, 7, 8, 11, 12, 13, 14, 19, 20, 21, 30])
+        item = base[start:start + rng.choice([length, length, length + 4])]
+        row = ["x"] * rng.randrange(3) + base[start:start + length] + ["y"] * rng.randrange(3)
+        items = prepare_data.Contamination()
+        items.add(gap.join(item), "here")
+        found = items.find([gap.join(row)], "short")
+        assert bool(found) == slow_twin([gap.join(item)], [gap.join(row)]), (item, row)
+        seen[bool(found)] += 1
+    assert min(seen.values()) > 50
+
+
+@pytest.mark.parametrize("item, row, kind", [
+    (ENGLISH, f"Solve this. {ENGLISH.upper()} Think first.", "same words"),
+    (ENGLISH, "Once " + " ".join(ENGLISH.split()[4:17]) + " they slept.", "same words"),
+    (ENGLISH, "Once " + " ".join(ENGLISH.split()[4:16]) + " they slept.", None),
+    (CHINESE, f"请看：{CHINESE}你怎么看？", "same words"), (CHINESE, f"某{CHINESE[3:24]}等等", "same words"),
+    (CHINESE, f"某{CHINESE[3:22]}等等", None),
+    ("What is the capital of the old kingdom?", "a b What is the capital of the old kingdom c", "same words"),
+    ("What is it?", "what is it", "same words"), ("What is it?", "Tell me what is it", None),
+    ("床前明月光？", "床前明月光", "same words"), ("床前明月光", "床前明月光，疑是地上霜", None),
+    ("Ａ１ ｂ", "a1 B", "same words"), ("?!", "?!", None), ("", "", None),
+    (prose(5, 60), " ".join("cow" if i % 12 == 5 else word for i, word in enumerate(prose(5, 60).split())),
+     "near duplicate"),
+    (prose(5, 60), prose(6, 60), None)])
+def test_contamination_in_both_languages(item, row, kind):
+    items = prepare_data.Contamination()
+    items.add(prose(99), "elsewhere")
+    items.add(item, "test.jsonl:3")
+    found = items.find([row], row)
+    assert (found and found["kind"]) == kind and (not found or found["item"] == "test.jsonl:3")
+
+
+@pytest.mark.parametrize("row, texts", [
+    ({"question": "q", "choices": ["a"], "answer": 0, "subject": "s"}, ["q"]),
+    ({"id": "1", "question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}, ["q"]),
+    ({"": "0", "Question": "问", "A": "甲", "B": "乙", "C": "丙", "D": "丁", "Answer": "A"}, ["问"]),
+    ({"query": "Question: q\nAnswer:", "choices": ["a"], "gold": 0}, ["q"]),
+    ({"ctx_a": "c", "ctx_b": "d", "ctx": "c d", "endings": ["e"], "label": 0}, ["c d"]),
+    ({"sentence": "Ann saw Bea, so _ hid.", "option1": "Ann", "option2": "Bea", "answer": "1"},
+     ["Ann saw Bea, so Ann hid.", "Ann saw Bea, so Bea hid."]),
+    ({"goal": "g", "sol1": "s", "sol2": "t", "label": 1}, ["g", "s", "t"]),
+    ({"question": "q", "passage": "p", "answer": True}, ["q", "p"]),
+    ({"context_options": ["c", "d"], "continuation": "e", "gold": 0}, ["c", "d"]),
+    ({"text": "t"}, ["t"]), ({"conversations": chat("q", "a"), "answer": "a"}, ["q"]),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["q"]),
+    ({"prompt": chat("q", "a")[:1], "completion": chat("q", "a")[1:]}, ["q"])])
+def test_the_texts_of_evaluation_rows_are_known_in_public_layouts(row, texts):
+    assert prepare_data.item_texts(row) == texts
+
+
+def test_a_mix_leaves_evaluation_items_out_and_says_which(mix, tmp_path, capsys):
+    (tmp_path / "exam.csv").write_text(f"id,question,A,B\n0,{CHINESE},x,y\n", encoding="utf-8")
+    held = write(tmp_path / "held.jsonl", [{"conversations": chat("Who are you?", "Nobody.")}, {"question": ENGLISH}])
+    planted = [{"conversations": [{"role": "system", "content": "s"}, *chat(f"Please! {ENGLISH}", "9")]},
+               {"conversations": chat("who are you", "I am new.")},
+               {"conversations": chat("Explain.", f"In an exam: {CHINESE}")},
+               {"prompt": ENGLISH, "chosen": "9", "rejected": "8"}, {"messages": chat(ENGLISH, "")}]
+    text = [{"text": f"{prose(1)}\n{ENGLISH}"}, {"text": CHINESE}, {"text": prose(1)}]
+    stats, files = mix([("a", "x", chats("a", 20) + planted, {}), ("b", "y", text, {})], val_ratio=0.3,
+                       exclude=[str(tmp_path / "*.csv"), held])
+    assert {name: stats["sources"][name]["contaminated"] for name in "ab"} == {"a": 5, "b": 2}
+    assert sum(map(len, files.values())) == 21 and stats["evaluation texts"] == 3
+    shown = json.dumps(list(files.values()), ensure_ascii=False).lower()
+    assert not any(words in shown for words in ("sheep", "甲公司", "who are you"))
+    assert stats["contamination"]["a"] == {"row": f"{tmp_path}/a.jsonl:21", "item": f"{held}:2", "kind": "same words",
+                                           "text": "a farmer has 17 sheep and all but nine of them run away"}
+    assert (f"warning: source b: 2 rows left out because evaluation items are in them; the first: {tmp_path}/b.jsonl:1 "
+            "has the same words as") in capsys.readouterr().out
+    stats, _ = mix([("a", "x", planted, {})])
+    assert "evaluation items are not looked for" in capsys.readouterr().out and stats["contamination"] == {}
+
+
+@pytest.mark.parametrize("content, message", [('{"name": "x"}', r"test.jsonl:1: found the keys \[name\]; .*; "),
+                                              ("[1]", "test.jsonl:1: .*; ")])
+def test_a_file_to_exclude_without_questions_is_an_error_with_file_and_line(mix, tmp_path, content, message):
+    (tmp_path / "test.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        mix([("a", "x", chats("a", 3), {})], exclude=str(tmp_path / "test.jsonl"))
+    with pytest.raises(ValueError, match="exclude is 3; .*; "):
+        mix([("a", "x", chats("a", 3), {})], exclude=3)
+
+
+@pytest.mark.parametrize("name", ["gsm8k_test", "ceval_val", "arc_challenge_test_processed",
+                                  "winogrande_xl_validation"])
+def test_items_of_a_published_benchmark_are_kept_out_of_real_text(mix, name):
+    """40 of its items are planted into chats and documents; other real text stays but for a trace."""
+    exam, corpus = DATA / "eval" / f"{name}.jsonl.gz", DATA / "pretrain" / "pretrain_mini.jsonl"
+    if not exam.exists() or not corpus.exists():
+        pytest.skip(f"no {exam.name} or {corpus.name} in {DATA} (set MINILLM_DATA)")
+    asked = [prepare_data.item_texts(row)[-1] for row, _ in itertools.islice(read_rows(exam), 40)]
+    real = [row for row, _ in itertools.islice(read_rows(corpus), 200)]
+    chats = [{"conversations": chat(f"Help me. {text}" if len(text) > 80 else text, "Yes.")} for text in asked]
+    documents = [{"text": f"{row['text'][:300]}\n\n{text}"}
+                 for row, text in zip(real, (text for text in asked if len(text) > 80), strict=False)]
+    stats, files = mix([("chats", "x", chats, {}), ("documents", "y", documents, {}), ("real", "z", real, {})],
+                       exclude=str(exam))
+    found = {name: stats["sources"][name]["contaminated"] for name in stats["sources"]}
+    assert (found["chats"], found["documents"]) == (40, len(documents)) and documents and found["real"] <= 1
+    assert {row["source"].split("/")[0] for rows in files.values() for row in rows} == {"real"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Languages and stages
+
+
 @pytest.mark.parametrize("text, expected", [
     ("A plain sentence.", "en"), ("Élève à l'école", "en"), ("今天天气很好", "zh"), ("我喜欢用 Python 写代码", "zh"),
     ("The word 猫 means cat in Chinese.", "en"), ("今日はとても良い天気ですね", "other"), ("Привет, мир", "other"),
@@ -380,6 +519,15 @@ def test_inspect_counts_what_is_there(tmp_path, tokenizer, capsys):
     assert facts["tokens"] == sum(map(len, masks + sides)) + sum(texts) + 2
     shown = capsys.readouterr().out
     assert shown.count("\nrow ") == 2 and "characters a row" in shown and "10% " in shown
+
+
+def test_inspect_counts_evaluation_items(tmp_path, capsys):
+    held = write(tmp_path / "held.jsonl", [{"question": ENGLISH}])
+    path = write(tmp_path / "a.jsonl", [*chats("a", 3), {"messages": chat(ENGLISH, "9")}])
+    facts = run("inspect", path, "--against", held)
+    assert facts["contaminated"] == 1 and facts["contaminated share"] == 0.25
+    assert f"contaminated  {path}:4 has the same words as {held}:1: 'a farmer" in capsys.readouterr().out
+    assert "contaminated" not in run("inspect", path)
 
 
 def test_inspect_maps_columns_and_counts_bad_rows(tmp_path):
