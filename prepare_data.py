@@ -4,7 +4,7 @@
               without duplicates, and without the items of evaluation files
     inspect   lengths, languages, duplicates, samples and the trained share of any file that the scripts can read
     download  public sets by name, from several mirrors, resumed and checked
-    export    input_ids, labels and loss_mask as .npz or .pt
+    export    input_ids, labels and loss_mask as .npz or .pt; or the rows themselves as .jsonl
 
 How mix works. It reads everything twice. The first pass filters the rows and keeps thirteen numbers of each: a hash of
 its text, one of its question, and eleven of its MinHash signature. They wait on the disk, and one column at a time
@@ -19,7 +19,7 @@ duplicates. It happens with probability 1 - (1 - s^11)^11: 2% at s = 0.55, 63% a
 How evaluation items are found. Whoever shares 13 words in a row with a question of a benchmark has copied it or its
 source: that is the rule of GPT-3 and of the tool with which lm-evaluation-harness cleans training data. Chinese has no
 spaces; 20 characters take the place of 13 words. Shorter items are looked for as a whole. The runs of all items wait in
-memory as sorted hashes (33 MB for all benchmarks that eval.py knows), and every row is looked up as it passes.
+memory as sorted hashes (75 MB for all benchmarks that eval.py knows), and every row is looked up as it passes.
 
 What this file does not do: clean text (it drops rows, it does not change them), or tell languages of one script apart.
 Papers: Broder 1997 (MinHash), Li, Owen and Zhang 2012 (one permutation), Shrivastava and Li 2014 (empty ranges), Brown
@@ -501,7 +501,8 @@ def source_rows(source, skip_bad, counts, bad):
             stage, new, reason = standard_row(rename(row, source.map, where), where)
         except ValueError as error:
             if not skip_bad:
-                raise ValueError(f"source {source.name}: {error}; or skip such rows with --skip_bad 1") from None
+                raise ValueError(f"source {source.name}: {error}; or rename columns with a map (--map text=COLUMN), "
+                                 "or skip such rows with --skip_bad 1") from None
             bad.append(str(error))
             continue
         text = "" if reason else text_of(new)
@@ -571,6 +572,14 @@ def plan(prints, contaminated, sources, sizes, targets, seed, ratio, counts):
     return copies, heldout
 
 
+def json_line(row):
+    """A row as a line of .jsonl, bytes."""
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(row).encode() + b"\n"  # lone surrogates, which UTF-8 refuses, stay escapes
+
+
 class Outputs:
     """The files of a mix, written under other names until all of them are whole."""
 
@@ -583,12 +592,8 @@ class Outputs:
         if name not in self.files:
             self.files[name] = open(self.folder / f"{name}.tmp", "wb")
             self.facts[name] = {"rows": 0, "bytes": 0}
-        try:
-            line = json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            line = json.dumps(row).encode()  # lone surrogates, which UTF-8 refuses, stay escapes
         self.facts[name]["rows"] += times
-        self.facts[name]["bytes"] += self.files[name].write((line + b"\n") * times)
+        self.facts[name]["bytes"] += self.files[name].write(json_line(row) * times)
 
     def commit(self):
         """Give every file its name."""
@@ -1167,21 +1172,26 @@ def _fill(data, args, folder):
 
 
 def export(args):
-    """Write tensors of a stage for other programs; returns the counts."""
+    """Write tensors of a stage for other programs, or rows of any stage as lines; returns the counts."""
+    path = Path(args.output or f"out/export/{args.stage or 'rows'}.{args.format}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if args.format == "jsonl":
+        return export_lines(args, path)
+    if not args.stage or not args.tokenizer:
+        raise ValueError(f"export to {args.format}: --stage {args.stage or 'missing'}, --tokenizer "
+                         f"{args.tokenizer or 'missing'}; tensors need both; give them, or --format jsonl for the rows")
     if args.add_eos and args.stage != "pretrain":
         raise ValueError(f"--add_eos 1 with --stage {args.stage}; every answer of a conversation has its end token "
                          "already; leave --add_eos out")
     kind = {"pretrain": PretrainData, "sft": SFTData, "dpo": PreferenceData}[args.stage]
-    path = Path(args.output or f"out/export/{args.stage}.{args.format}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_pretrained(args.tokenizer)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as scratch:
         scratch, paths = Path(scratch), args.data_path
         if args.map:
             paths = scratch / "renamed.jsonl"
-            with open(paths, "w", encoding="utf-8") as file:
+            with open(paths, "wb") as file:
                 for row, where in read_rows(args.data_path, args.skip_bad):
-                    file.write(json.dumps(rename(row, _parse_map(args.map), where)) + "\n")
+                    file.write(json_line(rename(row, _parse_map(args.map), where)))
         # where the bos goes, one more token of a conversation fits
         extra = not args.add_bos and tokenizer.bos_id is not None
         data = kind(paths, tokenizer, args.max_length + extra, scratch / "cache", skip_bad=args.skip_bad)
@@ -1198,6 +1208,28 @@ def export(args):
         print(f"warning: {facts['truncated']} rows were longer than {args.max_length} tokens and are cut, "
               f"{facts['dropped']} left out {facts['reasons'] or ''}: raise --max_length to keep them whole")
     return facts
+
+
+def export_lines(args, path):
+    """Write the rows in the form in which training reads them as .jsonl, for programs that take no other file
+    (tokenizer.py train); returns the counts."""
+    source, counts, bad = Source("rows", "rows", args.data_path, _parse_map(args.map)), Counter(), []
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for stage, row, _, where in source_rows(source, args.skip_bad, counts, bad):
+                if args.stage and stage != {"dpo": "preference"}.get(args.stage, args.stage):
+                    raise ValueError(f"{where}: found a row for {stage}; --stage {args.stage} takes no other; leave "
+                                     "--stage out to write all rows")
+                own = row.pop("source").partition("/")[2]
+                file.write(json_line(row | ({"source": own} if own else {})))
+                counts["written"] += 1
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    counts["bad"] = len(bad)
+    print(f"{path}: {', '.join(f'{count} {name}' for name, count in counts.items() if count)}")
+    return dict(counts)
 
 
 def _save(arrays, scratch, path, form):
@@ -1261,11 +1293,13 @@ def parse_args(argv=None):
                      help=f"where to ask, in this order: {', '.join(MIRRORS)}, or the address of another mirror of the "
                           "hub (left out: HF_ENDPOINT where it is set, then all)")
     sub.add_argument("--shards", type=cli.positive(int), default=1, help="how many of the files of a set in shards")
-    sub = command("export", "write tensors of a stage for other programs")
-    sub.add_argument("--stage", required=True, choices=("pretrain", "sft", "dpo"), help="what the rows are read as")
+    sub = command("export", "write tensors of a stage, or rows as .jsonl, for other programs")
+    sub.add_argument("--stage", default="", choices=("pretrain", "sft", "dpo"),
+                     help="what the rows are read as (left out: rows of any stage, with --format jsonl only)")
     sub.add_argument("--data_path", nargs="+", required=True, help="files or globs")
-    sub.add_argument("--tokenizer", required=True, help="folder of a tokenizer or checkpoint")
-    sub.add_argument("--format", default="npz", choices=("npz", "pt"), help="numpy archive, or torch.save of a dict")
+    sub.add_argument("--tokenizer", default="", help="folder of a tokenizer or checkpoint, for npz and pt")
+    sub.add_argument("--format", default="npz", choices=("npz", "pt", "jsonl"),
+                     help="numpy archive, torch.save of a dict, or the rows themselves, not as tokens")
     sub.add_argument("--output", default="", help="file to write (left out: out/export/STAGE.FORMAT)")
     sub.add_argument("--max_length", type=cli.positive(int), default=2048, help="tokens of a row; longer ones are cut")
     cli.switch(sub, "--add_bos", 1, "begin every row with the tokenizer's first token, where it has one")

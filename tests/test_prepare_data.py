@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ import torch
 import prepare_data
 from dataset import PreferenceData, PretrainData, PromptData, SFTData, read_rows
 from prepare_data import language, main, parse_args, signature, standard_row
+from tokenizer import iter_texts
 
 DATA = Path(os.environ.get("MINILLM_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 WORDS = "the cat sat on a mat while it rained and nobody knew why two birds sang in green trees near our house".split()
@@ -950,6 +952,33 @@ def test_export_equals_what_training_sees(export, tokenizer, tmp_path):
     batch = data.batch(range(len(data)))
     trained = [batch["ids"][row][(batch["mask"][row] > 0)].tolist() for row in range(len(data))]
     assert Counter(sum(trained, [])) == Counter(arrays["labels"][arrays["labels"] >= 0].tolist())
+
+
+def test_any_file_is_exported_as_lines_for_the_tokenizer(tmp_path):
+    """The command in the error of `tokenizer.py train` is run as it stands."""
+    path = tmp_path / "my texts.csv"
+    path.write_text('body,lang\n"one\ntwo",en\n"",en\n春天,zh\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="unknown ending") as error:
+        list(iter_texts([path]))
+    words = shlex.split(re.search(r"python prepare_data.py (.*?) \(with", str(error.value))[1])
+    with pytest.raises(ValueError, match=r"my texts.csv:2: found the keys \[body, lang\]; .*--map text=COLUMN"):
+        run(*words)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["my texts.csv"]
+    assert run(*words, "--map", "text=body") == {"read": 3, "empty": 1, "written": 2, "bad": 0}
+    assert list(iter_texts([tmp_path / "my texts.text.jsonl"])) == ["one\ntwo", "春天"]
+
+
+def test_exported_lines_are_rows_in_the_form_that_training_reads(export, tmp_path):
+    rows = [{"instruction": "q", "output": "a", "source": "web"}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    run("export", "--format", "jsonl", "--data_path", path, "--output", tmp_path / "out.jsonl")
+    assert [row for row, _ in read_rows(tmp_path / "out.jsonl")] == [
+        {"conversations": chat("q", "a"), "source": "web"}, rows[1]]
+    with pytest.raises(ValueError, match="a.jsonl:1: found a row for sft; --stage dpo .*; "):
+        run("export", "--format", "jsonl", "--data_path", path, "--stage", "dpo", "--output", tmp_path / "other.jsonl")
+    with pytest.raises(ValueError, match="export to npz: --stage missing, --tokenizer missing; .*; "):
+        run("export", "--data_path", path)
+    assert not list(tmp_path.glob("other*"))
 
 
 def test_export_maps_columns_and_refuses_a_second_end_token(export):
