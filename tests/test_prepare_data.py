@@ -26,9 +26,12 @@ import numpy as np
 import pytest
 import torch
 
+import download
 import prepare_data
+import selection
 from dataset import PreferenceData, PretrainData, PromptData, SFTData, read_rows
-from prepare_data import language, main, parse_args, signature, standard_row
+from prepare_data import main, parse_args, standard_row
+from selection import language, signature
 from tokenizer import iter_texts
 
 DATA = Path(os.environ.get("MINILLM_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
@@ -205,7 +208,7 @@ def test_useless_pairs_and_tool_calls_are_left_out(mix):
 def test_categories_without_a_target_have_the_sizes_of_the_documents(mix):
     """Ten rows of a category whose default is larger are all taken, and that is no warning."""
     text = (Path(prepare_data.__file__).parent / "docs/data.md").read_text(encoding="utf-8")
-    for category, target in prepare_data.TARGETS.items():
+    for category, target in selection.TARGETS.items():
         assert f"{category} {target['count']:,}" in text
     stats, files = mix([("a", "general", chats("a", 10), {}), ("b", "identity", chats("b", 10), {})], val_ratio=0)
     assert Counter(row["source"] for row in files["sft.train.jsonl"]) == {"a": 10, "b": 20} and not stats["warnings"]
@@ -307,7 +310,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 
 def shingles(text):
     text = " ".join(text.lower().split())
-    return {text[i:i + prepare_data.SHINGLE] for i in range(len(text) - prepare_data.SHINGLE + 1)}
+    return {text[i:i + selection.SHINGLE] for i in range(len(text) - selection.SHINGLE + 1)}
 
 
 @pytest.mark.parametrize("words, changes", [(150, (2, 6, 14, 40)), (30, (1, 2, 3, 8))])
@@ -384,7 +387,7 @@ def test_contamination_finds_what_comparing_all_runs_of_words_finds():
         start, length = rng.randrange(30), rng.choice([1, 5, 7, 8, 11, 12, 13, 14, 19, 20, 21, 30])
         item = base[start:start + rng.choice([length, length, length + 4])]
         row = ["x"] * rng.randrange(3) + base[start:start + length] + ["y"] * rng.randrange(3)
-        items = prepare_data.Contamination()
+        items = selection.Contamination()
         items.add(gap.join(item), "here")
         found = items.find([gap.join(row)], "short")
         assert bool(found) == slow_twin([gap.join(item)], [gap.join(row)]), (item, row)
@@ -406,7 +409,7 @@ def test_contamination_finds_what_comparing_all_runs_of_words_finds():
      "near duplicate"),
     (prose(5, 60), prose(6, 60), None)])
 def test_contamination_in_both_languages(item, row, kind):
-    items = prepare_data.Contamination()
+    items = selection.Contamination()
     items.add(prose(99), "elsewhere")
     items.add(item, "test.jsonl:3")
     found = items.find([row], row)
@@ -617,8 +620,8 @@ def server(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     made = Server(("127.0.0.1", 0), Handler)
     made.waits, made.waiting, made.address = [], threading.Event(), f"http://127.0.0.1:{made.server_port}"
-    monkeypatch.setattr(prepare_data.time, "sleep", made.waits.append)
-    monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"data/toy.bin": 2}, "a toy licence"))
+    monkeypatch.setattr(download.time, "sleep", made.waits.append)
+    monkeypatch.setitem(download.SETS, "toy", download.Public("me/toy", {"data/toy.bin": 2}, "a toy licence"))
     thread = threading.Thread(target=made.serve_forever, args=(0.01,))
     thread.start()
     yield made
@@ -648,7 +651,7 @@ def test_a_download_prints_the_licence_and_asks_the_address_of_the_hub(server, c
 
 @pytest.mark.parametrize("plan", [("drops",), ("drops",) * 9, ("stalls",), ("drops", "HTTP 503", "drops")])
 def test_a_broken_transfer_goes_on_where_it_stopped(server, plan, monkeypatch):
-    monkeypatch.setattr(prepare_data, "PATIENCE", 0.3)
+    monkeypatch.setattr(download, "PATIENCE", 0.3)
     server.plan = plan
     get(server)
     assert Path("got/toy/toy.bin").read_bytes() == CONTENT and left() == ["toy.bin"]
@@ -717,8 +720,8 @@ def test_redirects_are_followed_and_the_hash_of_the_first_answer_is_compared(ser
 
 
 def test_a_known_hash_is_compared_and_the_next_mirror_asked(server, monkeypatch):
-    toy = prepare_data.SETS["toy"]
-    monkeypatch.setitem(prepare_data.SETS, "toy", dataclasses.replace(toy, sha256={"data/toy.bin": SHA}))
+    toy = download.SETS["toy"]
+    monkeypatch.setitem(download.SETS, "toy", dataclasses.replace(toy, sha256={"data/toy.bin": SHA}))
     server.plan = ("damages",)
     get(server, "--mirror", server.address, f"{server.address}/second/")
     assert server.requests[1][0] == "/second/datasets/me/toy/resolve/main/data/toy.bin"
@@ -772,9 +775,9 @@ def test_offline_it_says_so_and_names_the_embedded_data(server, tmp_path):
 @pytest.mark.slow
 def test_a_killed_download_leaves_no_file_and_goes_on(server):
     server.plan = ("stalls",)
-    running = subprocess.Popen([sys.executable, "-c", "import prepare_data as p\np.SETS['toy'] = p.Public('me/toy', "
-                                "{'data/toy.bin': 2}, 'free')\np.main(p.parse_args(['download', 'toy', '--output', "
-                                f"'got', '--mirror', {server.address!r}]))"],
+    code = ("import download, prepare_data as p\ndownload.SETS['toy'] = download.Public('me/toy', {'data/toy.bin': 2}, "
+            f"'free')\np.main(p.parse_args(['download', 'toy', '--output', 'got', '--mirror', {server.address!r}]))")
+    running = subprocess.Popen([sys.executable, "-c", code],
                                env={**os.environ, "PYTHONPATH": str(Path(prepare_data.__file__).parent)})
     part = Path("got/toy/toy.bin.part")
     for _ in range(600):
@@ -789,7 +792,7 @@ def test_a_killed_download_leaves_no_file_and_goes_on(server):
 
 
 def test_too_little_room_is_said_before_anything_is_written(server, monkeypatch):
-    monkeypatch.setattr(prepare_data.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=101 << 20))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=101 << 20))
     with pytest.raises(OSError, match=r"2 MB are still to come and 106 MB are free .*; .*; "):
         get(server)
     assert left() == []
@@ -800,7 +803,7 @@ def test_an_archive_is_unpacked_whole(server, monkeypatch):
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("val/law.csv", "id,question\n")
     server.content = packed.getvalue()
-    monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"exam.zip": 1}, "a toy licence"))
+    monkeypatch.setitem(download.SETS, "toy", download.Public("me/toy", {"exam.zip": 1}, "a toy licence"))
     get(server)
     assert Path("got/toy/exam/val/law.csv").read_text() == "id,question\n" and left() == ["exam", "exam.zip"]
     shutil.rmtree("got")
@@ -818,23 +821,23 @@ def test_a_benchmark_in_parquet_is_written_as_lines_too(server, monkeypatch, row
     parquet, arrow, packed = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow"), io.BytesIO()
     parquet.write_table(arrow.Table.from_pylist(rows), packed)
     server.content = packed.getvalue()
-    monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"all/test.parquet": 1}, ""))
-    monkeypatch.setitem(prepare_data.GROUPS, "eval", ("toy",))
+    monkeypatch.setitem(download.SETS, "toy", download.Public("me/toy", {"all/test.parquet": 1}, ""))
+    monkeypatch.setitem(download.GROUPS, "eval", ("toy",))
     get(server)
     assert left() == sorted([name, "test.parquet"]) and Path("got/toy", name).read_text(encoding="utf-8") == expected
 
 
 def test_without_pyarrow_a_benchmark_stays_as_it_came(server, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"all/test.parquet": 1}, ""))
-    monkeypatch.setitem(prepare_data.GROUPS, "eval", ("toy",))
+    monkeypatch.setitem(download.SETS, "toy", download.Public("me/toy", {"all/test.parquet": 1}, ""))
+    monkeypatch.setitem(download.GROUPS, "eval", ("toy",))
     get(server)
     assert left() == ["test.parquet"] and "pip install pyarrow" in capsys.readouterr().out
 
 
 def test_shards_and_groups_name_their_files(server, monkeypatch):
-    monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"last": 1}, "", "part_{:03d}", 1))
-    monkeypatch.setitem(prepare_data.GROUPS, "both", ("toy", "toy"))
+    monkeypatch.setitem(download.SETS, "toy", download.Public("me/toy", {"last": 1}, "", "part_{:03d}", 1))
+    monkeypatch.setitem(download.GROUPS, "both", ("toy", "toy"))
     server.content = b"x"
     done = get(server, "--mirror", server.address, "--shards", "2", name="both")
     assert [path.name for path in done["toy"]] == ["last", "part_000", "part_001"] and left() == [
@@ -846,23 +849,23 @@ def test_shards_and_groups_name_their_files(server, monkeypatch):
 
 
 def test_every_set_has_an_address_at_every_mirror_it_names(monkeypatch):
-    for name, public in prepare_data.SETS.items():
+    for name, public in download.SETS.items():
         files = [*public.files, *([public.shards.format(3)] if public.shards else [])]
         assert files and public.licence, name
         for path in files:
-            found = prepare_data.addresses(public, path, list(prepare_data.MIRRORS))
+            found = download.addresses(public, path, list(download.MIRRORS))
             hosts = [re.fullmatch(r"https://([\w.-]+)/[^ ]+", url)[1] for url in found]
             expected = ["raw.githubusercontent.com"] if "githubusercontent" in public.repo else [
                 "huggingface.co", "hf-mirror.com"] + ["www.modelscope.cn"] * bool(public.modelscope)
             assert hosts == expected, name
-    assert prepare_data.addresses(prepare_data.SETS["piqa"], "a b", ["huggingface"]) == [
+    assert download.addresses(download.SETS["piqa"], "a b", ["huggingface"]) == [
         "https://huggingface.co/datasets/ybisk/piqa/resolve/078a131412f46a38025a762322c174a8bae2610c/a%20b"]
     table = (Path(prepare_data.__file__).parent / "docs/data.md").read_text(encoding="utf-8")
-    assert not [name for name in prepare_data.SETS if f"`{name}`" not in table]
-    for names in prepare_data.GROUPS.values():
-        assert set(names) <= set(prepare_data.SETS)
+    assert not [name for name in download.SETS if f"`{name}`" not in table]
+    for names in download.GROUPS.values():
+        assert set(names) <= set(download.SETS)
     assert all(re.fullmatch("[0-9a-f]{64}", value) and path in public.files
-               for public in prepare_data.SETS.values() for path, value in public.sha256.items())
+               for public in download.SETS.values() for path, value in public.sha256.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
