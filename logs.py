@@ -5,13 +5,15 @@ metrics.jsonl is the only record: plots are drawn and verdicts given from it, an
 gaps or doubles. No account, no server; who has one may let a tracker (tensorboard, wandb, swanlab) follow.
 
 Normal is what runs under the same conditions (data, tokenizer, shape, batch, length) have shown: assets/curves/ holds
-their bands. As a program this file judges finished runs again, or makes such a band of them:
+their bands. As a program this file judges finished runs again, draws them over each other, or makes such a band:
 
     python logs.py out/logs/pretrain
+    python logs.py out/logs/a out/logs/b --plot both.png --keys val_loss exact_match
     python logs.py out/logs/a out/logs/b out/logs/c --reference assets/curves/mine.json
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
@@ -522,11 +524,6 @@ def _width(text):
 
 def plot_curves(folder):
     """Draw <folder>/curves.png from metrics.jsonl, a panel for each kind of metric in it, over what is normal."""
-    import matplotlib  # imported late: it costs half a second that only the end of a run needs to pay
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = read_metrics(folder)
     reference = Path(folder) / "reference.json"
     curve = json.loads(reference.read_text(encoding="utf-8")) if reference.is_file() else None
@@ -534,29 +531,82 @@ def plot_curves(folder):
     panels = [(title, keys) for title, keys in panels if keys]
     if not panels:
         return
-    columns = min(3, len(panels))
-    lines = math.ceil(len(panels) / columns)
+    with _figure(Path(folder) / "curves.png", [title for title, _ in panels], Path(folder).name) as axes:
+        for axis, (_, keys) in zip(axes, panels, strict=True):
+            for key in keys:
+                points = _points(rows, key)
+                _line(axis, points, key)
+                normal = [(step, *limits) for step, _ in points if (limits := band(curve, key, step))]
+                if normal:
+                    axis.fill_between(*zip(*normal, strict=True), alpha=0.15, label="normal")
+            if len(axis.get_legend_handles_labels()[0]) > 1:
+                axis.legend(fontsize=8)
+
+
+def plot_runs(folders, path, keys=()):
+    """Draw several runs over each other, a panel for each key, a colour for each run.
+
+    keys: metrics to draw; left out: those of PANELS. A panel none of the runs can fill is left out.
+    Raises ValueError where nothing is left.
+    """
+    logged = [read_metrics(folder) for folder in folders]
+    wanted = keys or [key for _, some in PANELS for key in some]
+    found = [key for key in wanted if any(_points(rows, key) for rows in logged)]
+    missing = [key for key in keys if key not in found]
+    empty = [str(folder) for folder, rows in zip(folders, logged, strict=True) if not rows]
+    if empty:
+        raise ValueError(f"{', '.join(empty)}: no metrics.jsonl with a line in it; a curve needs one; give "
+                         "out/logs/<save_weight>")
+    if missing or not found:
+        there = sorted({key for rows in logged for row in rows for key in row if _points([row], key)} - {"step"})
+        raise ValueError(f"--keys {' '.join(missing)}: none of the runs has logged it; a panel needs numbers; choose "
+                         f"from: {', '.join(there)}")
+    # a save_weight where it tells the runs apart, else the folder from its start
+    names = [Path(folder).name for folder in folders]
+    names = names if len(set(names)) == len(names) else list(map(str, folders))
+    with _figure(Path(path), found) as axes:
+        for axis, key in zip(axes, found, strict=True):
+            for n, (rows, name) in enumerate(zip(logged, names, strict=True)):
+                if points := _points(rows, key):
+                    _line(axis, points, name, color=f"C{n}")
+            axis.legend(fontsize=7)
+
+
+def _points(rows, key):
+    return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
+
+
+def _line(axis, points, label, **style):
+    # evaluations are few and far between: a marker shows where they were taken
+    few = len(points) < 40
+    axis.plot(*zip(*points, strict=True), label=label, marker="o" if few else None, markersize=3, linewidth=1.2,
+              **style)
+
+
+@contextlib.contextmanager
+def _figure(path, titles, name=""):
+    """Yield an axis for each title; the picture is written when all is drawn."""
+    import matplotlib  # imported late: it costs half a second that only the end of a run needs to pay
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = 2 if len(titles) == 4 else min(3, len(titles))
+    lines = math.ceil(len(titles) / columns)
     figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3 * lines), squeeze=False, layout="constrained")
-    for axis, (title, keys) in zip(axes.flat, panels, strict=False):
-        for key in keys:
-            points = [(r["step"], r[key]) for r in rows if isinstance(r.get(key), (int, float))]
-            # evaluations are few and far between: a marker shows where they were taken
-            few = len(points) < 40
-            axis.plot(*zip(*points, strict=True), label=key, marker="o" if few else None, markersize=3, linewidth=1.2)
-            normal = [(step, *limits) for step, _ in points if (limits := band(curve, key, step))]
-            if normal:
-                axis.fill_between(*zip(*normal, strict=True), alpha=0.15, label="normal")
+    for axis, title in zip(axes.flat, titles, strict=False):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimizer step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-        if len(axis.get_legend_handles_labels()[0]) > 1:
-            axis.legend(fontsize=8)
-    for axis in list(axes.flat)[len(panels) :]:
+    for axis in axes.flat[len(titles):]:
         axis.axis("off")
-    figure.suptitle(Path(folder).name)
-    figure.savefig(Path(folder) / "curves.png", dpi=90)
-    plt.close(figure)
+    try:
+        yield list(axes.flat[:len(titles)])
+        figure.suptitle(name)
+        figure.savefig(path, dpi=90)
+    finally:
+        plt.close(figure)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -651,11 +701,13 @@ def parse_args(argv=None):
     parser.add_argument("runs", nargs="+", help="log folders, out/logs/<save_weight>; with --reference: runs that "
                                                 "differ in nothing but the seed")
     parser.add_argument("--reference", default="", help="write the reference curve of these runs to this .json file")
+    parser.add_argument("--plot", default="", help="draw these runs over each other into this .png file")
+    parser.add_argument("--keys", nargs="+", default=[], help="metrics to draw there; left out: all of curves.png")
     return parser.parse_args(argv)
 
 
 def main(args):
-    """Judge finished runs again, or make a reference curve of them. Returns the exit code."""
+    """Judge finished runs again, draw them, or make a reference curve of them. Returns the exit code."""
     try:
         if args.reference:
             curve = make_curve(args.runs)
@@ -665,7 +717,11 @@ def main(args):
             Path(args.reference).write_text(re.sub(r"\[\s+([-\d.e+]+),\s+([-\d.e+]+),\s+([-\d.e+]+)\s+\]",
                                                    r"[\1, \2, \3]", text) + "\n", encoding="utf-8")
             print(f"{args.reference}: bands of {', '.join(curve['bands'])} from {len(args.runs)} run(s)")
-        for folder in [] if args.reference else args.runs:
+        if args.plot:
+            Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
+            plot_runs(args.runs, args.plot, args.keys)
+            print(f"{args.plot}: {len(args.runs)} run(s)")
+        for folder in [] if args.reference or args.plot else args.runs:
             print(f"-- {folder}")
             review(folder)
     except (ValueError, OSError) as error:

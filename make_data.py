@@ -454,10 +454,18 @@ def strings(skill, easy, hard):
     return task
 
 
+def another(d, skill, entries, entry):
+    """Another entry of the same part, for a wrong answer. Were the held-out ones wrong answers in training, where they
+    are never right, a reward model would learn that they are always wrong."""
+    place = d.rng.choice([i for i, other in enumerate(entries) if other is not entry])
+    return next(other for other in entries[place:] + entries[:place]
+                if other is not entry and heldout(skill, *other) == (d.part == "heldout"))
+
+
 def tell_definition(d, entry):
     """Task on an entry of DEFINITIONS; the wrong answer is the definition of another word."""
     word, meaning = entry[d.column], entry[d.column + 2]
-    other = d.rng.choice([e for e in DEFINITIONS if e is not entry])[d.column + 2]
+    other = another(d, "definition", DEFINITIONS, entry)[d.column + 2]
     noun = with_article(word)
     slots = {"w": word, "W": word.capitalize(), "aw": noun, "Aw": noun.capitalize(), "X": meaning.capitalize()}
     return Task("definition", slots, meaning, [other])
@@ -466,7 +474,7 @@ def tell_definition(d, entry):
 def tell_translation(d, entry):
     """Task on a word pair of DICTIONARY, in one of the two directions."""
     source = d.rng.randint(0, 1)
-    other = d.rng.choice([e for e in DICTIONARY if e is not entry])[1 - source]
+    other = another(d, "translate", DICTIONARY, entry)[1 - source]
     slots = {"w": entry[source], "W": entry[source].capitalize()}
     return Task(("to_zh", "to_en")[source], slots, entry[1 - source], [other])
 
@@ -769,7 +777,7 @@ def parse_args(argv=None):
     parser.add_argument("--pretrain_mb", type=cli.positive(float), default=16, help="pretraining text in MB")
     parser.add_argument("--sft_samples", type=above_zero, default=24000, help="conversations to train on")
     parser.add_argument("--preference_pairs", type=above_zero, default=20000, help="pairs to train on")
-    parser.add_argument("--rl_prompts", type=above_zero, default=3000, help="prompts to train on")
+    parser.add_argument("--rl_prompts", type=above_zero, default=10000, help="prompts to train on")
     parser.add_argument("--seed", type=int, default=42, help="same seed, same bytes")
     parser.add_argument("--persona", default="", help='JSON file {"name", "maker", "traits"} for another character, '
                         "of which more conversations are about")

@@ -173,7 +173,8 @@ else
     # the reward model learns late: after 300 steps it still guesses, after 900 it knows.
     REWARD="--epochs 2 --optimizer muon --muon_learning_rate 4e-3 --learning_rate 1e-3"
     DPO="--max_steps 94 --learning_rate 1e-4" PPO="--learning_rate 5e-5 --eval_prompts 400"
-    GRPO="--optimizer muon --muon_learning_rate 2e-3 --learning_rate 1e-3 --max_steps 120 --eval_prompts 256"
+    GRPO="--optimizer muon --muon_learning_rate 3e-3 --learning_rate 1e-3 --schedule linear --max_steps 150"
+    GRPO="$GRPO --eval_prompts 256"
 fi
 
 if [ "$WANT" != all ]; then

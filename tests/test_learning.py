@@ -25,7 +25,7 @@ ROOT = Path(train_sft.__file__).parent
 SEEDS = (1, 2, 3)
 # a thousand held-out items for every number below
 MANY = {"SFT_ARGS": "--eval_prompts 1400", "REWARD_ARGS": "--eval_batches 100", "DPO_ARGS": "--eval_prompts 1000",
-        "PPO_ARGS": "--eval_prompts 1000", "GRPO_ARGS": "--eval_prompts 1000"}
+        "PPO_ARGS": "--eval_prompts 1000", "GRPO_ARGS": "--eval_prompts 1000 --eval_interval 50"}
 in_venv = pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="run.sh uses a virtual environment, here is none")
 
 

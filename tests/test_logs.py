@@ -614,6 +614,30 @@ def test_finished_run_is_judged_again(tmp_path, curves, capsys):
     assert "holds no evaluation" in capsys.readouterr().err
 
 
+def test_runs_are_drawn_over_each_other(tmp_path, monkeypatch, capsys):
+    drawn, line = [], logs._line
+
+    def note(axis, points, label, color):
+        drawn.append((axis.get_title(), label, points, color))
+        line(axis, points, label, color=color)
+
+    monkeypatch.setattr(logs, "_line", note)
+    runs = [finished(tmp_path / "a"), finished(tmp_path / "b", held=[8, 4, 3, 2.9, 2.8, 2.7, 2.6])]
+    picture = tmp_path / "new" / "both.png"
+    assert logs.main(logs.parse_args([*runs, "--plot", str(picture), "--keys", "val_loss"])) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [(title, label, color) for title, label, _, color in drawn] == [("val_loss", "a", "C0"),
+                                                                          ("val_loss", "b", "C1")]
+    assert drawn[1][2] == [(10 * i, value) for i, value in enumerate([8, 4, 3, 2.9, 2.8, 2.7, 2.6])]
+    drawn.clear()
+    assert logs.main(logs.parse_args([runs[0], runs[0], "--plot", str(picture)])) == 0
+    assert {"loss", "val_loss"} <= {title for title, *_ in drawn} and {label for _, label, *_ in drawn} == {runs[0]}
+    for flags, said in (([*runs, "--keys", "val_loss", "los"], "--keys los: none of the runs has logged it"),
+                        ([*runs, str(tmp_path)], f"{tmp_path}: no metrics.jsonl with a line")):
+        assert logs.main(logs.parse_args([*flags, "--plot", str(picture)])) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_shipped_curves_are_whole():
     for path in logs.CURVES.glob("*.json"):
         curve = json.loads(path.read_text(encoding="utf-8"))

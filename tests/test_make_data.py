@@ -250,6 +250,21 @@ def test_heldout_facts_stand_in_the_pretraining_text_often_and_in_other_words(ro
         assert not any(p in text for p in polite if len(p) > len(value) + 5)
 
 
+def test_wrong_answers_are_of_their_own_part(rows):
+    """A held-out definition that stands in training as a wrong answer, and never as a right one, teaches a reward model
+    that it is always wrong."""
+    met = 0
+    for part in ("train", "heldout"):
+        for row in rows["preference", part]:
+            if row["kind"] == "wrong" and row["skill"] == "definition":
+                entries = [entry for entry in KNOWN["definition"][0] for meaning in entry[2:]
+                           if meaning.lower() in row["rejected"].lower()]
+                assert entries, row
+                assert any(make_data.heldout("definition", *entry) == (part == "heldout") for entry in entries), row
+                met += 1
+    assert met > 20
+
+
 def test_every_answer_is_judged_right_and_every_wrong_one_wrong(rows, folder):
     styles = json.loads((folder / "styles.json").read_text(encoding="utf-8"))
     seen = Counter()
