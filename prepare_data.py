@@ -120,11 +120,11 @@ def question_of(row):
     return row["text"] if "text" in row else first_question(turns_of(row)[0])
 
 
-def parts_of(row):
-    """The texts of a standard row one by one: the document, or what every turn says."""
+def parts_of(row, roles=ROLES):
+    """The texts of a standard row one by one: the document, or what every turn of one of the roles says."""
     if "text" in row:
         return [row["text"]]
-    return [said for turns in turns_of(row) for turn in turns
+    return [said for turns in turns_of(row) for turn in turns if turn["role"] in roles
             for said in (turn["content"], turn.get("reasoning_content")) if said]
 
 
@@ -230,7 +230,7 @@ def _fingerprint(prints, items, sources, skip_bad, counts):
     for source in sources:
         before, bad = prints.count, []
         for stage, row, text, where in source_rows(source, skip_bad, counts[source.name], bad):
-            if found := items.find(parts_of(row), question_of(row)):
+            if found := items.find(parts_of(row), parts_of(row, ["user"])):
                 contaminated.append(prints.count)
                 examples.setdefault(source.name, {"row": where, **found})
             _add(prints, stage, row, text)
@@ -370,7 +370,7 @@ def inspect(args):
     with tempfile.TemporaryDirectory() as scratch, contextlib.closing(Fingerprints(scratch)) as prints:
         for stage, row, text, where in source_rows(source, args.skip_bad, counts, bad):
             _add(prints, stage, row, text)
-            if items and (found := items.find(parts_of(row), question_of(row))):
+            if items and (found := items.find(parts_of(row), parts_of(row, ["user"]))):
                 shared.append("{row} has the {kind} as {item}: {text!r}".format(row=where, **found))
             stages[stage] += 1
             languages[language(text)] += 1

@@ -37,7 +37,8 @@ ODD = np.uint64(0x9E3779B97F4A7C15)
 WORD_RUN = 13      # words in a row that only a copy has in common with an evaluation item (GPT-3, appendix C)
 HAN_RUN = 20       # the same in Han characters: words of running Chinese have about 1.5 characters
 WORD_WHOLE, HAN_WHOLE = 8, 12  # items below a run are found whole, down to GPT-3's shortest run; Han again times 1.5
-UNITS = re.compile("[\u3400-\u9fff]|[^\\W_\u3400-\u9fff]+")  # a Han character, or a word of other letters and digits
+ENDS = " .?!。…\"'“”"  # what may differ around questions that are compared as they are
+WORDS = re.compile("[\u3400-\u9fff]|[^\\W_\u3400-\u9fff]+")  # a Han character counts as a word
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,34 +260,35 @@ class Fingerprints:
 # 3. Contamination
 
 
-def units(text):
-    """The words of a text in small letters, Han characters one by one, without punctuation; full-width letters count as
-    plain ones."""
-    return UNITS.findall(unicodedata.normalize("NFKC", text).lower())
+def plain(text):
+    """A text in small letters, with single spaces and without full-width forms."""
+    return " ".join(unicodedata.normalize("NFKC", text).lower().split())
 
 
 class Contamination:
     """The texts of evaluation items as hashes, and the search for them in rows: only the items are held in memory.
 
     A row is contaminated by a run of WORD_RUN words (HAN_RUN Han characters) that stands in an item; by a shorter item
-    as a whole, down to WORD_WHOLE words (HAN_WHOLE characters); by a still shorter one where a turn says nothing else;
-    or by a question that is a near duplicate of an item (signature()).
+    as a whole, down to WORD_WHOLE words (HAN_WHOLE characters); by a still shorter one where a question of the row is
+    just that; or by a question that is a near duplicate of an item (signature()).
     """
 
     def __init__(self):
-        self.places, self.lengths = [], set()  # of the items: where they stand; numbers of units of the runs
+        self.places, self.lengths = [], set()  # of the items: where they stand; numbers of words of the runs
+        self.short = {}  # items too short for runs -> where they stand
         self.hashes, self.owners = array("Q"), array("I")
 
     def add(self, text, where):
         """Take up a text of an item; texts without a letter or digit are left out."""
-        found = units(text)
-        if not found:
+        words = WORDS.findall(plain(text))
+        if not words:
             return
-        han = 2 * sum("\u3400" <= unit <= "\u9fff" for unit in found) > len(found)
+        han = 2 * sum("\u3400" <= word <= "\u9fff" for word in words) > len(words)
         run, whole = (HAN_RUN, HAN_WHOLE) if han else (WORD_RUN, WORD_WHOLE)
-        *_, (length, hashes) = runs(self._values(found), run)
+        *_, (length, hashes) = runs(self._values(words), run)
         if length < whole:
-            hashes = ~hashes  # another number than that of the same words inside a longer text
+            self.short[plain(text).strip(ENDS)] = where
+            hashes = hashes[:0]
         else:
             self.lengths.add(length)
         near = signature(text)
@@ -295,30 +297,30 @@ class Contamination:
             self.owners.append(len(self.places))
         self.places.append(where)
 
-    def find(self, parts, question):
-        """{"item": its place, "kind": "same words" or "near duplicate", "text": of the row} for an item that is in a
-        row, or None. parts: the texts of the row; question: the one whose near duplicates count."""
+    def find(self, parts, questions):
+        """{"item": its place, "kind": of match, "text": of the row} for an item that is in a row, or None.
+
+        parts: the texts of the row one by one; questions: those of them that are asked, or the document.
+        """
         if not self.places:
             return None
         for part in parts:
-            found = units(part)
-            if not found:
-                continue
-            values = self._values(found)
-            for length, hashes in runs(values, HAN_RUN):
-                hit = self._look_up(hashes) if length in self.lengths else None
-                if length == len(found) < HAN_WHOLE:
-                    hit = hit or self._look_up(~hashes)
-                if hit:
-                    return {"item": hit[0], "kind": "same words", "text": " ".join(found[hit[1]:hit[1] + length])}
-        near = signature(question)
-        hit = None if near is None else self._look_up(near)
-        return hit and {"item": hit[0], "kind": "near duplicate", "text": question[:100]}
+            words = WORDS.findall(plain(part))
+            for length, hashes in runs(self._values(words), HAN_RUN):
+                if length in self.lengths and (hit := self._look_up(hashes)):
+                    return {"item": hit[0], "kind": "same words", "text": " ".join(words[hit[1]:hit[1] + length])}
+        for question in questions:
+            if place := self.short.get(plain(question).strip(ENDS)):
+                return {"item": place, "kind": "same question", "text": question}
+            near = signature(question)
+            if near is not None and (hit := self._look_up(near)):
+                return {"item": hit[0], "kind": "near duplicate", "text": question[:100]}
+        return None
 
     @staticmethod
-    def _values(found):
+    def _values(words):
         # Python's hash of a text differs from run to run, but every comparison here is within one
-        return np.fromiter(map(hash, found), np.int64, len(found)).view(np.uint64)
+        return np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
 
     @functools.cached_property
     def _index(self):

@@ -372,7 +372,7 @@ def slow_twin(items, parts):
     for item, part in itertools.product(map(cut, items), map(cut, parts)):
         run, whole = (20, 12) if sum("一" <= word <= "鿿" for word in item) * 2 > len(item) else (13, 8)
         pieces = [item[i:i + run] for i in range(max(1, len(item) - run + 1))]
-        if item == part or len(item) >= whole and any(within(piece, part) for piece in pieces):
+        if len(item) >= whole and any(within(piece, part) for piece in pieces):
             return True
     return False
 
@@ -389,7 +389,7 @@ def test_contamination_finds_what_comparing_all_runs_of_words_finds():
         row = ["x"] * rng.randrange(3) + base[start:start + length] + ["y"] * rng.randrange(3)
         items = selection.Contamination()
         items.add(gap.join(item), "here")
-        found = items.find([gap.join(row)], "short")
+        found = items.find([gap.join(row)], [])
         assert bool(found) == slow_twin([gap.join(item)], [gap.join(row)]), (item, row)
         seen[bool(found)] += 1
     assert min(seen.values()) > 50
@@ -402,9 +402,10 @@ def test_contamination_finds_what_comparing_all_runs_of_words_finds():
     (CHINESE, f"请看：{CHINESE}你怎么看？", "same words"), (CHINESE, f"某{CHINESE[3:24]}等等", "same words"),
     (CHINESE, f"某{CHINESE[3:22]}等等", None),
     ("What is the capital of the old kingdom?", "a b What is the capital of the old kingdom c", "same words"),
-    ("What is it?", "what is it", "same words"), ("What is it?", "Tell me what is it", None),
-    ("床前明月光？", "床前明月光", "same words"), ("床前明月光", "床前明月光，疑是地上霜", None),
-    ("Ａ１ ｂ", "a1 B", "same words"), ("?!", "?!", None), ("", "", None),
+    ("What is it?", "what is  it", "same question"), ("What is it?", "Tell me what is it", None),
+    ("床前明月光？", "床前明月光", "same question"), ("床前明月光", "床前明月光，疑是地上霜", None),
+    ("Ａ１ ｂ", "a1 B!", "same question"), ("?!", "?!", None), ("", "", None),
+    ("What is 2 + 3?", "What is 2 - 3?", None), ("What is 2 + 3?", "What is 2 + 3", "same question"),
     (prose(5, 60), " ".join("cow" if i % 12 == 5 else word for i, word in enumerate(prose(5, 60).split())),
      "near duplicate"),
     (prose(5, 60), prose(6, 60), None)])
@@ -412,7 +413,7 @@ def test_contamination_in_both_languages(item, row, kind):
     items = selection.Contamination()
     items.add(prose(99), "elsewhere")
     items.add(item, "test.jsonl:3")
-    found = items.find([row], row)
+    found = items.find([row], [row])
     assert (found and found["kind"]) == kind and (not found or found["item"] == "test.jsonl:3")
 
 
@@ -439,15 +440,16 @@ def test_a_mix_leaves_evaluation_items_out_and_says_which(mix, tmp_path, capsys)
     held = write(tmp_path / "held.jsonl", [{"conversations": chat("Who are you?", "Nobody.")}, {"question": ENGLISH}])
     planted = [{"conversations": [{"role": "system", "content": "s"}, *chat(f"Please! {ENGLISH}", "9")]},
                {"conversations": chat("who are you", "I am new.")},
+               {"conversations": chat("What shall I ask you?", "Who are you?")},
                {"conversations": chat("Explain.", f"In an exam: {CHINESE}")},
                {"prompt": ENGLISH, "chosen": "9", "rejected": "8"}, {"messages": chat(ENGLISH, "")}]
     text = [{"text": f"{prose(1)}\n{ENGLISH}"}, {"text": CHINESE}, {"text": prose(1)}]
     stats, files = mix([("a", "x", chats("a", 20) + planted, {}), ("b", "y", text, {})], val_ratio=0.3,
                        exclude=[str(tmp_path / "*.csv"), held])
     assert {name: stats["sources"][name]["contaminated"] for name in "ab"} == {"a": 5, "b": 2}
-    assert sum(map(len, files.values())) == 21 and stats["evaluation texts"] == 3
+    assert sum(map(len, files.values())) == 22 and stats["evaluation texts"] == 3
     shown = json.dumps(list(files.values()), ensure_ascii=False).lower()
-    assert not any(words in shown for words in ("sheep", "甲公司", "who are you"))
+    assert not any(words in shown for words in ("sheep", "甲公司", "i am new"))
     assert stats["contamination"]["a"] == {"row": f"{tmp_path}/a.jsonl:21", "item": f"{held}:2", "kind": "same words",
                                            "text": "a farmer has 17 sheep and all but nine of them run away"}
     assert (f"warning: source b: 2 rows left out because evaluation items are in them; the first: {tmp_path}/b.jsonl:1 "
