@@ -244,7 +244,8 @@ def fetch(url, path, sha256=""):
             if tries >= ATTEMPTS:
                 raise NotThere(f"{error}, {ATTEMPTS} times in a row") from None
             wait = _after(error, tries)
-            print(f"{path.name}: {error}; trying again in {wait} s, {after} bytes are kept", flush=True)
+            kept = after if state.get("etag") else 0  # without one nobody knows whether it is still the same file
+            print(f"{path.name}: {error}; trying again in {wait} s, {kept} bytes are kept", flush=True)
             time.sleep(wait)
     wanted, found = sha256 or state["sha256"], file_hash(part)
     part.with_suffix(".state").unlink()

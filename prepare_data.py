@@ -40,8 +40,7 @@ from tokenizer import ROLES, Tokenizer
 
 STAGES = ("pretrain", "sft", "preference", "rl")
 OUTPUTS = [f"{stage}.{part}.jsonl" for stage in STAGES for part in ("train", "heldout")]
-# fields beside the text that the scripts and scores know
-KEPT = ("answer", "check", "lang", "skill", "kind")
+KEPT = ("answer", "check", "lang", "skill", "kind")  # fields beside the text that the scripts and scores know
 # what rows of public benchmarks ask or show; their answers are too short to be told from other text
 ASKED = ("question", "Question", "query", "ctx", "context", "context_options", "passage", "sentence", "goal", "sol1",
          "sol2", "problem", "prompt", "instruction")
@@ -86,7 +85,9 @@ def standard_row(row, where="row"):
             "equal answers" if texts[0] == texts[1] else "")
         said = prompt[0]["content"] if [turn["role"] for turn in prompt] == ["user"] else prompt
         return "preference", {"prompt": said, "chosen": texts[0], "rejected": texts[1], **kept}, reason
-    if isinstance(row.get("text"), str):
+    if row.get("text") is not None:
+        if not isinstance(row["text"], str):
+            raise ValueError(f"{where}: found {row['text']!r:.60} as text; expected a string; write {{\"text\": ...}}")
         return "pretrain", {"text": row["text"], **kept}, "" if row["text"].strip() else "empty"
     turns = conversation(row, where)
     tools = any(turn.get("tool_calls") for turn in turns)  # the tokenizer does not render them
@@ -176,8 +177,7 @@ def source_rows(source, skip_bad, counts, bad):
             counts[reason] += 1
             continue
         own = row.get("source")
-        named = new | {"source": f"{source.name}/{own}" if isinstance(own, str) and own else source.name}
-        yield stage, named, text, where
+        yield stage, new | ({"source": own} if isinstance(own, str) and own else {}), text, where
 
 
 def json_line(row):
@@ -251,6 +251,7 @@ def _write(outputs, sources, skip_bad, sizes, copies, heldout, counts):
         for stage, row, *_ in source_rows(source, skip_bad, Counter(), []):
             if number < end and (copies[number] or heldout[number]):
                 part, times = ("heldout", 1) if heldout[number] else ("train", int(copies[number]))
+                row["source"] = f"{source.name}/{row['source']}" if "source" in row else source.name
                 row["category"] = source.category
                 outputs.write(stage, part, row, times)
                 counts[source.name][part] += times
@@ -295,8 +296,7 @@ def mix(args):
     items = read_items(config["exclude"], args.skip_bad) if "exclude" in config else Contamination()
     if not items.places:
         print('evaluation items are not looked for; "exclude" in the config names their files')
-    counts = {source.name: Counter() for source in sources}
-    outputs = Outputs(folder)
+    counts, outputs = {source.name: Counter() for source in sources}, Outputs(folder)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".mix") as scratch:
             prints = Fingerprints(scratch, near=config.get("near_duplicates", True))
@@ -374,7 +374,7 @@ def inspect(args):
                 shared.append("{row} has the {kind} as {item}: {text!r}".format(row=where, **found))
             stages[stage] += 1
             languages[language(text)] += 1
-            names[row["source"].partition("/")[2] or "not named"] += 1
+            names[row.get("source", "not named")] += 1
             lengths.append(len(text))
             if tokenizer:
                 length, count = token_counts(tokenizer, row)
@@ -384,7 +384,9 @@ def inspect(args):
             samples = sorted([*samples, (document_hash(text), prints.count, row)],
                              key=lambda sample: sample[:2])[:args.samples]
         exact, near = (int(found.sum()) for found in prints.duplicates())
-    facts = {"rows": len(lengths), "stages": dict(stages), "left out": {**counts, "bad": len(bad)},
+    counts["bad"] = len(bad)
+    facts = {"rows": len(lengths), "stages": dict(stages),
+             "left out": {reason: count for reason, count in counts.items() if reason != "read" and count},
              "languages": dict(languages), "sources": dict(names.most_common(10)), "exact duplicates": exact,
              "near duplicates": near, "characters": sum(lengths)}
     if items:
@@ -451,8 +453,7 @@ def download(args):
         print("\n".join(f"{group}: {', '.join(names)}" for group, names in GROUPS.items()))
         return {}
     names = [each for name in args.names for each in GROUPS.get(name, (name,))]
-    unknown = [name for name in names if name not in SETS]
-    if unknown:
+    if unknown := [name for name in names if name not in SETS]:
         raise ValueError(f"download {unknown[0]}: no set of that name; there are {', '.join([*SETS, *GROUPS])}; list "
                          "them with sizes and licences: python prepare_data.py download")
     mirrors, done = mirror_list(args.mirror), {}
@@ -503,7 +504,8 @@ def export(args):
           f"{facts['trained']} of {facts['tokens']} tokens are trained")
     if facts["truncated"] or facts["dropped"]:
         print(f"warning: {facts['truncated']} rows were longer than {args.max_length} tokens and are cut, "
-              f"{facts['dropped']} left out {facts['reasons'] or ''}: raise --max_length to keep them whole")
+              f"{facts['dropped']} left out{''.join(f' ({count} {why})' for why, count in facts['reasons'].items())}; "
+              "raise --max_length to keep them whole")
     return facts
 
 
@@ -518,8 +520,7 @@ def export_lines(args, path):
                 if args.stage not in ("", {"preference": "dpo"}.get(stage, stage)):
                     raise ValueError(f"{where}: found a row for {stage}; --stage {args.stage} takes no other; leave "
                                      "--stage out to write all rows")
-                own = row.pop("source").partition("/")[2]
-                file.write(json_line(row | ({"source": own} if own else {})))
+                file.write(json_line(row))
                 counts["written"] += 1
         os.replace(temporary, path)
     finally:

@@ -37,6 +37,7 @@ ODD = np.uint64(0x9E3779B97F4A7C15)
 WORD_RUN = 13      # words in a row that only a copy has in common with an evaluation item (GPT-3, appendix C)
 HAN_RUN = 20       # the same in Han characters: words of running Chinese have about 1.5 characters
 WORD_WHOLE, HAN_WHOLE = 8, 12  # items below a run are found whole, down to GPT-3's shortest run; Han again times 1.5
+BETWEEN_HAN = re.compile("(?<=[\u3400-\u9fff]) (?=[\u3400-\u9fff])")
 ENDS = " .?!。…\"'“”"  # what may differ around questions that are compared as they are
 WORDS = re.compile("[\u3400-\u9fff]|[^\\W_\u3400-\u9fff]+")  # a Han character counts as a word
 
@@ -130,7 +131,7 @@ def read_config(path):
     """(list of Source, {category: {"count" or "share", "max_repeat"}}, config) of a mix. Raises ValueError."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"--config {path}: {error}; it must hold one JSON object; write {EXAMPLE}") from None
     shared = ("val_ratio", "min_chars", "max_chars", "languages")
     _checked_keys(config, ("sources", "targets", "total", "seed", "near_duplicates", "exclude", *shared),
@@ -308,7 +309,8 @@ class Contamination:
             words = WORDS.findall(plain(part))
             for length, hashes in runs(self._values(words), HAN_RUN):
                 if length in self.lengths and (hit := self._look_up(hashes)):
-                    return {"item": hit[0], "kind": "same words", "text": " ".join(words[hit[1]:hit[1] + length])}
+                    shown = " ".join(words[hit[1]:hit[1] + length])
+                    return {"item": hit[0], "kind": "same words", "text": BETWEEN_HAN.sub("", shown)}
         for question in questions:
             if place := self.short.get(plain(question).strip(ENDS)):
                 return {"item": place, "kind": "same question", "text": question}

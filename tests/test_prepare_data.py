@@ -260,6 +260,11 @@ def test_a_bad_config_is_explained(tmp_path, config, message):
     assert str(error.value).count("; ") >= 2
 
 
+def test_a_config_that_is_not_there_is_explained(tmp_path):
+    with pytest.raises(ValueError, match="--config .*none.json: .*No such file.*; .*; write "):
+        run("mix", "--config", tmp_path / "none.json")
+
+
 def test_a_mix_does_not_replace_its_own_sources(tmp_path):
     write(tmp_path / "sft.train.jsonl", chats("a", 3))
     config = {"sources": [{"name": "a", "category": "x", "path": str(tmp_path / "*.jsonl")}]}
@@ -535,6 +540,15 @@ def test_inspect_counts_evaluation_items(tmp_path, capsys):
     assert facts["contaminated"] == 1 and facts["contaminated share"] == 0.25
     assert f"contaminated  {path}:4 has the same words as {held}:1: 'a farmer" in capsys.readouterr().out
     assert "contaminated" not in run("inspect", path)
+
+
+def test_inspect_shows_rows_as_they_are_and_names_wrong_types(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"text": "no source"}, {"text": "a source", "source": "web"}])
+    run("inspect", path)
+    shown = capsys.readouterr().out
+    assert '\n "text": "no source"\n}' in shown and '"source": "web"' in shown and '"files' not in shown
+    with pytest.raises(ValueError, match="b.jsonl:1: found 3 as text; expected a string; "):
+        run("inspect", write(tmp_path / "b.jsonl", [{"text": 3}]))
 
 
 def test_inspect_maps_columns_and_counts_bad_rows(tmp_path):
