@@ -24,7 +24,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1383,6 +1383,19 @@ class ScalarHead(nn.Module):
         self.gradient_checkpointing = False
         self.score_mean, self.score_std = 0.0, 1.0
         initialize(self, config.initializer_range)
+
+    def deepen(self, count: int):
+        """Put `count` new blocks on top of the backbone; they begin as the identity, so no score changes.
+
+        What a language model expects of the next token is finished in its last block: only a block behind that one can
+        see whether the token is as expected. Blocks that begin so: Wu et al. 2024 (LLaMA Pro, arXiv:2401.02415).
+        """
+        first = self.config.num_hidden_layers
+        self.config = self.model.config = replace(self.config, num_hidden_layers=first + count)
+        for layer in range(first, first + count):
+            block = Block(self.config, layer)
+            initialize(block, self.config.initializer_range)
+            self.model.layers.append(block)
 
     def values(self, ids: Tensor) -> Tensor:
         """ids [B,T] -> a number for every position [B,T], in fp32 at least."""

@@ -169,9 +169,10 @@ else
     PRETRAIN_TIME="4 minutes on 2 cores" SFT_TIME="9 minutes" REWARD_TIME="4 minutes"
     DPO_TIME="20 s" PPO_TIME="30 s" GRPO_TIME="2 minutes" EVAL_TIME="30 s"
     PRETRAIN="--max_steps 1500" SFT="--max_steps 3500" EVAL=""
-    # a small model takes larger steps than the scripts' defaults, which suit the small preset. What a wrong answer is
-    # the reward model learns late: after 300 steps it still guesses, after 900 it knows.
-    REWARD="--epochs 2 --optimizer muon --muon_learning_rate 4e-3 --learning_rate 1e-3"
+    # a small model takes larger steps than the scripts' defaults, which suit the small preset. Its four blocks have no
+    # room to judge an answer as well as to expect one: two new ones on top learn that.
+    REWARD="--extra_layers 2 --freeze_backbone 1 --epochs 2 --optimizer muon --muon_learning_rate 8e-3"
+    REWARD="$REWARD --learning_rate 1e-3"
     DPO="--max_steps 94 --learning_rate 1e-4" PPO="--learning_rate 5e-5 --eval_prompts 400"
     GRPO="--optimizer muon --muon_learning_rate 3e-3 --learning_rate 1e-3 --schedule linear --max_steps 150"
     GRPO="$GRPO --eval_prompts 256"

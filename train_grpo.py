@@ -229,12 +229,13 @@ def divisor(rollout, args):
 def backward_rollout(wrapped, rollout, args, runtime):
     """Gradient of one optimizer step over the rollout, in micro-batches; each rank takes its share.
 
-    Returns: dict of loss, entropy (nats per token) and clipfrac of the answers with signal, kl (k1 to the reference,
-        nats per answer; only with beta); the same on all ranks. None when no answer carries signal.
+    Returns: a dict of loss, entropy (nats per token) and clipfrac of the answers with signal, kl (k1 to the reference,
+        nats per answer; only with beta), the same on all ranks; and the largest distance from 1 of this rank's ratios
+        to the old policy and to the reference. None when no answer carries signal.
     """
     rows = useful_rows(rollout, args, runtime)
     batches = list(micro_batches(rollout, runtime.shard(rows), args.batch_size))
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums, off_old, off_reference = torch.zeros(4, dtype=torch.float64), 0.0, 0.0
     for number, (chunk, columns) in enumerate(batches):
         ids = rollout["ids"][chunk, :columns.stop + 1].to(runtime.device)                               # [B, T]
         # gradients travel between ranks only with the last micro-batch
@@ -259,13 +260,15 @@ def backward_rollout(wrapped, rollout, args, runtime):
             # the clip cuts a token's gradient when the ratio has gone too far in the direction of the advantage
             cut = (ratio - 1) * adv.sign()[:, None] > args.clip_epsilon
             kl = logp - ref_logp if args.beta else torch.zeros_like(logp)
+            off_old = max(off_old, (ratio - 1).abs().max().item())
+            off_reference = max(off_reference, (kl * mask).expm1().abs().max().item())
             sums += torch.stack([loss, (entropy * mask).sum(), (cut * mask).sum(), (kl * mask).sum()]).cpu()
     if not rows:
         return None
     tokens = rollout["mask"][rows].sum().item()
     loss, entropy, cut, kl = runtime.sum(*sums)
     extra = {"kl": kl / len(rows)} if args.beta else {}
-    return {"loss": loss, "entropy": entropy / tokens, "clipfrac": cut / tokens, **extra}
+    return {"loss": loss, "entropy": entropy / tokens, "clipfrac": cut / tokens, **extra}, off_old, off_reference
 
 
 def update(wrapped, optimizer, rollout, step, args, runtime, nonfinite):
@@ -277,9 +280,14 @@ def update(wrapped, optimizer, rollout, step, args, runtime, nonfinite):
     """
     history = []
     for _ in range(args.updates_per_rollout):
-        result = backward_rollout(wrapped, rollout, args, runtime)
-        if result is None:
+        found = backward_rollout(wrapped, rollout, args, runtime)
+        if found is None:
             return {}  # a gradient of 0 is no reason to step: momentum and weight decay would still move the weights
+        result, off_old, off_reference = found
+        if not history:
+            common.check_ratio("first ratio", off_old, step, runtime)
+        if not history and step == 0:  # the policy is still the reference
+            common.check_ratio("ratio to the reference", off_reference, step, runtime)
         runtime.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(wrapped.parameters(), args.grad_clip or math.inf).item()
         if not nonfinite.skip(step, result["loss"], norm, optimizer.param_groups[0]["lr"]):

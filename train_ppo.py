@@ -390,16 +390,6 @@ def backward_minibatch(wrapped, rollout, rows, args, runtime):
     return dict(zip(names, runtime.sum(*sums), strict=True), deviation=max(runtime.gather(deviation)))
 
 
-def check_first_ratio(deviation, step, runtime):
-    """Before the first update the policy is the one that sampled: its ratios are 1, or the two forwards differ."""
-    tf32 = runtime.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    if runtime.dtype in (torch.float32, torch.float64) and not tf32:
-        assert deviation <= 1e-5, f"first ratio is off 1 by {deviation:.1e}: the two forwards are not of one policy"
-    elif deviation > 0.05 and step == 0:
-        runtime.print(f"warning: first ratio is off 1 by {deviation:.3f}; rounding of {str(runtime.dtype)[6:]} "
-                      "explains about 0.05. --dtype float32 shows whether it is only that")
-
-
 def update(wrapped, optimizers, rollout, step, args, runtime, nonfinite):
     """Train on one recorded rollout: --ppo_epochs passes of minibatches, in an order fixed by seed and step.
 
@@ -415,7 +405,7 @@ def update(wrapped, optimizers, rollout, step, args, runtime, nonfinite):
         result = backward_minibatch(wrapped, rollout, rows, args, runtime)
         if first_ratio is None:
             first_ratio = result["deviation"]
-            check_first_ratio(first_ratio, step, runtime)
+            common.check_ratio("first ratio", first_ratio, step, runtime)
         history.append(result)
         if args.target_kl and result["approx_kl"] > args.target_kl:
             # skip the step itself: with a loss of 0 the optimizer's momentum would still move the weights. The number
@@ -605,6 +595,9 @@ def main(args):
         times.append(time.perf_counter())
         first_pass = minibatches(args.rollout_size, step * args.ppo_epochs, args, runtime)
         rollout = judge(team, asked, answers, styles, first_pass, args, runtime)
+        if step == 0:  # the policy is still the reference
+            difference = (rollout["old_logp"] - rollout["ref_logp"]) * rollout["mask"]
+            common.check_ratio("ratio to the reference", difference.expm1().abs().max().item(), step, runtime)
         stats = add_advantages(rollout, progress["kl_coef"], args)
         # epochs of minibatches
         times.append(time.perf_counter())

@@ -8,10 +8,12 @@ The first term only fixes differences; the second keeps the level of the scores 
 the scores go into minillm.json, so that train_ppo.py can put rewards of any reward model on one scale.
 
 What to watch: the accuracy per kind of error. Style is easy; "wrong" (a false answer in a good style) needs the model
-to know the answer, and a reward model that is blind there is what PPO will exploit. Ties count as wrong.
+to know the answer, and a reward model that is blind there is what PPO will exploit. Ties count as wrong. What the
+backbone expects of the next token is finished in its last block, too late to be compared with the token that came: a
+shallow model gains by --extra_layers, new blocks on top, and may then keep the backbone as it is (--freeze_backbone 1).
 
 Papers: Ouyang et al. 2022 (InstructGPT, arXiv:2203.02155), Stiennon et al. 2020 (arXiv:2009.01325), Eisenstein et al.
-2023 (centring, arXiv:2312.09244).
+2023 (centring, arXiv:2312.09244), Wu et al. 2024 (new blocks, arXiv:2401.02415).
 
     python train_reward.py --from_weight sft                                                  # a laptop
     python train_reward.py --from_weight out/sft --data_path my/pairs.jsonl --val_ratio 0.05  # own data, one GPU
@@ -47,7 +49,9 @@ def parse_args(argv=None):
     cli.data_flags(parser, "out/data/preference.train.jsonl", max_seq_len=256, val_ratio=0.05)
     g = parser.add_argument_group("model")
     g.add_argument("--from_weight", default="sft", help="checkpoint to start from: name below --save_dir, or folder")
-    cli.switch(g, "--freeze_backbone", 0, "train the scalar head only: shows what the backbone already knows")
+    g.add_argument("--extra_layers", type=cli.positive(int, zero=True), default=0,
+                   help="new blocks on top of the backbone; 2 help a shallow one to see what is wrong")
+    cli.switch(g, "--freeze_backbone", 0, "train the head and new blocks only: shows what the backbone already knows")
     g = parser.add_argument_group("loss")
     g.add_argument("--margin", type=cli.positive(float, zero=True), default=0.0,
                    help="score difference a pair must have before its loss falls below ln 2")
@@ -149,6 +153,7 @@ def main(args):
                          f"{model.config.max_position_embeddings}; rows must fit the context; shorten the rows")
     if args.freeze_backbone:
         model.model.requires_grad_(False)
+    model.deepen(args.extra_layers)
     model = model.to(runtime.device, torch.float64 if runtime.dtype == torch.float64 else torch.float32)
     runtime.print(f"model from {parent}: {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f}M "
                   "trainable parameters")

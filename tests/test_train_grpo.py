@@ -287,7 +287,7 @@ def test_update_has_the_gradient_of_the_whole_rollout(recorded, aggregation, bet
     for size in (16, 3):
         r.args.batch_size = size
         r.model.zero_grad()
-        results.append(train_grpo.backward_rollout(r.model, rollout, r.args, r.runtime))
+        results.append(train_grpo.backward_rollout(r.model, rollout, r.args, r.runtime)[0])
         gradients.append(gradient(r.model))
     r.model.zero_grad()
     logp = token_logprobs(r.model(rollout["ids"]), rollout["ids"])
@@ -327,6 +327,14 @@ def test_later_updates_of_a_rollout_are_clipped(recorded):
     optimizer = torch.optim.AdamW(r.model.parameters(), lr=0.01)
     stats = train_grpo.update(r.model, optimizer, r.rollout, 0, r.args, r.runtime, common.NonFinite(r.runtime))
     assert stats["clipfrac"] > 0
+
+
+@pytest.mark.parametrize("name", ["old_logp", "ref_logp"])
+def test_a_rollout_of_another_policy_is_noticed(recorded, name):
+    r = recorded("--updates_per_rollout", "2", "--beta", "0.1")
+    r.rollout[name] += 1e-3
+    with pytest.raises(AssertionError, match={"old_logp": "first ratio", "ref_logp": "the reference"}[name]):
+        train_grpo.update(r.model, None, r.rollout, 0, r.args, r.runtime, None)
 
 
 @pytest.mark.slow

@@ -357,6 +357,20 @@ def test_a_rollout_of_another_policy_is_noticed(recorded):
         train_ppo.update(team.both, [], rollout, 0, args, runtime, None)
 
 
+def test_a_reference_that_is_not_the_start_is_noticed(run, monkeypatch):
+    load, loaded = Transformer.from_pretrained, []
+
+    def other(*args):
+        loaded.append(load(*args))
+        with torch.no_grad():  # the first is the policy
+            loaded[-1].model.norm.weight.mul_(1 + 0.01 * (len(loaded) > 1))
+        return loaded[-1]
+
+    monkeypatch.setattr(train_ppo.Transformer, "from_pretrained", other)
+    with pytest.raises(AssertionError, match="ratio to the reference is off 1"):
+        run("--max_steps", "1")
+
+
 def test_micro_batches_give_the_gradient_of_the_whole(recorded):
     args, runtime, team, rollout, *_ = recorded()
     rows = [6, 1, 3, 0, 2, 7]

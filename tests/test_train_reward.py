@@ -174,6 +174,23 @@ def test_frozen_backbone_moves_only_the_head(run, model_folder):
     assert all(torch.equal(trained[name], before[name]) for name in before if name != "score.weight")
 
 
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_new_layers_change_no_score_at_first_and_learn_above_a_frozen_backbone(run, model_folder, kind):
+    parent = ScalarHead.from_pretrained(model_folder(kind))
+    ids, lengths = torch.randint(0, 200, (3, 20), generator=torch.Generator().manual_seed(0)), torch.tensor([20, 9, 1])
+    scores, count = parent(ids, lengths), parent.config.num_hidden_layers
+    parent.deepen(2)
+    assert torch.equal(parent(ids, lengths), scores) and len(parent.model.layers) == count + 2
+    run("--freeze_backbone", "1", "--extra_layers", "2", folder=model_folder(kind))
+    trained, before = weights(run), ScalarHead.from_pretrained(model_folder(kind)).state_dict()
+    assert all(torch.equal(trained[name], before[name]) for name in before if name != "score.weight")
+    new = {name for name in trained if name not in before}
+    assert {name.split(".")[2] for name in new} == {str(count), str(count + 1)}
+    # one that writes into the residual stream began at 0
+    assert all(trained[f"model.layers.{n}.self_attn.o_proj.weight"].any() for n in (count, count + 1))
+    assert ScalarHead.from_pretrained(run.out / "reward").config.num_hidden_layers == count + 2
+
+
 def test_softmax_experts_train_and_shared_experts_are_refused_with_the_fix(run, model_folder):
     run("--max_steps", "1", folder=model_folder("moe"))
     with pytest.raises(ValueError, match="n_shared_experts"):
