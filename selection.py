@@ -327,10 +327,10 @@ class Contamination:
     @functools.cached_property
     def _index(self):
         """(sorted hashes, their owners, a table that says for the last bits of a hash whether any has them)."""
-        hashes, first = np.unique(np.frombuffer(self.hashes, np.uint64), return_index=True)
+        hashes, first = np.unique(np.array(self.hashes, np.uint64), return_index=True)
         table = np.zeros(1 << (8 * len(hashes)).bit_length(), bool)  # at most one in eight is set
         table[hashes & np.uint64(len(table) - 1)] = True
-        return hashes, np.frombuffer(self.owners, np.uint32)[first], table
+        return hashes, np.array(self.owners, np.uint32)[first], table
 
     def _look_up(self, hashes):
         """(place, index) of the first hash that an item has, or None."""
