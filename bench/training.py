@@ -2,10 +2,13 @@
 
     python bench/training.py recipe --data_path DATA/pretrain/pretrain_en.jsonl.gz --minutes 2
     python bench/training.py speed                                     # needs transformers (requirements-dev.txt)
+    python bench/training.py loading --data_path out/data/pretrain.train.jsonl --preset nano
 
 recipe: three recipes train the same model on the same tokens with the same code; only what a recipe is differs: which
 rows it sees, in which order and how many at once, the optimizer with its rates, and the initial weights. Held-out
 documents are read each from its own start, which is how MiniMind trains and no other recipe here does.
+
+loading: the time that drawing a step's rows takes, beside the step itself.
 
 speed: one optimizer step of this project, of the same model in `transformers`, and of this project with single ideas
 taken away. Contenders take turns, step by step, so that a slow minute of the machine hits all of them.
@@ -16,6 +19,7 @@ Letters: B rows, T tokens, V vocabulary.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -381,13 +385,34 @@ def compare_speed(args, dtype):
                     file.write(json.dumps({"shape": name, "name": contender.strip(), "seconds": times}) + "\n")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# loading
+def measure_loading(args, dtype):
+    """Draw rows and train on them, as train_pretrain.py does; print the median time of both."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = train([row["text"] for row, _ in itertools.islice(read_rows(args.data_path), 4000)],
+                          args.vocab_size, progress=False)
+        data = PretrainData(args.data_path, tokenizer, 256, folder)
+        model = Transformer(ModelConfig.preset(args.preset, vocab_size=args.vocab_size))
+        made = Contender(model, our_loss, optim.build(model, "muon", 1e-4, 1e-4, dtype=dtype), dtype, 8)
+        drawing, step = [], []
+        for n in range(args.rounds + 2):  # two to warm up
+            begin = time.perf_counter()
+            batch = data.batch(data.position_batch(8 * n, 8))
+            drawing.append(time.perf_counter() - begin)
+            step.append(made.run(batch["ids"])[0])
+    drawn, trained = statistics.median(drawing[2:]), statistics.median(step[2:])
+    print(f"{args.preset}: {1000 * drawn:.2f} ms to draw 8 rows of 256 tokens, {1000 * trained:.0f} ms for the step: "
+          f"{drawn / (drawn + trained):.2%}")
+
+
 def parse_args(argv=None):
     """Flags of this bench."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("part", choices=("recipe", "speed"))
-    parser.add_argument("--data_path", help='recipe: JSONL (.gz) of {"text"} rows')
-    parser.add_argument("--preset", default="tiny", help="recipe: shape of the model")
+    parser.add_argument("part", choices=("recipe", "speed", "loading"))
+    parser.add_argument("--data_path", help='recipe, loading: JSONL (.gz) of {"text"} rows')
+    parser.add_argument("--preset", default="tiny", help="recipe, loading: shape of the model")
     parser.add_argument("--vocab_size", type=int, default=6400, help="recipe: of the tokenizer, learnt from the data")
     parser.add_argument("--minutes", type=float, default=2.0, help="recipe: training time of each")
     parser.add_argument("--tokens", type=float, default=0, help="recipe: instead of --minutes, tokens to read")
@@ -397,7 +422,8 @@ def parse_args(argv=None):
     parser.add_argument("--evaluations", type=int, default=4, help="recipe: points of each curve")
     parser.add_argument("--heldout", type=int, default=256, help="recipe: held-out documents")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="speed: which models")
-    parser.add_argument("--rounds", type=int, default=5, help="speed: measured steps of each contender")
+    parser.add_argument("--rounds", type=int, default=5,
+                        help="speed, loading: measured steps of each contender")
     parser.add_argument("--compiled", type=int, choices=(0, 1), default=0, help="speed: with torch.compile as well")
     parser.add_argument("--threads", type=int, default=common.count_cores(), help="CPU threads")
     parser.add_argument("--output", help="file to which every result is appended as a line of JSON")
@@ -410,7 +436,7 @@ def main(args):
     common._keep_freed_memory()
     dtype, why = common.pick_dtype("auto", torch.device("cpu"))
     print(f"dtype {str(dtype)[6:]} ({why}), {args.threads} thread(s)", flush=True)
-    {"recipe": compare_recipes, "speed": compare_speed}[args.part](args, dtype)
+    {"recipe": compare_recipes, "speed": compare_speed, "loading": measure_loading}[args.part](args, dtype)
 
 
 if __name__ == "__main__":

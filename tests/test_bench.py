@@ -4,6 +4,7 @@
 """
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,10 @@ def test_recipes_run_and_write_their_curves(text, tmp_path):
     for row in found:
         tokens, _, bits = zip(*row["curve"], strict=True)
         assert len(bits) == 2 and bits[-1] < bits[0] and tokens[-1] >= 9000
+
+
+def test_loading_is_timed_beside_the_step(text):
+    done = subprocess.run([sys.executable, str(BENCH), "loading", "--data_path", str(text), "--preset", "nano",
+                           "--vocab_size", "320", "--rounds", "2", "--threads", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"nano: [\d.]+ ms to draw 8 rows of 256 tokens, \d+ ms for the step: [\d.]+%", done.stdout)
