@@ -30,9 +30,11 @@ import heapq
 import json
 import os
 import re
+import shlex
 import sys
 import time
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -66,6 +68,11 @@ SPECIALS = [
     "</tool_response>",
 ]
 ROLES = ("system", "user", "assistant", "tool")
+
+ENDINGS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")  # of files to learn from
+# fields of a row that hold its text, or a list of turns, in the shapes of every stage
+TEXT_FIELDS = ("system", "text", "conversations", "messages", "instruction", "input", "prompt", "output", "completion",
+               "response", "chosen", "rejected")
 
 # The same text as render() writes. An assistant's text loses leading white space in both: a newline there would merge
 # with the newline of the header, and the model would be trained on a token that its prompt never ends with.
@@ -265,7 +272,7 @@ def rust_module():
 def train(texts_or_paths, vocab_size=6400, backend="auto", progress=True):
     """Learn a tokenizer.
 
-    texts_or_paths: iterable of documents (str) and files (pathlib.Path: .jsonl, .jsonl.gz, .txt), read in a stream;
+    texts_or_paths: iterable of documents (str) and files (pathlib.Path, of the ENDINGS), read in a stream;
     memory grows with the number of distinct words only. vocab_size counts the special tokens; when the text has too
     few pairs, the ids left over are padding, and vocab_size stays as asked.
     backend: "rust", "python" (the slow twin, same merges) or "auto" (rust where built).
@@ -370,27 +377,49 @@ def iter_texts(sources):
 
 
 def _read_file(path):
-    """Texts of one file. Lines end at "\\n" only: U+2028 and its like occur inside real JSON rows."""
+    """Texts of one file. Raises FileNotFoundError, and ValueError for other files than those of the ENDINGS."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; training text is .jsonl, .jsonl.gz or .txt; check --data_path")
-    if not path.name.endswith((".jsonl", ".jsonl.gz", ".txt")):
-        raise ValueError(f"{path}: unknown ending; training text is .jsonl, .jsonl.gz or .txt; convert or rename it")
-    opener = gzip.open if path.name.endswith(".gz") else open
-    # broken bytes become U+FFFD here: a vocabulary does not suffer from one, and dataset.py reports bad rows
-    with opener(path, "rt", encoding="utf-8", errors="replace", newline="\n") as lines:
-        if path.suffix == ".txt":
-            yield from _paragraphs(lines)
-            return
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield from _row_texts(line, f"{path}:{number}")
+        raise FileNotFoundError(f"{path}: no such file; training text is {', '.join(ENDINGS)}; check --data_path")
+    if not path.name.endswith(ENDINGS):
+        raise ValueError(f"{path}: unknown ending; training text is {', '.join(ENDINGS)}; {_conversion(path)}")
+    if path.name.removesuffix(".gz").endswith(".txt"):
+        yield from _paragraphs(line for _, line in _lines(path))
+        return
+    for number, line in _lines(path):
+        if line.strip():
+            yield from _row_texts(line, f"{path}:{number}")
+
+
+def _lines(path):
+    """(number from 1, line) of a file. Lines end at "\\n" only: U+2028 and its like occur inside real JSON rows."""
+    number = 0
+    try:
+        # broken bytes become U+FFFD here: a vocabulary does not suffer from one, and dataset.py reports bad rows
+        with (gzip.open if path.name.endswith(".gz") else open)(
+                path, "rt", encoding="utf-8-sig", errors="replace", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if "\0" in line:
+                    raise ValueError(f"{path}:{number}: a NUL byte (UTF-16, or a damaged file); text is UTF-8; convert "
+                                     "the file")
+                yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}:{number + 1}: broken gzip data ({error}); the file must be whole; copy or download "
+                         "it again") from None
+
+
+def _conversion(path):
+    """What to do with a file that is not read here: everything else is prepare_data.py's work."""
+    path, target = (shlex.quote(str(name)) for name in (path, Path(path).with_suffix(".text.jsonl")))
+    return (f"convert it: python prepare_data.py export --format jsonl --data_path {path} --output {target} (with "
+            "--map text=COLUMN where the column has another name)")
 
 
 def _paragraphs(lines):
-    """Documents of a .txt file are separated by blank lines."""
+    """Texts of a .txt file: runs of lines between blank lines. The lines with which TinyStories parts its documents are
+    no text."""
     document = []
     for line in lines:
-        if line.strip():
+        if line.strip() not in ("", "<|endoftext|>"):
             document.append(line)
         elif document:
             yield "".join(document)
@@ -400,7 +429,7 @@ def _paragraphs(lines):
 
 
 def _row_texts(line, where):
-    """Every text of a JSONL row, whatever its stage: text, conversations or messages, prompt, chosen, rejected."""
+    """Every text of a JSONL row, whatever its stage (TEXT_FIELDS); of turns what they say."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -408,17 +437,15 @@ def _row_texts(line, where):
     if not isinstance(row, dict):
         raise ValueError(f'{where}: a {type(row).__name__}; each line is one JSON object; write {{"text": ...}}')
     texts = []
-    for field in ("text", "conversations", "messages", "prompt", "chosen", "rejected"):
+    for field in TEXT_FIELDS:
         value = row.get(field)
-        turns = value if isinstance(value, list) else [value]
-        texts += [turn.get("content") if isinstance(turn, dict) else turn for turn in turns]
-        texts += [turn.get("reasoning_content") for turn in turns if isinstance(turn, dict)]
-    texts = [text for text in texts if isinstance(text, str)]
+        for turn in value if isinstance(value, list) else [value]:
+            said = [turn.get(key) for key in ("content", "value", "reasoning_content")] if isinstance(turn, dict) else [
+                turn]
+            texts += [text for text in said if isinstance(text, str)]
     if not texts:
-        raise ValueError(
-            f"{where}: no text in the fields {sorted(row)}; a row holds text, conversations, messages or "
-            "prompt/chosen/rejected; rename the field"
-        )
+        raise ValueError(f"{where}: no text in the fields {sorted(row)}; a row has one of {', '.join(TEXT_FIELDS)}; "
+                         f"{_conversion(where.rpartition(':')[0])}")
     return texts
 
 
@@ -943,7 +970,7 @@ def parse_args(argv=None):
         return commands.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=style)
 
     sub = command("train", "learn a vocabulary from text and write a tokenizer folder")
-    sub.add_argument("--data_path", nargs="+", required=True, help="files or globs: .jsonl, .jsonl.gz, .txt")
+    sub.add_argument("--data_path", nargs="+", required=True, help=f"files or globs: {', '.join(ENDINGS)}")
     sub.add_argument("--vocab_size", type=int, default=6400, help="tokens, special ones included")
     sub.add_argument("--output", default="out/tokenizer", help="folder to write")
     sub.add_argument("--sample_mb", type=float, default=2.0, help="megabytes of text to learn from, 0 = all")

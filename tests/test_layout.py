@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 # The drawing. A leaf imports no local file; a script imports leaves only. A file is added here when it is written.
 LEAVES = {"model", "generation", "lora", "tokenizer", "dataset", "optim", "cli", "common", "checkpoint", "logs",
-          "health", "report", "metrics", "results", "sharding", "tasks", "chat"}
+          "health", "report", "metrics", "results", "sharding", "tasks", "chat", "selection", "download", "tensors"}
 SCRIPTS = {"make_data", "prepare_data", "train_pretrain", "train_sft", "train_reward", "train_dpo", "train_ppo",
            "train_grpo", "train_distill", "eval", "export_gguf"}
 FILES = sorted(ROOT.glob("*.py"))

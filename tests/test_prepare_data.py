@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,10 +26,15 @@ import numpy as np
 import pytest
 import torch
 
+import download
 import prepare_data
+import selection
 from dataset import PreferenceData, PretrainData, PromptData, SFTData, read_rows
-from prepare_data import language, main, parse_args, signature, standard_row
+from prepare_data import main, parse_args, standard_row
+from selection import language, signature
+from tokenizer import iter_texts
 
+DATA = Path(os.environ.get("MINILLM_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 WORDS = "the cat sat on a mat while it rained and nobody knew why two birds sang in green trees near our house".split()
 
 
@@ -202,7 +208,7 @@ def test_useless_pairs_and_tool_calls_are_left_out(mix):
 def test_categories_without_a_target_have_the_sizes_of_the_documents(mix):
     """Ten rows of a category whose default is larger are all taken, and that is no warning."""
     text = (Path(prepare_data.__file__).parent / "docs/data.md").read_text(encoding="utf-8")
-    for category, target in prepare_data.TARGETS.items():
+    for category, target in selection.TARGETS.items():
         assert f"{category} {target['count']:,}" in text
     stats, files = mix([("a", "general", chats("a", 10), {}), ("b", "identity", chats("b", 10), {})], val_ratio=0)
     assert Counter(row["source"] for row in files["sft.train.jsonl"]) == {"a": 10, "b": 20} and not stats["warnings"]
@@ -254,6 +260,11 @@ def test_a_bad_config_is_explained(tmp_path, config, message):
     assert str(error.value).count("; ") >= 2
 
 
+def test_a_config_that_is_not_there_is_explained(tmp_path):
+    with pytest.raises(ValueError, match="--config .*none.json: .*No such file.*; .*; write "):
+        run("mix", "--config", tmp_path / "none.json")
+
+
 def test_a_mix_does_not_replace_its_own_sources(tmp_path):
     write(tmp_path / "sft.train.jsonl", chats("a", 3))
     config = {"sources": [{"name": "a", "category": "x", "path": str(tmp_path / "*.jsonl")}]}
@@ -288,7 +299,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         rows = ({"text": f"{i} {prose(i, 150)}"} for i in range(4000 * size))
         with open(tmp_path / f"{size}.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        config = {"sources": [{"name": "a", "category": "x", "path": str(tmp_path / f"{size}.jsonl")}]}
+        config = {"sources": [{"name": "a", "category": "x", "path": str(tmp_path / f"{size}.jsonl")}],
+                  "exclude": write(tmp_path / "test.jsonl", [{"question": prose(-1)}])}
         (tmp_path / "mix.json").write_text(json.dumps(config))
         code = MEMORY.format(root=str(Path(prepare_data.__file__).parent), config=str(tmp_path / "mix.json"),
                              output=str(tmp_path / "out"))
@@ -298,12 +310,12 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Duplicates and languages
+# Duplicates
 
 
 def shingles(text):
     text = " ".join(text.lower().split())
-    return {text[i:i + prepare_data.SHINGLE] for i in range(len(text) - prepare_data.SHINGLE + 1)}
+    return {text[i:i + selection.SHINGLE] for i in range(len(text) - selection.SHINGLE + 1)}
 
 
 @pytest.mark.parametrize("words, changes", [(150, (2, 6, 14, 40)), (30, (1, 2, 3, 8))])
@@ -345,6 +357,145 @@ def test_exact_and_near_duplicates_leave_and_short_or_different_texts_stay(mix):
     assert stats["sources"]["a"]["near duplicate"] == 0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Contamination
+
+ENGLISH = ("A farmer has 17 sheep, and all but nine of them run away in the night; how many sheep are left in his "
+           "field on the next morning?")
+CHINESE = "甲公司是国内一家上市公司，对其各子公司实行全面预算管理，并通常使用增量预算方式进行战略控制。"
+
+
+def slow_twin(items, parts):
+    """What Contamination.find() must find but for near duplicates, by comparing lists of words."""
+
+    def cut(text):
+        return re.findall("[一-鿿]|[a-z0-9]+", text.lower())
+
+    def within(short, long):
+        return any(long[i:i + len(short)] == short for i in range(len(long) - len(short) + 1))
+
+    for item, part in itertools.product(map(cut, items), map(cut, parts)):
+        run, whole = (20, 12) if sum("一" <= word <= "鿿" for word in item) * 2 > len(item) else (13, 8)
+        pieces = [item[i:i + run] for i in range(max(1, len(item) - run + 1))]
+        if len(item) >= whole and any(within(piece, part) for piece in pieces):
+            return True
+    return False
+
+
+def test_contamination_finds_what_comparing_all_runs_of_words_finds():
+    rng, seen = random.Random(0), Counter()
+    for _ in range(300):
+        alphabet = rng.choice([["red", "Green", "blue,"], ["春", "夏", "秋。"], ["red", "Green", "春", "夏"]])
+        gap = rng.choice(["", " "]) if "red" not in alphabet else " "
+        base = rng.choices(alphabet, k=60)
+        # the row holds a part of the item between other words
+        start, length = rng.randrange(30), rng.choice([1, 5, 7, 8, 11, 12, 13, 14, 19, 20, 21, 30])
+        item = base[start:start + rng.choice([length, length, length + 4])]
+        row = ["x"] * rng.randrange(3) + base[start:start + length] + ["y"] * rng.randrange(3)
+        items = selection.Contamination()
+        items.add(gap.join(item), "here")
+        found = items.find([gap.join(row)], [])
+        assert bool(found) == slow_twin([gap.join(item)], [gap.join(row)]), (item, row)
+        seen[bool(found)] += 1
+    assert min(seen.values()) > 50
+
+
+@pytest.mark.parametrize("item, row, kind", [
+    (ENGLISH, f"Solve this. {ENGLISH.upper()} Think first.", "same words"),
+    (ENGLISH, "Once " + " ".join(ENGLISH.split()[4:17]) + " they slept.", "same words"),
+    (ENGLISH, "Once " + " ".join(ENGLISH.split()[4:16]) + " they slept.", None),
+    (CHINESE, f"请看：{CHINESE}你怎么看？", "same words"), (CHINESE, f"某{CHINESE[3:24]}等等", "same words"),
+    (CHINESE, f"某{CHINESE[3:22]}等等", None),
+    ("What is the capital of the old kingdom?", "a b What is the capital of the old kingdom c", "same words"),
+    ("What is it?", "what is  it", "same question"), ("What is it?", "Tell me what is it", None),
+    ("床前明月光？", "床前明月光", "same question"), ("床前明月光", "床前明月光，疑是地上霜", None),
+    ("Ａ１ ｂ", "a1 B!", "same question"), ("?!", "?!", None), ("", "", None),
+    ("What is 2 + 3?", "What is 2 - 3?", None), ("What is 2 + 3?", "What is 2 + 3", "same question"),
+    (prose(5, 60), " ".join("cow" if i % 12 == 5 else word for i, word in enumerate(prose(5, 60).split())),
+     "near duplicate"),
+    (prose(5, 60), prose(6, 60), None)])
+def test_contamination_in_both_languages(item, row, kind):
+    items = selection.Contamination()
+    items.add(prose(99), "elsewhere")
+    items.add(item, "test.jsonl:3")
+    found = items.find([row], [row])
+    assert (found and found["kind"]) == kind and (not found or found["item"] == "test.jsonl:3")
+
+
+@pytest.mark.parametrize("row, texts", [
+    ({"question": "q", "choices": ["a"], "answer": 0, "subject": "s"}, ["q"]),
+    ({"id": "1", "question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}, ["q"]),
+    ({"": "0", "Question": "问", "A": "甲", "B": "乙", "C": "丙", "D": "丁", "Answer": "A"}, ["问"]),
+    ({"query": "Question: q\nAnswer:", "choices": ["a"], "gold": 0}, ["q"]),
+    ({"ctx_a": "c", "ctx_b": "d", "ctx": "c d", "endings": ["e"], "label": 0}, ["c d"]),
+    ({"sentence": "Ann saw Bea, so _ hid.", "option1": "Ann", "option2": "Bea", "answer": "1"},
+     ["Ann saw Bea, so Ann hid.", "Ann saw Bea, so Bea hid."]),
+    ({"goal": "g", "sol1": "s", "sol2": "t", "label": 1}, ["g", "s", "t"]),
+    ({"question": "q", "passage": "p", "answer": True}, ["q", "p"]),
+    ({"context_options": ["c", "d"], "continuation": "e", "gold": 0}, ["c", "d"]),
+    ({"text": "t"}, ["t"]), ({"conversations": chat("q", "a"), "answer": "a"}, ["q"]),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["q"]),
+    ({"prompt": chat("q", "a")[:1], "completion": chat("q", "a")[1:]}, ["q"])])
+def test_the_texts_of_evaluation_rows_are_known_in_public_layouts(row, texts):
+    assert prepare_data.item_texts(row) == texts
+
+
+def test_a_mix_leaves_evaluation_items_out_and_says_which(mix, tmp_path, capsys):
+    (tmp_path / "exam.csv").write_text(f"id,question,A,B\n0,{CHINESE},x,y\n", encoding="utf-8")
+    held = write(tmp_path / "held.jsonl", [{"conversations": chat("Who are you?", "Nobody.")}, {"question": ENGLISH}])
+    planted = [{"conversations": [{"role": "system", "content": "s"}, *chat(f"Please! {ENGLISH}", "9")]},
+               {"conversations": chat("who are you", "I am new.")},
+               {"conversations": chat("What shall I ask you?", "Who are you?")},
+               {"conversations": chat("Explain.", f"In an exam: {CHINESE}")},
+               {"prompt": ENGLISH, "chosen": "9", "rejected": "8"}, {"messages": chat(ENGLISH, "")}]
+    text = [{"text": f"{prose(1)}\n{ENGLISH}"}, {"text": CHINESE}, {"text": prose(1)}]
+    stats, files = mix([("a", "x", chats("a", 20) + planted, {}), ("b", "y", text, {})], val_ratio=0.3,
+                       exclude=[str(tmp_path / "*.csv"), held])
+    assert {name: stats["sources"][name]["contaminated"] for name in "ab"} == {"a": 5, "b": 2}
+    assert sum(map(len, files.values())) == 22 and stats["evaluation texts"] == 3
+    shown = json.dumps(list(files.values()), ensure_ascii=False).lower()
+    assert not any(words in shown for words in ("sheep", "甲公司", "i am new"))
+    assert stats["contamination"]["a"] == {"row": f"{tmp_path}/a.jsonl:21", "item": f"{held}:2", "kind": "same words",
+                                           "text": "a farmer has 17 sheep and all but nine of them run away"}
+    assert (f"warning: source b: 2 rows left out because evaluation items are in them; the first: {tmp_path}/b.jsonl:1 "
+            "has the same words as") in capsys.readouterr().out
+    stats, _ = mix([("a", "x", planted, {})])
+    assert "evaluation items are not looked for" in capsys.readouterr().out and stats["contamination"] == {}
+
+
+@pytest.mark.parametrize("content, message", [('{"name": "x"}', r"test.jsonl:1: found the keys \[name\]; .*; "),
+                                              ("[1]", "test.jsonl:1: .*; ")])
+def test_a_file_to_exclude_without_questions_is_an_error_with_file_and_line(mix, tmp_path, content, message):
+    (tmp_path / "test.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        mix([("a", "x", chats("a", 3), {})], exclude=str(tmp_path / "test.jsonl"))
+    with pytest.raises(ValueError, match="exclude is 3; .*; "):
+        mix([("a", "x", chats("a", 3), {})], exclude=3)
+
+
+@pytest.mark.parametrize("name", ["gsm8k_test", "ceval_val", "arc_challenge_test_processed",
+                                  "winogrande_xl_validation"])
+def test_items_of_a_published_benchmark_are_kept_out_of_real_text(mix, name):
+    """40 of its items are planted into chats and documents; other real text stays but for a trace."""
+    exam, corpus = DATA / "eval" / f"{name}.jsonl.gz", DATA / "pretrain" / "pretrain_mini.jsonl"
+    if not exam.exists() or not corpus.exists():
+        pytest.skip(f"no {exam.name} or {corpus.name} in {DATA} (set MINILLM_DATA)")
+    asked = [prepare_data.item_texts(row)[-1] for row, _ in itertools.islice(read_rows(exam), 40)]
+    real = [row for row, _ in itertools.islice(read_rows(corpus), 200)]
+    chats = [{"conversations": chat(f"Help me. {text}" if len(text) > 80 else text, "Yes.")} for text in asked]
+    documents = [{"text": f"{row['text'][:300]}\n\n{text}"}
+                 for row, text in zip(real, (text for text in asked if len(text) > 80), strict=False)]
+    stats, files = mix([("chats", "x", chats, {}), ("documents", "y", documents, {}), ("real", "z", real, {})],
+                       exclude=str(exam))
+    found = {name: stats["sources"][name]["contaminated"] for name in stats["sources"]}
+    assert (found["chats"], found["documents"]) == (40, len(documents)) and documents and found["real"] <= 1
+    assert {row["source"].split("/")[0] for rows in files.values() for row in rows} == {"real"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Languages and stages
+
+
 @pytest.mark.parametrize("text, expected", [
     ("A plain sentence.", "en"), ("Élève à l'école", "en"), ("今天天气很好", "zh"), ("我喜欢用 Python 写代码", "zh"),
     ("The word 猫 means cat in Chinese.", "en"), ("今日はとても良い天気ですね", "other"), ("Привет, мир", "other"),
@@ -380,6 +531,24 @@ def test_inspect_counts_what_is_there(tmp_path, tokenizer, capsys):
     assert facts["tokens"] == sum(map(len, masks + sides)) + sum(texts) + 2
     shown = capsys.readouterr().out
     assert shown.count("\nrow ") == 2 and "characters a row" in shown and "10% " in shown
+
+
+def test_inspect_counts_evaluation_items(tmp_path, capsys):
+    held = write(tmp_path / "held.jsonl", [{"question": ENGLISH}])
+    path = write(tmp_path / "a.jsonl", [*chats("a", 3), {"messages": chat(ENGLISH, "9")}])
+    facts = run("inspect", path, "--against", held)
+    assert facts["contaminated"] == 1 and facts["contaminated share"] == 0.25
+    assert f"contaminated  {path}:4 has the same words as {held}:1: 'a farmer" in capsys.readouterr().out
+    assert "contaminated" not in run("inspect", path)
+
+
+def test_inspect_shows_rows_as_they_are_and_names_wrong_types(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"text": "no source"}, {"text": "a source", "source": "web"}])
+    run("inspect", path)
+    shown = capsys.readouterr().out
+    assert '\n "text": "no source"\n}' in shown and '"source": "web"' in shown and '"files' not in shown
+    with pytest.raises(ValueError, match="b.jsonl:1: found 3 as text; expected a string; "):
+        run("inspect", write(tmp_path / "b.jsonl", [{"text": 3}]))
 
 
 def test_inspect_maps_columns_and_counts_bad_rows(tmp_path):
@@ -467,8 +636,8 @@ def server(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     made = Server(("127.0.0.1", 0), Handler)
     made.waits, made.waiting, made.address = [], threading.Event(), f"http://127.0.0.1:{made.server_port}"
-    monkeypatch.setattr(prepare_data.time, "sleep", made.waits.append)
-    monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"data/toy.bin": 2}, "a toy licence"))
+    monkeypatch.setattr(download.time, "sleep", made.waits.append)
+    monkeypatch.setitem(download.SETS, "toy", download.Public("me/toy", {"data/toy.bin": 2}, "a toy licence"))
     thread = threading.Thread(target=made.serve_forever, args=(0.01,))
     thread.start()
     yield made
@@ -498,7 +667,7 @@ def test_a_download_prints_the_licence_and_asks_the_address_of_the_hub(server, c
 
 @pytest.mark.parametrize("plan", [("drops",), ("drops",) * 9, ("stalls",), ("drops", "HTTP 503", "drops")])
 def test_a_broken_transfer_goes_on_where_it_stopped(server, plan, monkeypatch):
-    monkeypatch.setattr(prepare_data, "PATIENCE", 0.3)
+    monkeypatch.setattr(download, "PATIENCE", 0.3)
     server.plan = plan
     get(server)
     assert Path("got/toy/toy.bin").read_bytes() == CONTENT and left() == ["toy.bin"]
@@ -567,8 +736,8 @@ def test_redirects_are_followed_and_the_hash_of_the_first_answer_is_compared(ser
 
 
 def test_a_known_hash_is_compared_and_the_next_mirror_asked(server, monkeypatch):
-    toy = prepare_data.SETS["toy"]
-    monkeypatch.setitem(prepare_data.SETS, "toy", dataclasses.replace(toy, sha256={"data/toy.bin": SHA}))
+    toy = download.SETS["toy"]
+    monkeypatch.setitem(download.SETS, "toy", dataclasses.replace(toy, sha256={"data/toy.bin": SHA}))
     server.plan = ("damages",)
     get(server, "--mirror", server.address, f"{server.address}/second/")
     assert server.requests[1][0] == "/second/datasets/me/toy/resolve/main/data/toy.bin"
@@ -622,9 +791,9 @@ def test_offline_it_says_so_and_names_the_embedded_data(server, tmp_path):
 @pytest.mark.slow
 def test_a_killed_download_leaves_no_file_and_goes_on(server):
     server.plan = ("stalls",)
-    running = subprocess.Popen([sys.executable, "-c", "import prepare_data as p\np.SETS['toy'] = p.Public('me/toy', "
-                                "{'data/toy.bin': 2}, 'free')\np.main(p.parse_args(['download', 'toy', '--output', "
-                                f"'got', '--mirror', {server.address!r}]))"],
+    code = ("import download, prepare_data as p\ndownload.SETS['toy'] = download.Public('me/toy', {'data/toy.bin': 2}, "
+            f"'free')\np.main(p.parse_args(['download', 'toy', '--output', 'got', '--mirror', {server.address!r}]))")
+    running = subprocess.Popen([sys.executable, "-c", code],
                                env={**os.environ, "PYTHONPATH": str(Path(prepare_data.__file__).parent)})
     part = Path("got/toy/toy.bin.part")
     for _ in range(600):
@@ -639,7 +808,7 @@ def test_a_killed_download_leaves_no_file_and_goes_on(server):
 
 
 def test_too_little_room_is_said_before_anything_is_written(server, monkeypatch):
-    monkeypatch.setattr(prepare_data.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=101 << 20))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=101 << 20))
     with pytest.raises(OSError, match=r"2 MB are still to come and 106 MB are free .*; .*; "):
         get(server)
     assert left() == []
@@ -650,7 +819,7 @@ def test_an_archive_is_unpacked_whole(server, monkeypatch):
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("val/law.csv", "id,question\n")
     server.content = packed.getvalue()
-    monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"exam.zip": 1}, "a toy licence"))
+    monkeypatch.setitem(download.SETS, "toy", download.Public("me/toy", {"exam.zip": 1}, "a toy licence"))
     get(server)
     assert Path("got/toy/exam/val/law.csv").read_text() == "id,question\n" and left() == ["exam", "exam.zip"]
     shutil.rmtree("got")
@@ -668,23 +837,23 @@ def test_a_benchmark_in_parquet_is_written_as_lines_too(server, monkeypatch, row
     parquet, arrow, packed = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow"), io.BytesIO()
     parquet.write_table(arrow.Table.from_pylist(rows), packed)
     server.content = packed.getvalue()
-    monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"all/test.parquet": 1}, ""))
-    monkeypatch.setitem(prepare_data.GROUPS, "eval", ("toy",))
+    monkeypatch.setitem(download.SETS, "toy", download.Public("me/toy", {"all/test.parquet": 1}, ""))
+    monkeypatch.setitem(download.GROUPS, "eval", ("toy",))
     get(server)
     assert left() == sorted([name, "test.parquet"]) and Path("got/toy", name).read_text(encoding="utf-8") == expected
 
 
 def test_without_pyarrow_a_benchmark_stays_as_it_came(server, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"all/test.parquet": 1}, ""))
-    monkeypatch.setitem(prepare_data.GROUPS, "eval", ("toy",))
+    monkeypatch.setitem(download.SETS, "toy", download.Public("me/toy", {"all/test.parquet": 1}, ""))
+    monkeypatch.setitem(download.GROUPS, "eval", ("toy",))
     get(server)
     assert left() == ["test.parquet"] and "pip install pyarrow" in capsys.readouterr().out
 
 
 def test_shards_and_groups_name_their_files(server, monkeypatch):
-    monkeypatch.setitem(prepare_data.SETS, "toy", prepare_data.Public("me/toy", {"last": 1}, "", "part_{:03d}", 1))
-    monkeypatch.setitem(prepare_data.GROUPS, "both", ("toy", "toy"))
+    monkeypatch.setitem(download.SETS, "toy", download.Public("me/toy", {"last": 1}, "", "part_{:03d}", 1))
+    monkeypatch.setitem(download.GROUPS, "both", ("toy", "toy"))
     server.content = b"x"
     done = get(server, "--mirror", server.address, "--shards", "2", name="both")
     assert [path.name for path in done["toy"]] == ["last", "part_000", "part_001"] and left() == [
@@ -696,23 +865,23 @@ def test_shards_and_groups_name_their_files(server, monkeypatch):
 
 
 def test_every_set_has_an_address_at_every_mirror_it_names(monkeypatch):
-    for name, public in prepare_data.SETS.items():
+    for name, public in download.SETS.items():
         files = [*public.files, *([public.shards.format(3)] if public.shards else [])]
         assert files and public.licence, name
         for path in files:
-            found = prepare_data.addresses(public, path, list(prepare_data.MIRRORS))
+            found = download.addresses(public, path, list(download.MIRRORS))
             hosts = [re.fullmatch(r"https://([\w.-]+)/[^ ]+", url)[1] for url in found]
             expected = ["raw.githubusercontent.com"] if "githubusercontent" in public.repo else [
                 "huggingface.co", "hf-mirror.com"] + ["www.modelscope.cn"] * bool(public.modelscope)
             assert hosts == expected, name
-    assert prepare_data.addresses(prepare_data.SETS["piqa"], "a b", ["huggingface"]) == [
+    assert download.addresses(download.SETS["piqa"], "a b", ["huggingface"]) == [
         "https://huggingface.co/datasets/ybisk/piqa/resolve/078a131412f46a38025a762322c174a8bae2610c/a%20b"]
     table = (Path(prepare_data.__file__).parent / "docs/data.md").read_text(encoding="utf-8")
-    assert not [name for name in prepare_data.SETS if f"`{name}`" not in table]
-    for names in prepare_data.GROUPS.values():
-        assert set(names) <= set(prepare_data.SETS)
+    assert not [name for name in download.SETS if f"`{name}`" not in table]
+    for names in download.GROUPS.values():
+        assert set(names) <= set(download.SETS)
     assert all(re.fullmatch("[0-9a-f]{64}", value) and path in public.files
-               for public in prepare_data.SETS.values() for path, value in public.sha256.items())
+               for public in download.SETS.values() for path, value in public.sha256.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -802,6 +971,33 @@ def test_export_equals_what_training_sees(export, tokenizer, tmp_path):
     batch = data.batch(range(len(data)))
     trained = [batch["ids"][row][(batch["mask"][row] > 0)].tolist() for row in range(len(data))]
     assert Counter(sum(trained, [])) == Counter(arrays["labels"][arrays["labels"] >= 0].tolist())
+
+
+def test_any_file_is_exported_as_lines_for_the_tokenizer(tmp_path):
+    """The command in the error of `tokenizer.py train` is run as it stands."""
+    path = tmp_path / "my texts.csv"
+    path.write_text('body,lang\n"one\ntwo",en\n"",en\n春天,zh\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="unknown ending") as error:
+        list(iter_texts([path]))
+    words = shlex.split(re.search(r"python prepare_data.py (.*?) \(with", str(error.value))[1])
+    with pytest.raises(ValueError, match=r"my texts.csv:2: found the keys \[body, lang\]; .*--map text=COLUMN"):
+        run(*words)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["my texts.csv"]
+    assert run(*words, "--map", "text=body") == {"read": 3, "empty": 1, "written": 2, "bad": 0}
+    assert list(iter_texts([tmp_path / "my texts.text.jsonl"])) == ["one\ntwo", "春天"]
+
+
+def test_exported_lines_are_rows_in_the_form_that_training_reads(export, tmp_path):
+    rows = [{"instruction": "q", "output": "a", "source": "web"}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    run("export", "--format", "jsonl", "--data_path", path, "--output", tmp_path / "out.jsonl")
+    assert [row for row, _ in read_rows(tmp_path / "out.jsonl")] == [
+        {"conversations": chat("q", "a"), "source": "web"}, rows[1]]
+    with pytest.raises(ValueError, match="a.jsonl:1: found a row for sft; --stage dpo .*; "):
+        run("export", "--format", "jsonl", "--data_path", path, "--stage", "dpo", "--output", tmp_path / "other.jsonl")
+    with pytest.raises(ValueError, match="export to npz: --stage missing, --tokenizer missing; .*; "):
+        run("export", "--data_path", path)
+    assert not list(tmp_path.glob("other*"))
 
 
 def test_export_maps_columns_and_refuses_a_second_end_token(export):

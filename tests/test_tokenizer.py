@@ -275,17 +275,33 @@ def test_training_reads_every_row_format(tmp_path, capsys):
         {"conversations": [{"role": "user", "content": "gamma"}, {"content": "delta", "reasoning_content": "eps"}]},
         {"messages": [{"role": "user", "content": "zeta"}]},
         {"prompt": "eta", "chosen": "theta", "rejected": [{"role": "assistant", "content": "iota"}]},
+        {"instruction": "kappa", "output": "lambda"},
+        {"conversations": [{"from": "human", "value": "mu"}]},
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (tmp_path / "c.txt").write_text("one\ntwo\n\n\nthree\n", encoding="utf-8")
-    expected = ["alpha\u2028beta", "gamma", "delta", "eps", "zeta", "eta", "theta", "iota"]
+    (tmp_path / "c.txt").write_text("one\ntwo\n\n\nthree\n<|endoftext|>\n", encoding="utf-8-sig")
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"one\n<|endoftext|>\ntwo"))
+    expected = ["alpha\u2028beta", "gamma", "delta", "eps", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
     assert sorted(tokenizer_file.iter_texts([tmp_path / "a.jsonl"])) == sorted(expected)
     assert sorted(tokenizer_file.iter_texts([tmp_path / "b.jsonl.gz"])) == sorted(expected)
     assert list(tokenizer_file.iter_texts([tmp_path / "c.txt", "four"])) == ["one\ntwo\n", "three\n", "four"]
+    assert list(tokenizer_file.iter_texts([tmp_path / "d.txt.gz"])) == ["one\n", "two"]
     train([tmp_path / "a.jsonl", "x\ud800"], vocab_size=280, backend="python")
     assert "1 lone surrogates became U+FFFD" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.csv", b"text\nx\n", "unknown ending; .*; convert it: python prepare_data.py export --format jsonl"),
+    ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1: no text in the fields \['body'\]; .*; convert it: .*a.text.jsonl"),
+    ("a.txt", "two words".encode("utf-16"), "a.txt:1: a NUL byte .*; .*; "),
+    ("a.txt.gz", gzip.compress(b"x" * 99)[:-9], "a.txt.gz:1: broken gzip data .*; .*; "),
+    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz:1: broken gzip data .*; .*; ")])
+def test_training_refuses_other_files_with_file_line_and_fix(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(tokenizer_file.iter_texts([tmp_path / name]))
 
 
 def test_a_sample_takes_equal_shares_of_all_files(tmp_path):
