@@ -140,7 +140,18 @@ def complete(model, tokenizer, prompts_ids: Sequence[Sequence[int]], max_new_tok
     return completions
 
 
-SHARED = 16  # so many equal ids at the beginning of all rows of a batch are worth a pass of their own
+SHARED = 16  # so many equal ids at the beginning of eight groups or more are worth a pass of their own
+
+
+class _Tree(NamedTuple):
+    """The rows of a group as one sequence in which every common beginning stands once, depth first: all that goes on
+    from node j stands directly behind it, up to ends[j]. So node i follows node j exactly if j <= i < ends[j]."""
+
+    group: int
+    ids: list[int]
+    positions: list[int]
+    ends: list[int]
+    rows: list[tuple[list[int], list[int]]]  # of each row the ids to score, and the nodes in front of them
 
 
 @torch.no_grad()
@@ -150,106 +161,115 @@ def sequence_scores(model, groups: Sequence[Sequence[tuple[list[int], int]]], ba
     """Score the ends of many sequences. What sequences have in common at their beginning is computed once.
 
     groups: lists of (ids, start): the ids from `start` (1 at least) on are scored, each given all before it. The rows
-        of a group, the options of a question, are expected to begin alike, and so may whole groups (examples in front).
-    max_tokens: ids in one pass. 0: 1024 on a CPU, where larger tensors leave the cache (half the speed at 16,384), and
-        65,536 elsewhere.
-    Yields (index of the group, [(sum of log p, whether every id was the most likely one) of each row]) batch by batch,
-    of at most about batch_size rows and max_tokens ids, the longest first. The mode of the model is restored.
+        of a group, the options of a question, become one tree. What many groups begin with (a subject's examples) is
+        read once and kept.
+    batch_size, max_tokens: trees and ids in one pass. 0: 1024 ids on a CPU, where larger tensors leave the cache (half
+        the speed at 16,384), and 65,536 elsewhere. Keys and values are kept of at most 16 times as many ids. Only a
+        single tree larger than that takes more.
+    Yields (index of the group, [(sum of log p, whether every id was the most likely one) of each row]) batch by batch.
+    The mode of the model is restored.
     """
     was_training = model.training
     model.eval()
     max_tokens = max_tokens or (1024 if next(model.parameters()).device.type == "cpu" else 65536)
-    for batch in _similar(groups, batch_size, max_tokens):
-        rows = [row for n in batch for row in groups[n]]
-        with autocast():
-            states, places = _tree_states(model, [[ids[:-1] for ids, _ in groups[n]] for n in batch], pad_id)
-            wanted = [at for place, (_, start) in zip(places, rows, strict=True) for at in place[start - 1:]]
-            logprobs, best = _read_targets(model, states[wanted], [t for ids, start in rows for t in ids[start:]])
-        counts = [len(ids) - start for ids, start in rows]
-        found = [(logprob.sum().item(), bool(right.all()))
-                 for logprob, right in zip(logprobs.split(counts), best.split(counts), strict=True)]
-        for n in batch:
-            yield n, found[: len(groups[n])]
-            found = found[len(groups[n]):]
+    for trunk, members in _families(groups):
+        trees = sorted((_tree(n, groups[n], len(trunk)) for n in members), key=lambda tree: -len(tree.ids))
+        widest, cache = len(trees[0].ids), None
+        most = max(1, min(batch_size, 16 * max_tokens // (len(trunk) + widest)))
+        if trunk:
+            with autocast():
+                cache = model.new_cache(most, len(trunk) + widest)
+                cache.keep([0])  # read once, then copied to all rows
+                model.hidden_states(torch.tensor([trunk], device=cache.kv.device), cache=cache)
+                cache.keep([0] * most)
+        while trees:  # neighbours in size stand together, so hardly any padding is computed
+            count = max(1, min(most, max_tokens // len(trees[0].ids)))
+            batch, trees = trees[:count], trees[count:]
+            with autocast():
+                scores = _read_targets(model, _tree_states(model, batch, len(trunk), cache, pad_id), batch)
+            yield from zip((tree.group for tree in batch), scores, strict=True)
     model.train(was_training)
 
 
-def _similar(groups, batch_size, max_tokens):
-    """Batches of group numbers with little padding: such as begin with the same ids together, then those with options
-    of similar length, then with questions of similar length; the longest first."""
-    heads = [tuple(group[0][0][:SHARED]) for group in groups]
-    common = {head for head, count in Counter(heads).items() if count >= 8}  # fewer are not worth a batch of their own
-    heads = [head if head in common else () for head in heads]
-    stems = [os.path.commonprefix([ids[:-1] for ids, _ in group]) for group in groups]
-    # what all of one beginning share is no work of a single one: five long examples must not fill a batch
-    trunks = {head: len(os.path.commonprefix([stem for other, stem in zip(heads, stems, strict=True) if other == head]))
-              for head in common}
-    rests = [max(len(ids) for ids, _ in group) - 1 - len(stem) for group, stem in zip(groups, stems, strict=True)]
-    stems = [len(stem) - trunks.get(head, 0) for stem, head in zip(stems, heads, strict=True)]
-    keys = [(head, -(rest // 8), -stem) for head, rest, stem in zip(heads, rests, stems, strict=True)]
-    batch, rows, stem, rest = [], 0, 0, 0
-    for index in sorted(range(len(groups)), key=keys.__getitem__):
-        wider = (max(stem, stems[index]), max(rest, rests[index]))
-        own = len(groups[index]) if rests[index] else 1  # rows that will be computed
-        more = rows + own
-        too_large = more > batch_size or (len(batch) + 1) * wider[0] + more * wider[1] > max_tokens
-        if batch and (too_large or keys[index][0] != keys[batch[0]][0]):
-            yield batch
-            batch, more, wider = [], own, (stems[index], rests[index])
-        batch.append(index)
-        rows, (stem, rest) = more, wider
-    if batch:
-        yield batch
+def _families(groups):
+    """(trunk, numbers of groups): groups that all begin with the ids of the trunk, which no scored id depends on alone.
+    Groups with few of their kind come last, without a trunk."""
+    by_head, others = defaultdict(list), []
+    for n, group in enumerate(groups):
+        by_head[tuple(group[0][0][:SHARED])].append(n)
+    for members in by_head.values():
+        rows = [row for n in members for row in groups[n]]
+        # commonprefix compares sequences of anything; every row keeps at least the id in front of its first scored one
+        trunk = os.path.commonprefix([ids for ids, _ in rows])[: min(start for _, start in rows) - 1]
+        if len(members) >= 8 and len(trunk) >= SHARED:
+            yield trunk, members
+        else:
+            others += members
+    if others:
+        yield [], others
 
 
-def _tree_states(model, groups, pad_id):
-    """Hidden states of all rows (lists of ids) of all groups, every shared beginning computed once.
-
-    A tree of three levels: what all groups begin with, what the rows of a group go on with, the rest of each row. Each
-    level is one forward pass over a cache in which every node finds what its parent has left.
-    Returns: states [N,D]; for each row the numbers of its states, one an id.
-    """
-    # commonprefix compares sequences of anything; of a single row it is the whole row
-    stems = [os.path.commonprefix(group) for group in groups]
-    trunk = os.path.commonprefix(stems) if len(stems) > 1 else []
-    trunk = trunk if len(trunk) >= SHARED else []
-    owners = [g for g, group in enumerate(groups) for _ in group]
-    rests = [ids[len(stem):] for stem, group in zip(stems, groups, strict=True) for ids in group]
-    levels = [([trunk], [0]), ([stem[len(trunk):] for stem in stems], [0] * len(stems)), (rests, owners)]
-    work, cache = [pieces for pieces, _ in levels if any(pieces)], None
-    if len(work) > 1:
-        cache = model.new_cache(max(map(len, work)), sum(max(map(len, pieces)) for pieces in work))
-    device = next(model.parameters()).device
-    states, places, rows, count = [], [[]], [0], 0
-    for pieces, parents in levels:
-        places, rows = [places[parent] for parent in parents], [rows[parent] for parent in parents]
-        if not any(pieces):  # options of one id need nothing but the state in front of them
-            continue
-        if cache is not None:
-            cache.keep(rows)
-        rows, width = range(len(pieces)), max(map(len, pieces))
-        ids = torch.tensor([piece + [pad_id] * (width - len(piece)) for piece in pieces], device=device)  # [B,T]
-        states.append(model.hidden_states(ids, cache=cache).flatten(0, 1))  # [B,T,D] -> [B*T,D]
-        places = [place + list(range(count + row * width, count + row * width + len(piece)))
-                  for row, place, piece in zip(rows, places, pieces, strict=True)]
-        if cache is not None:
-            cache.set_lengths([len(place) for place in places])  # without the padding
-        count += ids.numel()
-    return torch.cat(states), places
+def _tree(group, rows, known):
+    """The _Tree of rows (ids, start), without the `known` ids that stand in front of all of them."""
+    ids, positions, ends, path, before, found = [], [], [], [], [], {}
+    # in alphabetical order, so to speak, rows that begin alike are neighbours
+    for n in sorted(range(len(rows)), key=lambda n: rows[n][0]):
+        row, start = rows[n]
+        piece = row[known:-1]  # nothing follows the last id
+        shared = len(os.path.commonprefix([before, piece]))
+        path = path[:shared] + list(range(len(ids), len(ids) + len(piece) - shared))
+        ids += piece[shared:]
+        positions += range(known + shared, known + len(piece))
+        ends += [0] * (len(piece) - shared)
+        for node in path:
+            ends[node] = len(ids)
+        found[n], before = (row[start:], path[start - 1 - known:]), piece
+    return _Tree(group, ids, positions, ends, [found[n] for n in range(len(rows))])
 
 
-def _read_targets(model, states, targets):
-    """(log p of each target [N] in float64 on the CPU, whether it is the most likely id [N]) from states [N,D]."""
-    targets = torch.tensor(targets, device=states.device)  # [N]
-    logprobs, best = [], []
-    rows = max(1, 2**21 // model.config.vocab_size)  # logits of a few megabytes, which stay in a CPU's cache
-    for part, wanted in zip(states.split(rows), targets.split(rows), strict=True):
-        logits = model.lm_head(part)  # [n,V]
+def _tree_states(model, trees, known, cache, pad_id):
+    """Hidden states [B,T,D] of the nodes of trees, one tree a row, behind the `known` ids that the cache holds."""
+    device, width = next(model.parameters()).device, max(len(tree.ids) for tree in trees)
+
+    def padded(rows, fill):
+        return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)  # [B,T]
+
+    ids = padded([tree.ids for tree in trees], pad_id)
+    if cache is not None:
+        cache.set_lengths([known] * len(trees))  # what an earlier batch has left behind them is overwritten
+    if all(len(set(tree.ends)) == 1 for tree in trees):  # no branches: the causal rule says it all, and costs less
+        return model.hidden_states(ids, cache=cache)
+    node = torch.arange(width, device=device)
+    # padding ends with the row: it sees itself, for a softmax over nothing would be nan
+    follows = (node <= node[:, None]) & (node[:, None] < padded([tree.ends for tree in trees], width)[:, None])  # [B,T,T]
+    mask = torch.nn.functional.pad(follows, (known, 0), value=True)[:, None]  # [B,1,T,S]
+    return model.hidden_states(ids, padded([tree.positions for tree in trees], 0), cache=cache, mask=mask)
+
+
+def _read_targets(model, states, trees):
+    """For each tree the (sum of log p, whether every id was the most likely one) of its rows, from states [B,T,D]."""
+    width, states = states.shape[1], states.flatten(0, 1)  # [N,D]
+    targets = torch.tensor([i for tree in trees for row, _ in tree.rows for i in row], device=states.device)  # [M]
+    places = [b * width + node for b, tree in enumerate(trees) for _, path in tree.rows for node in path]
+    # options that begin alike, or have one id each, are read from the same logits
+    nodes, source = torch.tensor(places, device=states.device).unique(return_inverse=True)  # [U], [M]
+    logprobs, best = torch.empty(len(targets), dtype=torch.float64), torch.empty(len(targets), dtype=torch.bool)
+    size = max(1, 2**21 // model.config.vocab_size)  # logits of a few megabytes, which stay in a CPU's cache
+    for first in range(0, len(nodes), size):
+        logits = model.lm_head(states[nodes[first : first + size]])  # [n,V]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        gold = logits.gather(1, wanted[:, None]).squeeze(1)  # [n]
-        logprobs.append((gold - logits.logsumexp(-1)).cpu().double())
-        best.append((logits.argmax(-1) == wanted).cpu())
-    return torch.cat(logprobs), torch.cat(best)
+        here = ((source >= first) & (source < first + size)).nonzero().squeeze(1)  # [m]
+        row, wanted = source[here] - first, targets[here]  # [m]
+        top = logits.amax(-1, keepdim=True)  # [n,1]
+        gold = logits[row, wanted] - top[row, 0]  # [m], 0 where the target is as likely as any
+        right = gold == 0
+        right[right.clone()] = logits[row[right]].argmax(-1) == wanted[right]  # of equal ones the first counts
+        norm = logits.sub_(top).exp_().sum(-1).log_()  # [n]
+        logprobs[here] = (gold - norm[row]).to("cpu", torch.float64)
+        best[here] = right.cpu()
+    logprob, right = iter(logprobs.tolist()), iter(best.tolist())
+    return [[(sum([next(logprob) for _ in row]), all([next(right) for _ in row])) for row, _ in tree.rows]
+            for tree in trees]
 
 
 @torch.no_grad()

@@ -659,15 +659,16 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(config)
 
-    def forward(self, ids, positions=None, documents=None, cache=None, token_mask=None, recompute=False):
+    def forward(self, ids, positions=None, documents=None, cache=None, token_mask=None, mask=None, recompute=False):
         """ids [B,T] -> (hidden states [B,T,D], balance loss [B], 0 where no layer has one). See Transformer.forward."""
         b, t = ids.shape
-        mask, causal = None, True
+        causal = mask is None
         if cache is not None:
-            assert documents is None and positions is None, "a cache brings its own positions, and no documents"
+            assert documents is None and (positions is None) == causal, "a cache brings positions, and no documents"
             empty = cache.end == 0  # then the causal rule says it all: padding lies on the right
-            positions = cache.reserve(t)
-            mask, causal = (None, True) if empty else (cache.mask(), False)
+            slots = cache.reserve(t)
+            if causal:
+                positions, mask, causal = slots, None if empty else cache.mask(), empty
         elif documents is not None:
             same = documents[:, None, :, None] == documents[:, None, None, :]  # [B,1,T,T]
             # built once for all layers; a token always sees itself, so no row of the softmax is empty
@@ -1040,9 +1041,10 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def hidden_states(self, ids, positions=None, documents=None, cache=None, token_mask=None) -> Tensor:
-        """Hidden states after the final norm [B,T,D]; arguments as in forward. lm_head turns them into logits."""
-        return self.model(ids, positions, documents, cache, token_mask, self.gradient_checkpointing)[0]
+    def hidden_states(self, ids, positions=None, documents=None, cache=None, token_mask=None, mask=None) -> Tensor:
+        """Hidden states after the final norm [B,T,D]; lm_head turns them into logits. Arguments as in forward, and
+        mask: bool [B,1,T,S], True where a token may look, in place of the causal rule; it goes with positions."""
+        return self.model(ids, positions, documents, cache, token_mask, mask, self.gradient_checkpointing)[0]
 
     def forward(self, ids, positions=None, documents=None, cache=None, token_mask=None, return_balance=False,
                 logits_to_keep=0, target_mask=None, sum_targets=False):
@@ -1060,7 +1062,7 @@ class Transformer(nn.Module):
             sum_targets: with target_mask, one number, the sum of these log-probabilities: cheaper still.
         balance[b] is the mean over the expert layers of E * sum_e f_e P_e over the row's real tokens (see MoE).
         """
-        h, balance = self.model(ids, positions, documents, cache, token_mask, self.gradient_checkpointing)
+        h, balance = self.model(ids, positions, documents, cache, token_mask, None, self.gradient_checkpointing)
         if target_mask is None:
             out = self.lm_head(h[:, -logits_to_keep:])  # -0: means all
         else:
