@@ -18,7 +18,7 @@ import math
 import os
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from typing import NamedTuple
@@ -163,15 +163,15 @@ def sequence_scores(model, groups: Sequence[Sequence[tuple[list[int], int]]], ba
     groups: lists of (ids, start): the ids from `start` (1 at least) on are scored, each given all before it. The rows
         of a group, the options of a question, become one tree. What many groups begin with (a subject's examples) is
         read once and kept.
-    batch_size, max_tokens: trees and ids in one pass. 0: 1024 ids on a CPU, where larger tensors leave the cache (half
-        the speed at 16,384), and 65,536 elsewhere. Keys and values are kept of at most 16 times as many ids. Only a
-        single tree larger than that takes more.
+    batch_size, max_tokens: trees and ids in one pass. 0: 512 ids on a CPU, where larger tensors leave the cache, and
+        65,536 elsewhere. Keys and values are kept of at most 16 times as many ids. Only a single tree larger than that
+        takes more.
     Yields (index of the group, [(sum of log p, whether every id was the most likely one) of each row]) batch by batch.
     The mode of the model is restored.
     """
     was_training = model.training
     model.eval()
-    max_tokens = max_tokens or (1024 if next(model.parameters()).device.type == "cpu" else 65536)
+    max_tokens = max_tokens or (512 if next(model.parameters()).device.type == "cpu" else 65536)
     for trunk, members in _families(groups):
         trees = sorted((_tree(n, groups[n], len(trunk)) for n in members), key=lambda tree: -len(tree.ids))
         widest, cache = len(trees[0].ids), None
@@ -186,7 +186,7 @@ def sequence_scores(model, groups: Sequence[Sequence[tuple[list[int], int]]], ba
             count = max(1, min(most, max_tokens // len(trees[0].ids)))
             batch, trees = trees[:count], trees[count:]
             with autocast():
-                scores = _read_targets(model, _tree_states(model, batch, len(trunk), cache, pad_id), batch)
+                scores = _score_trees(model, batch, len(trunk), cache, pad_id)
             yield from zip((tree.group for tree in batch), scores, strict=True)
     model.train(was_training)
 
@@ -227,49 +227,51 @@ def _tree(group, rows, known):
     return _Tree(group, ids, positions, ends, [found[n] for n in range(len(rows))])
 
 
-def _tree_states(model, trees, known, cache, pad_id):
-    """Hidden states [B,T,D] of the nodes of trees, one tree a row, behind the `known` ids that the cache holds."""
+def _score_trees(model, trees, known, cache, pad_id):
+    """For each tree the (sum of log p, whether every id was the most likely one) of its rows. One tree is one row of a
+    batch, behind the `known` ids that the cache holds."""
     device, width = next(model.parameters()).device, max(len(tree.ids) for tree in trees)
 
     def padded(rows, fill):
         return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)  # [B,T]
 
-    ids = padded([tree.ids for tree in trees], pad_id)
+    positions, mask = None, None
+    # without branches the causal rule says it all, and costs less
+    if any(len(set(tree.ends)) > 1 for tree in trees):
+        positions = padded([tree.positions for tree in trees], 0)
+        # padding ends with the row, so it sees itself: a softmax over nothing would be nan
+        node, ends = torch.arange(width, device=device), padded([tree.ends for tree in trees], width)
+        follows = (node <= node[:, None]) & (node[:, None] < ends[:, None])  # [B,T,T]
+        mask = torch.nn.functional.pad(follows, (known, 0), value=True)[:, None]  # [B,1,T,S]
     if cache is not None:
         cache.set_lengths([known] * len(trees))  # what an earlier batch has left behind them is overwritten
-    if all(len(set(tree.ends)) == 1 for tree in trees):  # no branches: the causal rule says it all, and costs less
-        return model.hidden_states(ids, cache=cache)
-    node = torch.arange(width, device=device)
-    # padding ends with the row: it sees itself, for a softmax over nothing would be nan
-    follows = (node <= node[:, None]) & (node[:, None] < padded([tree.ends for tree in trees], width)[:, None])  # [B,T,T]
-    mask = torch.nn.functional.pad(follows, (known, 0), value=True)[:, None]  # [B,1,T,S]
-    return model.hidden_states(ids, padded([tree.positions for tree in trees], 0), cache=cache, mask=mask)
+    places = [b * width + node for b, tree in enumerate(trees) for _, nodes in tree.rows for node in nodes]
+    # options that begin alike, or have one id each, are read from the same state
+    wanted, sources = torch.tensor(places, device=device).unique(return_inverse=True)  # [N], [M]
+    states = model.hidden_states(padded([tree.ids for tree in trees], pad_id), positions, cache=cache, mask=mask,
+                                 wanted=wanted)[0]  # [N,D]
+    targets = torch.tensor([i for tree in trees for ids, _ in tree.rows for i in ids], device=device)  # [M]
+    logprob, right = map(iter, _read_targets(model, states, sources, targets))
+    return [[(sum([next(logprob) for _ in ids]), all([next(right) for _ in ids])) for ids, _ in tree.rows]
+            for tree in trees]
 
 
-def _read_targets(model, states, trees):
-    """For each tree the (sum of log p, whether every id was the most likely one) of its rows, from states [B,T,D]."""
-    width, states = states.shape[1], states.flatten(0, 1)  # [N,D]
-    targets = torch.tensor([i for tree in trees for row, _ in tree.rows for i in row], device=states.device)  # [M]
-    places = [b * width + node for b, tree in enumerate(trees) for _, path in tree.rows for node in path]
-    # options that begin alike, or have one id each, are read from the same logits
-    nodes, source = torch.tensor(places, device=states.device).unique(return_inverse=True)  # [U], [M]
+def _read_targets(model, states, sources, targets):
+    """Lists of log p of the targets [M], and of whether each is the most likely id, from states[sources] of [N,D]."""
     logprobs, best = torch.empty(len(targets), dtype=torch.float64), torch.empty(len(targets), dtype=torch.bool)
     size = max(1, 2**21 // model.config.vocab_size)  # logits of a few megabytes, which stay in a CPU's cache
-    for first in range(0, len(nodes), size):
-        logits = model.lm_head(states[nodes[first : first + size]])  # [n,V]
+    for first in range(0, len(states), size):
+        logits = model.lm_head(states[first : first + size])  # [n,V]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        here = ((source >= first) & (source < first + size)).nonzero().squeeze(1)  # [m]
-        row, wanted = source[here] - first, targets[here]  # [m]
-        top = logits.amax(-1, keepdim=True)  # [n,1]
-        gold = logits[row, wanted] - top[row, 0]  # [m], 0 where the target is as likely as any
+        here = ((sources >= first) & (sources < first + size)).nonzero().squeeze(1)  # [m]
+        row, wanted = sources[here] - first, targets[here]  # [m]
+        top = logits.amax(-1)  # [n]
+        gold = logits[row, wanted] - top[row]  # [m], 0 where no other id is more likely
         right = gold == 0
         right[right.clone()] = logits[row[right]].argmax(-1) == wanted[right]  # of equal ones the first counts
-        norm = logits.sub_(top).exp_().sum(-1).log_()  # [n]
-        logprobs[here] = (gold - norm[row]).to("cpu", torch.float64)
-        best[here] = right.cpu()
-    logprob, right = iter(logprobs.tolist()), iter(best.tolist())
-    return [[(sum([next(logprob) for _ in row]), all([next(right) for _ in row])) for row, _ in tree.rows]
-            for tree in trees]
+        norm = logits.sub_(top[:, None]).exp_().sum(-1).log_()  # [n]
+        logprobs[here], best[here] = (gold - norm[row]).to("cpu", torch.float64), right.cpu()
+    return logprobs.tolist(), best.tolist()
 
 
 @torch.no_grad()

@@ -638,11 +638,15 @@ class Block(nn.Module):
         self.mlp = MoE(config) if self.is_moe else MLP(config)
         self.dropout = config.dropout
 
-    def forward(self, x, rope, mask=None, causal=True, cache=None, token_mask=None) -> tuple[Tensor, Tensor | None]:
-        """x [B,T,D] -> (x [B,T,D], balance loss [B] or None in a dense layer)."""
+    def forward(self, x, rope, mask=None, causal=True, cache=None, token_mask=None,
+                wanted=None) -> tuple[Tensor, Tensor | None]:
+        """x [B,T,D] -> (x [B,T,D], balance loss [B] or None in a dense layer). wanted [N]: only these of the B*T places
+        are computed to the end, as a row of their own [1,N,D]."""
         # norm before each branch, none on the residual stream itself: gradients reach the bottom unscaled
         branch = self.self_attn(self.input_layernorm(x), rope, mask, causal, cache)
         x = x + F.dropout(branch, self.dropout, self.training)
+        if wanted is not None:
+            x = x.flatten(0, 1)[wanted][None]  # [B,T,D] -> [1,N,D]
         h = self.post_attention_layernorm(x)
         branch, balance = self.mlp(h, token_mask) if self.is_moe else (self.mlp(h), None)
         return x + F.dropout(branch, self.dropout, self.training), balance
@@ -659,7 +663,8 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(config)
 
-    def forward(self, ids, positions=None, documents=None, cache=None, token_mask=None, mask=None, recompute=False):
+    def forward(self, ids, positions=None, documents=None, cache=None, token_mask=None, recompute=False, mask=None,
+                wanted=None):
         """ids [B,T] -> (hidden states [B,T,D], balance loss [B], 0 where no layer has one). See Transformer.forward."""
         b, t = ids.shape
         causal = mask is None
@@ -678,14 +683,16 @@ class Backbone(nn.Module):
         x = F.dropout(self.embed_tokens(ids), self.config.dropout, self.training)  # [B,T,D]
         rope = self.rotary(positions, x.dtype)  # once for all layers
         balances = []
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers, 1):
+            # nothing looks at the last layer's output but the head: what is not wanted of it need not be computed
+            last = wanted if i == len(self.layers) else None
             # keep only x of each layer and run the layer again in backward: memory / L, time + 1/3
             if recompute and torch.is_grad_enabled():
-                x, balance = checkpoint(layer, x, rope, mask, causal, cache, token_mask, use_reentrant=False)
+                x, balance = checkpoint(layer, x, rope, mask, causal, cache, token_mask, last, use_reentrant=False)
             else:
-                x, balance = layer(x, rope, mask, causal, cache, token_mask)
+                x, balance = layer(x, rope, mask, causal, cache, token_mask, last)
             if balance is not None:
-                balances.append(balance)
+                balances.append(balance.expand(b))
         if cache is not None:
             cache.advance(t)
         return self.norm(x), torch.stack(balances).mean(0) if balances else x.new_zeros(b)
@@ -1041,10 +1048,12 @@ class Transformer(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def hidden_states(self, ids, positions=None, documents=None, cache=None, token_mask=None, mask=None) -> Tensor:
+    def hidden_states(self, ids, positions=None, documents=None, cache=None, token_mask=None, mask=None,
+                      wanted=None) -> Tensor:
         """Hidden states after the final norm [B,T,D]; lm_head turns them into logits. Arguments as in forward, and
-        mask: bool [B,1,T,S], True where a token may look, in place of the causal rule; it goes with positions."""
-        return self.model(ids, positions, documents, cache, token_mask, mask, self.gradient_checkpointing)[0]
+        mask: bool [B,1,T,S], True where a token may look, in place of the causal rule; it goes with positions.
+        wanted: int [N], numbers b * T + t of places; only their states are computed to the end and returned [1,N,D]."""
+        return self.model(ids, positions, documents, cache, token_mask, self.gradient_checkpointing, mask, wanted)[0]
 
     def forward(self, ids, positions=None, documents=None, cache=None, token_mask=None, return_balance=False,
                 logits_to_keep=0, target_mask=None, sum_targets=False):
@@ -1062,7 +1071,7 @@ class Transformer(nn.Module):
             sum_targets: with target_mask, one number, the sum of these log-probabilities: cheaper still.
         balance[b] is the mean over the expert layers of E * sum_e f_e P_e over the row's real tokens (see MoE).
         """
-        h, balance = self.model(ids, positions, documents, cache, token_mask, None, self.gradient_checkpointing)
+        h, balance = self.model(ids, positions, documents, cache, token_mask, self.gradient_checkpointing)
         if target_mask is None:
             out = self.lm_head(h[:, -logits_to_keep:])  # -0: means all
         else:
