@@ -1,6 +1,7 @@
 """Benchmarks beside lm-evaluation-harness: seconds for the same questions on the same model, and the same numbers.
 
-    python bench/evaluation.py --weight out/sft --task_dir DATA/eval --tasks hellaswag,piqa --limit 100
+    python bench/evaluation.py --weight out/sft --task_dir DATA/eval                     # the whole table
+    python bench/evaluation.py --weight out/sft --task_dir DATA/eval --tasks hellaswag,piqa --limit 100 --few_shot 0
 
 Both begin with the same texts (made by tasks.py; tests/test_tasks.py compares them with the harness's own) and end with
 their log-probabilities, on one set of weights, in fp32 with the same threads. The harness runs its own HFLM on
@@ -8,9 +9,16 @@ their log-probabilities, on one set of weights, in fp32 with the same threads. T
 the median of the rounds is kept, and what is counted is processor time (over all threads), which a busy machine
 disturbs less than the clock. Needs lm-eval (requirements-dev.txt). Reading files and starting up are counted for
 neither.
+
+Columns: seconds of both; times = the harness's best / ours; times its default = its batch size 1 / ours; arithmetic =
+products of matrices that the harness computes / those that nobody can avoid (every distinct beginning once through the
+layers, a head where an id is scored): what would be gained if both were equally fast at equal work.
 """
 import argparse
+import itertools
 import json
+import math
+import os
 import statistics
 import sys
 import time
@@ -30,15 +38,29 @@ from model import Transformer  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 
-def questions(name, args):
+def questions(name, args, few_shot):
     """Neighbouring items from the middle of one task: of an exam mostly of one subject, as in a whole run."""
-    items, _ = tasks.load(name, args.task_dir, 0, args.few_shot)
+    items, _ = tasks.load(name, args.task_dir, 0, few_shot)
     first = max(0, len(items) // 2 - args.limit // 2)
     return items[first : first + args.limit]
 
 
+def arithmetic(model, groups):
+    """Weights times ids that the harness multiplies, divided by those that are needed; attention is left out."""
+    head = model.config.vocab_size * model.config.hidden_size
+    layers = model.flops_per_token(0) / 6 - head
+    # the harness, too, reads a context once for all answers of one id
+    rows = sorted({(tuple(ids[:-1]), start) for group in groups for ids, start in group})
+    distinct, scored = len(rows[0][0]), len(rows[0][0]) - rows[0][1] + 1
+    for (before, _), (ids, start) in itertools.pairwise(rows):
+        shared = len(os.path.commonprefix([before, ids]))
+        distinct += len(ids) - shared
+        scored += len(ids) - max(shared, start - 1)
+    return sum(len(ids) for ids, _ in rows) * (layers + head) / (distinct * layers + scored * head)
+
+
 def ours(model, tokenizer, name, items, batch_size):
-    """Log-probabilities in order (a page's windows added up), and seconds."""
+    """Log-probabilities in order (a page's windows added up), seconds, and the requests."""
     start = time.process_time()
     groups = tasks.requests(tasks.TASKS[name], items, tokenizer, model.config.max_position_embeddings)
     found = dict(metrics.sequence_scores(model, [rows for _, rows in groups], batch_size, pad_id=tokenizer.pad_id))
@@ -47,8 +69,8 @@ def ours(model, tokenizer, name, items, batch_size):
         pages = defaultdict(float)
         for n, (item, _) in enumerate(groups):
             pages[item] += found[n][0][0]
-        return list(pages.values()), seconds
-    return [logprob for n in range(len(groups)) for logprob, _ in found[n]], seconds
+        return list(pages.values()), seconds, groups
+    return [logprob for n in range(len(groups)) for logprob, _ in found[n]], seconds, groups
 
 
 def theirs(harness, name, items, batch_size):
@@ -70,14 +92,47 @@ def theirs(harness, name, items, batch_size):
     return [logprob for logprob, _ in found], time.process_time() - start
 
 
+def compare(name, few_shot, model, tokenizer, harness, args):
+    """A row of the table."""
+    items, seconds = questions(name, args, few_shot), {key: [] for key in ("ours", *args.batch_sizes)}
+    for _ in range(args.rounds):
+        own, spent, groups = ours(model, tokenizer, name, items, args.batch_size)
+        seconds["ours"].append(spent)
+        for size in args.batch_sizes:
+            other, spent = theirs(harness, name, items, size)
+            seconds[size].append(spent)
+    seconds = {key: statistics.median(values) for key, values in seconds.items()}
+    best = min(args.batch_sizes, key=seconds.get)
+    apart = max(abs(a - b) / max(1, abs(b)) for a, b in zip(own, other, strict=True))
+    assert apart < 1e-3, f"{name}: log-probabilities differ by {apart:.1e} of their size"
+    return {"task": name, "few_shot": few_shot, "items": len(items), "rows": len(own),
+            "ours_s": round(seconds["ours"], 3), "harness_s": round(seconds[best], 3), "harness_batch": best,
+            "harness_default_s": round(seconds.get(1, math.nan), 3), "ratio": round(seconds[best] / seconds["ours"], 2),
+            "arithmetic": round(arithmetic(model, [rows for _, rows in groups]), 2), "largest_difference": apart}
+
+
+def show(rows):
+    """Print rows as lines of the table, and what they add up to if there are several."""
+    if len(rows) > 1:
+        total = {key: sum(row[key] for row in rows) for key in ("rows", "ours_s", "harness_s", "harness_default_s")}
+        rows = [{"task": "all", "few_shot": "", "harness_batch": "best", "arithmetic": "", **total}]
+    for row in rows:
+        ratios = [f"{row[key] / row['ours_s']:.2f}" for key in ("harness_s", "harness_default_s")]
+        cells = (row["task"], row["few_shot"], row["rows"], f"{row['ours_s']:.2f}", f"{row['harness_s']:.2f}",
+                 row["harness_batch"], *ratios, row["arithmetic"])
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
 def parse_args(argv=None):
     """Flags of the bench."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weight", required=True, help="checkpoint folder")
     parser.add_argument("--task_dir", required=True, help="folder with the published files")
-    parser.add_argument("--tasks", default="hellaswag,arc_easy,winogrande,piqa,boolq,lambada,wikitext2,ceval,mmlu")
-    parser.add_argument("--limit", type=int, default=64, help="items of each task")
-    parser.add_argument("--few_shot", type=int, default=0, help="examples in front of each question")
+    parser.add_argument("--tasks", default="hellaswag,arc_easy,arc_challenge,winogrande,piqa,boolq,lambada,ceval,cmmlu,"
+                                           "mmlu", help="wikitext2 takes hours with as many pages as others have items")
+    parser.add_argument("--limit", type=int, default=48, help="items of each task")
+    parser.add_argument("--few_shot", type=int, nargs="+", default=[0, 5],
+                        help="examples in front of each question; pages have none")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32],
                         help="of the harness; the best counts")
@@ -88,38 +143,27 @@ def parse_args(argv=None):
 
 
 def main(args):
-    """Print a line a task and the ratio over all."""
+    """Print the table, then sums of all tasks without and with examples."""
     from lm_eval.models.huggingface import HFLM
 
     torch.set_num_threads(args.threads)
     common._keep_freed_memory()  # as every script does; it serves both
     tokenizer, model = Tokenizer.from_pretrained(args.weight), Transformer.from_pretrained(args.weight)
     harness = HFLM(pretrained=args.weight, device="cpu", dtype="float32", batch_size=1)
-    totals = [0.0, 0.0]
-    for name in args.tasks.split(","):
-        items = questions(name, args)
-        seconds = {key: [] for key in ("ours", *args.batch_sizes)}
-        for _ in range(args.rounds):
-            own, spent = ours(model, tokenizer, name, items, args.batch_size)
-            seconds["ours"].append(spent)
-            for size in args.batch_sizes:
-                other, spent = theirs(harness, name, items, size)
-                seconds[size].append(spent)
-        seconds = {key: statistics.median(values) for key, values in seconds.items()}
-        best = min(args.batch_sizes, key=seconds.get)
-        apart = max(abs(a - b) / max(1, abs(b)) for a, b in zip(own, other, strict=True))
-        assert apart < 1e-3, f"{name}: log-probabilities differ by {apart:.1e} of their size"
-        totals = [totals[0] + seconds["ours"], totals[1] + seconds[best]]
-        row = {"task": name, "few_shot": args.few_shot, "items": len(items), "rows": len(own),
-               "ours_s": round(seconds["ours"], 3), "harness_s": round(seconds[best], 3), "harness_batch": best,
-               "ratio": round(seconds[best] / seconds["ours"], 2), "largest_difference": apart}
-        print(f"{name:14} {row['ratio']:5.2f} times the harness's speed ({row['ours_s']:.2f} s and "
-              f"{row['harness_s']:.2f} s at its batch size {best}), {len(own)} rows, apart by {apart:.0e}", flush=True)
+    print("| task | examples | rows | here, s | harness, s | its batch | times | times its default | arithmetic |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    rows = []
+    for few_shot, name in itertools.product(args.few_shot, args.tasks.split(",")):
+        if tasks.shots(tasks.TASKS[name], few_shot) != few_shot:
+            continue
+        rows.append(compare(name, few_shot, model, tokenizer, harness, args))
+        show(rows[-1:])
         if args.output:
             with open(args.output, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-    print(f"{'all':14} {totals[1] / totals[0]:5.2f} times")
-    return {"ratio": totals[1] / totals[0]}
+                file.write(json.dumps(rows[-1]) + "\n")
+    for few_shot in args.few_shot:
+        show([row for row in rows if row["few_shot"] == few_shot])
+    return {"ratio": sum(row["harness_s"] for row in rows) / sum(row["ours_s"] for row in rows)}
 
 
 if __name__ == "__main__":

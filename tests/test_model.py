@@ -249,6 +249,20 @@ def test_logits_to_keep_and_hidden_states_are_views_of_one_forward():
     torch.testing.assert_close(model.lm_head(model.hidden_states(ids)), logits)
 
 
+@pytest.mark.parametrize("kind", ["dense", "moe", "shared"])
+def test_a_mask_replaces_the_causal_rule_and_only_wanted_states_are_returned(kind):
+    model, ids = make_model(kind, torch.float64), random_ids(2, 9)
+    states = model.hidden_states(ids)
+    wanted, mask = torch.tensor([3, 12]), torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
+    found = model.hidden_states(ids, torch.arange(9)[None], mask=mask, wanted=wanted)
+    torch.testing.assert_close(found, torch.stack((states[0, 3], states[1, 3]))[None], atol=1e-12, rtol=0)
+    mask = mask & (torch.arange(9) != 4)  # nobody looks at place 4: as if it were not there, but for the positions
+    mask[..., 4, 4] = True
+    rest = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])
+    found = model.hidden_states(ids, torch.arange(9)[None], mask=mask)[:, rest]
+    torch.testing.assert_close(found, model.hidden_states(ids[:, rest], rest[None]), atol=1e-12, rtol=0)
+
+
 def test_bf16_model_keeps_exact_angles_at_far_positions():
     exact, rounded = make_model().model.rotary, make_model(dtype=torch.bfloat16).model.rotary
     positions = torch.tensor([[0, 1000, 100_000]])
