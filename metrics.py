@@ -175,12 +175,13 @@ def sequence_scores(model, groups: Sequence[Sequence[tuple[list[int], int]]], ba
     for trunk, members in _families(groups):
         trees = sorted((_tree(n, groups[n], len(trunk)) for n in members), key=lambda tree: -len(tree.ids))
         widest, cache = len(trees[0].ids), None
-        most = max(1, min(batch_size, 16 * max_tokens // (len(trunk) + widest)))
+        most = max(1, min(batch_size, len(trees), 16 * max_tokens // (len(trunk) + widest)))
         if trunk:
             with autocast():
                 cache = model.new_cache(most, len(trunk) + widest)
                 cache.keep([0])  # read once, then copied to all rows
-                model.hidden_states(torch.tensor([trunk], device=cache.kv.device), cache=cache)
+                ids = torch.tensor([trunk], device=cache.kv.device)  # [1,T]
+                model.hidden_states(ids, cache=cache, wanted=ids.new_empty(0))  # for keys and values only
                 cache.keep([0] * most)
         while trees:  # neighbours in size stand together, so hardly any padding is computed
             count = max(1, min(most, max_tokens // len(trees[0].ids)))
@@ -192,8 +193,8 @@ def sequence_scores(model, groups: Sequence[Sequence[tuple[list[int], int]]], ba
 
 
 def _families(groups):
-    """(trunk, numbers of groups): groups that all begin with the ids of the trunk, which no scored id depends on alone.
-    Groups with few of their kind come last, without a trunk."""
+    """(trunk, numbers of groups): groups that all begin with the ids of the trunk, which is worth a pass of its own.
+    The others come last, with an empty trunk."""
     by_head, others = defaultdict(list), []
     for n, group in enumerate(groups):
         by_head[tuple(group[0][0][:SHARED])].append(n)
