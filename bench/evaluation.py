@@ -112,7 +112,7 @@ def compare(name, few_shot, model, tokenizer, harness, args):
 
 
 def show(rows):
-    """Print rows as lines of the table, and what they add up to if there are several."""
+    """Print a row as a line of the table; of several what they add up to."""
     if len(rows) > 1:
         total = {key: sum(row[key] for row in rows) for key in ("rows", "ours_s", "harness_s", "harness_default_s")}
         rows = [{"task": "all", "few_shot": "", "harness_batch": "best", "arithmetic": "", **total}]
@@ -162,7 +162,9 @@ def main(args):
             with open(args.output, "a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
     for few_shot in args.few_shot:
-        show([row for row in rows if row["few_shot"] == few_shot])
+        part = [row for row in rows if row["few_shot"] == few_shot]
+        if len(part) > 1:
+            show(part)
     return {"ratio": sum(row["harness_s"] for row in rows) / sum(row["ours_s"] for row in rows)}
 
 
