@@ -181,7 +181,7 @@ def sequence_scores(model, groups: Sequence[Sequence[tuple[list[int], int]]], ba
                 cache = model.new_cache(most, len(trunk) + widest)
                 cache.keep([0])  # read once, then copied to all rows
                 ids = torch.tensor([trunk], device=cache.kv.device)  # [1,T]
-                model.hidden_states(ids, cache=cache, wanted=ids.new_zeros(1))  # for its keys and values; no state is read
+                model.hidden_states(ids, cache=cache, wanted=ids.new_zeros(1))  # for keys and values only
                 cache.keep([0] * most)
         while trees:  # neighbours in size stand together, so hardly any padding is computed
             count = max(1, min(most, max_tokens // len(trees[0].ids)))

@@ -11,8 +11,8 @@ disturbs less than the clock. Needs lm-eval (requirements-dev.txt). Reading file
 neither.
 
 Columns: seconds of both; times = the harness's best / ours; times its default = its batch size 1 / ours; arithmetic =
-products of matrices that the harness computes / those that nobody can avoid (every distinct beginning once through the
-layers, a head where an id is scored): what would be gained if both were equally fast at equal work.
+products of matrices that the harness computes / those needed (every distinct beginning once through the layers; the
+last MLP and the head where an id is scored): what would be gained if both did equal work equally fast.
 """
 import argparse
 import itertools
@@ -49,6 +49,7 @@ def arithmetic(model, groups):
     """Weights times ids that the harness multiplies, divided by those that are needed; attention is left out."""
     head = model.config.vocab_size * model.config.hidden_size
     layers = model.flops_per_token(0) / 6 - head
+    last = sum(p.numel() for p in model.model.layers[-1].mlp.parameters())  # only the head looks at what it gives
     # the harness, too, reads a context once for all answers of one id
     rows = sorted({(tuple(ids[:-1]), start) for group in groups for ids, start in group})
     distinct, scored = len(rows[0][0]), len(rows[0][0]) - rows[0][1] + 1
@@ -56,7 +57,7 @@ def arithmetic(model, groups):
         shared = len(os.path.commonprefix([before, ids]))
         distinct += len(ids) - shared
         scored += len(ids) - max(shared, start - 1)
-    return sum(len(ids) for ids, _ in rows) * (layers + head) / (distinct * layers + scored * head)
+    return sum(len(ids) for ids, _ in rows) * (layers + head) / (distinct * (layers - last) + scored * (last + head))
 
 
 def ours(model, tokenizer, name, items, batch_size):
