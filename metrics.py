@@ -259,11 +259,11 @@ def _score_trees(model, trees, known, cache, pad_id):
 
 def _read_targets(model, states, sources, targets):
     """Lists of log p of the targets [M], and of whether each is the most likely id, from states[sources] of [N,D]."""
-    logprobs, best = torch.empty(len(targets), dtype=torch.float64), torch.empty(len(targets), dtype=torch.bool)
+    wide = torch.promote_types(states.dtype, torch.float32)
+    logprobs, best = states.new_empty(len(targets), dtype=wide), states.new_empty(len(targets), dtype=torch.bool)
     size = max(1, 2**21 // model.config.vocab_size)  # logits of a few megabytes, which stay in a CPU's cache
     for first in range(0, len(states), size):
-        logits = model.lm_head(states[first : first + size])  # [n,V]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = model.lm_head(states[first : first + size]).to(wide)  # [n,V]
         here = ((sources >= first) & (sources < first + size)).nonzero().squeeze(1)  # [m]
         row, wanted = sources[here] - first, targets[here]  # [m]
         top = logits.amax(-1)  # [n]
@@ -271,7 +271,7 @@ def _read_targets(model, states, sources, targets):
         right = gold == 0
         right[right.clone()] = logits[row[right]].argmax(-1) == wanted[right]  # of equal ones the first counts
         norm = logits.sub_(top[:, None]).exp_().sum(-1).log_()  # [n]
-        logprobs[here], best[here] = (gold - norm[row]).to("cpu", torch.float64), right.cpu()
+        logprobs[here], best[here] = gold - norm[row], right
     return logprobs.tolist(), best.tolist()
 
 
