@@ -154,15 +154,29 @@ def test_int8_products_are_off_by_their_rounding_only(form):
     """A rounding error is uniform within half a step of largest / 127: of standard deviation step / sqrt(12)."""
     draw = torch.Generator().manual_seed(0)
     matrix, (pack, multiply) = torch.randn(64, 256, generator=draw), INT8_FORMS[form]
-    packed = pack(matrix)
-    assert packed[0].dtype == torch.int8 and packed[0].abs().max() == 127
+    numbers, _ = generation._quantize(matrix)
+    assert numbers.dtype == torch.int8 and numbers.abs().max() == 127
+    try:
+        packed = pack(matrix)
+    except (RuntimeError, AttributeError) as error:
+        pytest.skip(f"not on this machine: {error}")
     for rows in (1, 3, 20):
         x = torch.randn(rows, 256, generator=draw)
-        error = (multiply(x, packed) - x @ matrix.T).norm() / (x @ matrix.T).norm()
         step = (matrix.abs().amax(1).mean() + x.abs().amax(1).mean()) / 127
-        assert 1e-4 < error < 2 * step / 12**0.5
+        x[1::2] *= 1000  # a row's error is measured by its own numbers, not by those of its neighbours
+        exact = x @ matrix.T
+        error = (multiply(x, packed) - exact).norm(dim=1) / exact.norm(dim=1)  # [rows]
+        assert 1e-4 < error.min() and error.max() < 2 * step / 12**0.5
     zero = multiply(torch.zeros(1, 256), packed)
     assert not zero.any() and not multiply(x, pack(torch.zeros(64, 256))).any(), "no division by zero"
+
+
+@pytest.mark.parametrize("size", [20, 40, 48])
+def test_no_int8_product_reads_past_a_short_row(size):
+    """On one processor the product "int8 weights" ended the process with rows of 20, 24 and 40 numbers."""
+    matrix = torch.randn(48, size, generator=torch.Generator().manual_seed(0))
+    form = generation.fastest_form(INT8_FORMS, [matrix])
+    assert form != "int8 weights"
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "plain"])
@@ -176,6 +190,18 @@ def test_copy_gives_the_models_logits(monkeypatch, kind, chunks):
         parts.append(copy.lm_head(h.flatten(0, 1)).view(3, count, -1))
         start += count
     torch.testing.assert_close(torch.cat(parts, 1), model(ids).detach(), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["moe", "shared_scaled"])
+def test_experts_are_copied_in_int8_too(monkeypatch, kind):
+    model, ids = model_of(kind), random_ids(2, 12)
+    copy = copy_with(monkeypatch, model, "int8 products", INT8_FORMS)
+    monkeypatch.setattr(type(model.model.layers[-1].mlp), "forward", None)  # the model's own experts are not asked
+    logits = copy.lm_head(copy.hidden_states(ids, copy.new_cache(2, 12)).flatten(0, 1))
+    monkeypatch.undo()
+    exact = model(ids).detach().flatten(0, 1)
+    # the middle row: where two experts are about as good, rounding may choose the other one
+    assert 1e-4 < ((logits - exact).norm(dim=1) / exact.norm(dim=1)).median() < 0.05
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "shared", "yarn"])
