@@ -227,16 +227,15 @@ def _pack_int8(matrix):
     if not torch.cpu._is_vnni_supported():  # without VNNI that product adds up in 16 bits, where sums may not fit
         raise RuntimeError("no int8 instructions")
     scales = _quantize(matrix)[1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch will drop such matrices one day: then other forms remain
-        zeros = torch.zeros(len(matrix), dtype=torch.int64)
+    zeros = torch.zeros(len(matrix), dtype=torch.int64)
+    with warnings.catch_warnings(record=True):  # torch says it will drop such matrices: then the other forms remain
         return torch.ops.quantized.linear_prepack(
             torch.quantize_per_channel(matrix.float(), scales, zeros, 0, torch.qint8), None)
 
 
 def _multiply_packed_int8(x, packed):
-    """As _multiply_int8(), in fewer calls. This product has one scale for all rows: they are made equally large before,
-    or a row with small numbers would be lost beside one with large ones."""
+    """As _multiply_int8(), in fewer calls. The product takes one scale for all rows, in which small numbers would be
+    lost beside a row of large ones: so rows are made equally large before."""
     if len(x) == 1:
         return torch.ops.quantized.linear_dynamic(x.float(), packed).to(x.dtype)
     largest = x.abs().amax(1, keepdim=True).clamp_(min=1e-12)  # [N,1]
