@@ -25,6 +25,7 @@ head_dim; in beam search K beams.
 """
 import contextlib
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -216,9 +217,36 @@ def _quantize(matrix):
 def _multiply_int8(x, packed):
     """Rows in int8 as well, with a scale each, so that the product is one of whole numbers."""
     weight, scales = packed
-    steps = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True).clamp_(min=1e-12).div_(127)  # [N,1]
+    steps = x.abs().amax(1, keepdim=True).clamp_(min=1e-12).div_(127)  # [N,1]
     rows = (x / steps).round_().to(torch.int8)
     return (torch._int_mm(rows, weight.t()) * (steps * scales)).to(x.dtype)
+
+
+def _pack_int8(matrix):
+    """_quantize() in the order in which torch's product of packed matrices reads it."""
+    if not torch.cpu._is_vnni_supported():  # without VNNI that product adds up in 16 bits, where sums may not fit
+        raise RuntimeError("no int8 instructions")
+    scales = _quantize(matrix)[1]
+    zeros = torch.zeros(len(matrix), dtype=torch.int64)
+    with warnings.catch_warnings(record=True):  # torch says it will drop such matrices: then the other forms remain
+        return torch.ops.quantized.linear_prepack(
+            torch.quantize_per_channel(matrix.float(), scales, zeros, 0, torch.qint8), None)
+
+
+def _multiply_packed_int8(x, packed):
+    """As _multiply_int8(), in fewer calls. The product takes one scale for all rows, in which small numbers would be
+    lost beside a row of large ones: so rows are made equally large before."""
+    if len(x) == 1:
+        return torch.ops.quantized.linear_dynamic(x.float(), packed).to(x.dtype)
+    largest = x.abs().amax(1, keepdim=True).clamp_(min=1e-12)  # [N,1]
+    return torch.ops.quantized.linear_dynamic((x / largest).float(), packed).mul_(largest).to(x.dtype)
+
+
+def _pack_weights_int8(matrix):
+    """_quantize() for a product that reads whole vector registers, past the end of a shorter row."""
+    if matrix.shape[1] % 32:
+        raise RuntimeError("rows that do not fill registers")
+    return _quantize(matrix)
 
 
 def _multiply_weights_int8(x, packed):
@@ -232,7 +260,9 @@ def _multiply_weights_int8(x, packed):
 FORMS = {"plain products": (lambda matrix: matrix, F.linear),
          "transposed": (lambda matrix: matrix.t().contiguous(), torch.matmul),
          "split in two": (_in_two, _multiply_in_two)}
-INT8_FORMS = {"int8 products": (_quantize, _multiply_int8), "int8 weights": (_quantize, _multiply_weights_int8)}
+INT8_FORMS = {"packed int8 products": (_pack_int8, _multiply_packed_int8),
+              "int8 products": (_quantize, _multiply_int8),
+              "int8 weights": (_pack_weights_int8, _multiply_weights_int8)}
 
 
 # -- Inference copies --------------------------------------------------------------------------------------------------
@@ -280,7 +310,7 @@ class InferenceCopy:
     them: q, k and v come of one product, gate and up of another; the gain of the norm before a product is part of its
     matrix; q and k are normalised and turned together; keys and values are written by one copy. Inside a head the two
     numbers of a rotated pair are neighbours, not halves apart: as a complex number they turn by one product. That
-    reorders q and k alike, so their dot products stay. Experts stay as they are.
+    reorders q and k alike, so their dot products stay.
     """
 
     def __init__(self, model, dtype: torch.dtype, int8: bool = False):
@@ -290,10 +320,14 @@ class InferenceCopy:
         self.forms = INT8_FORMS if int8 else FORMS
         self.embedding = model.model.embed_tokens.weight.detach()  # [V,D], shared
         self.layers = [self._layer(block) for block in model.model.layers]
-        layers = [layer for layer in self.layers if "up" in layer]
         self.products = set()  # names of the forms in use
-        for name in ("qkv", "o", "up", "down"):
-            self._pack(name, layers if name in ("up", "down") else self.layers)
+        for name in ("qkv", "o"):
+            self._pack(name, self.layers)
+        experts = [expert for layer in self.layers for expert in layer.get("experts", ())]
+        shared = [layer["shared"] for layer in self.layers if "shared" in layer]
+        for mlps in ([layer for layer in self.layers if "up" in layer], experts, shared):
+            self._pack("up", mlps)
+            self._pack("down", mlps)
         head = {"head": model.lm_head.weight.detach().to(dtype)}  # [V,D]
         self._pack("head", [head])
         self.lm_head = head["head"]  # h [B,D] -> logits [B,V]
@@ -323,15 +357,24 @@ class InferenceCopy:
         layer = {"qkv": (qkv * block.input_layernorm.weight.detach() * root).to(self.dtype),
                  "gains": torch.cat(gains).to(self.wide) * c**0.5,  # [H+K,C]
                  "o": attention.o_proj.weight.detach().to(self.dtype)}
-        if block.is_moe:
-            return layer | {"experts": block}
+        gain = block.post_attention_layernorm.weight.detach() * root
+        if not block.is_moe:
+            return layer | self._mlp_matrices(mlp, gain)
+        layer |= {"router": mlp.gate, "gain": gain, "experts": [self._mlp_matrices(e, gain) for e in mlp.experts]}
+        if self.config.n_shared_experts:
+            layer["shared"] = self._mlp_matrices(mlp.shared_experts, gain)
+        return layer
+
+    def _mlp_matrices(self, mlp, gain) -> dict:
+        """The matrices of one MLP behind a norm with this gain [D]."""
         parts = [mlp.gate_proj, mlp.up_proj] if mlp.gated else [mlp.up_proj]
         up = torch.cat([part.weight.detach() for part in parts])  # [2F,D] or [F,D]
-        return layer | {"up": (up * block.post_attention_layernorm.weight.detach() * root).to(self.dtype),
-                        "act": mlp.act, "gated": mlp.gated, "down": mlp.down_proj.weight.detach().to(self.dtype)}
+        return {"up": (up * gain).to(self.dtype), "act": mlp.act, "gated": mlp.gated,
+                "down": mlp.down_proj.weight.detach().to(self.dtype)}
 
     def _pack(self, name: str, layers: list[dict]):
-        """Replace this matrix [M,K] of each layer by the product with it: a function of rows x [N,K] -> [N,M]."""
+        """Replace this matrix [M,K] of each of these layers or MLPs by the product with it: a function of rows x [N,K]
+        -> [N,M]."""
         if not layers:
             return
         form = fastest_form(self.forms, [layer[name] for layer in layers[:3]])
@@ -362,7 +405,7 @@ class InferenceCopy:
             q, kv = self._rotated(layer, x, turns, (b, t))  # [B,T,H,C], [2,B,K,T,C]
             keys, values = cache.write(i, kv).unbind(0)  # [B,K,S,C]
             x = x + layer["o"](self._attend(q, keys, values, mask, empty))
-            x = x + self._mlp(layer, x, (b, t))
+            x = x + self._second_half(layer, x)
         cache.advance(t)
         return self.model.model.norm(x).to(self.dtype).view(b, t, -1)
 
@@ -392,13 +435,24 @@ class InferenceCopy:
                                            enable_gqa=True)
         return y.transpose(1, 2).reshape(b * t, heads * c)
 
-    def _mlp(self, layer, x, shape):
+    def _second_half(self, layer, x):
         """What the second half of a block adds to x [N,D]."""
-        if "experts" in layer:
-            block = layer["experts"]
-            return block.mlp(block.post_attention_layernorm(x).view(*shape, -1))[0].view(x.shape)
-        h = layer["up"](self._unit(x, self.eps).to(self.dtype))  # [N,2F] or [N,F]
-        if not layer["gated"]:
-            return layer["down"](layer["act"](h))
+        x = self._unit(x, self.eps)
+        h = x.to(self.dtype)
+        if "experts" not in layer:
+            return self._mlp(layer, h)
+        _, weights, chosen = layer["router"](x * layer["gain"])  # weights and experts of each row [N,k]
+        y = self._mlp(layer["shared"], h) if "shared" in layer else torch.zeros_like(h)
+        for expert in sorted(set(chosen.flatten().tolist())):  # one token visits few of them: the others cost nothing
+            rows, choice = torch.where(chosen == expert)
+            visits = self._mlp(layer["experts"][expert], h[rows])  # [rows,D]
+            y.index_add_(0, rows, visits * weights[rows, choice, None].to(visits.dtype))
+        return y
+
+    def _mlp(self, mlp, h):
+        """One MLP on h [N,D]."""
+        h = mlp["up"](h)  # [N,2F] or [N,F]
+        if not mlp["gated"]:
+            return mlp["down"](mlp["act"](h))
         gate, up = h.chunk(2, dim=-1)
-        return layer["down"](layer["act"](gate) * up)
+        return mlp["down"](mlp["act"](gate) * up)

@@ -6,6 +6,7 @@
 
 single: one prompt, greedy, prompt included. batch: 16 rows, greedy. overhead: one prompt, 8 layers so narrow that their
 products cost nothing; what is left is the program around them. sampling: drawing an id from logits, without a model.
+products: the matrices of one step in every form that generation.py knows, beside reading them as an array is read.
 lengths: many prompts whose answers end at different lengths, 16 rows at a time.
 
 Contenders take turns within a round, so that a slow minute of the machine hits all of them; numbers are medians over
@@ -16,7 +17,9 @@ Letters: B rows, V vocabulary.
 """
 
 import argparse
+import contextlib
 import copy
+import functools
 import json
 import statistics
 import sys
@@ -201,6 +204,32 @@ def compare_sampling(args, bf16):
             report(f"sampling, {rows} rows, top-k {top_k or 'off'}", seconds, calls, "us a step", args)
 
 
+def compare_products(args, bf16):
+    """The matrices of one step in their order, for 1, 4 and 16 rows; the first line is the floor that memory sets."""
+    for shape in ["quick"] if args.quick else args.shapes:
+        config = ModelConfig(**SHAPES[shape])
+        c, d, width = config.head_dim, config.hidden_size, config.intermediate_size
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        sizes = [((heads + 2 * kv_heads) * c, d), (d, heads * c), (2 * width, d), (d, width)]
+        sizes = sizes * config.num_hidden_layers + [(config.vocab_size, d)]
+        matrices = [0.05 * torch.randn(size) for size in sizes]
+        found = {"reading all matrices in fp32": (functools.partial(multiply_all, lambda x, m: m.sum(), matrices), 0.0)}
+        for name, (pack, multiply) in (generation.FORMS | generation.INT8_FORMS).items():
+            with contextlib.suppress(RuntimeError, AttributeError):  # this build of torch may lack the product
+                packed = [pack(matrix) for matrix in matrices]
+                found[name] = (functools.partial(multiply_all, multiply, packed), 0.0)
+        for count in (1, 4, 16):
+            with torch.inference_mode():
+                seconds = in_turns(found, args.rounds, [torch.randn(count, size[1]) for size in sizes])
+            report(f"products, {shape}, {count} rows", seconds, 1, "us a step", args)
+
+
+def multiply_all(multiply, matrices, rows):
+    """Each matrix with its own rows."""
+    for x, matrix in zip(rows, matrices, strict=True):
+        multiply(x, matrix)
+
+
 def compare_lengths(args, bf16):
     """Answers that end by themselves at different lengths, about geometrically distributed."""
     shape, waves, mean = ("quick", 2, 8) if args.quick else ("A", 4, 32)
@@ -238,7 +267,7 @@ def compare_lengths(args, bf16):
 
 
 PARTS = {"single": compare_single, "batch": compare_batch, "overhead": compare_overhead, "sampling": compare_sampling,
-         "lengths": compare_lengths}
+         "products": compare_products, "lengths": compare_lengths}
 
 
 def parse_args(argv=None):
@@ -246,7 +275,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("parts", nargs="*", default=[], metavar="part", help=f"of {', '.join(PARTS)}; left out: all")
-    parser.add_argument("--shapes", nargs="+", default=["A", "B"], choices=("A", "B"), help="single: which models")
+    parser.add_argument("--shapes", nargs="+", default=["A", "B"], choices=("A", "B"),
+                        help="single and products: which models")
     parser.add_argument("--rounds", type=int, default=5, help="measured runs of each contender")
     parser.add_argument("--quick", type=int, choices=(0, 1), default=0, help="1: tiny shapes and few tokens")
     parser.add_argument("--threads", type=int, default=common.count_cores(), help="CPU threads")
