@@ -364,19 +364,6 @@ def seed_everything(seed):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Steps and learning rate
-def check_ratio(name, deviation, step, runtime):
-    """Two forwards of the same policy must agree: ratios of their probabilities are 1, off by at most 1e-5 in fp32 and
-    fp64, or the run ends. Other dtypes round: a warning above 0.05, in the first step. deviation: the largest |q - 1|.
-    """
-    tf32 = runtime.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    if runtime.dtype in (torch.float32, torch.float64) and not tf32:
-        # nan passes: what is not finite is told apart elsewhere, and skipped
-        assert not deviation > 1e-5, f"{name} is off 1 by {deviation:.1e}: the two forwards are not of one policy"
-    elif deviation > 0.05 and step == 0:
-        runtime.print(f"warning: {name} is off 1 by {deviation:.3f}; rounding of {str(runtime.dtype)[6:]} explains "
-                      "about 0.05. --dtype float32 shows whether it is only that")
-
-
 def lr_scale(step, max_steps, warmup_steps, schedule="linear", floor=0.0):
     """Factor on the peak learning rate at optimizer step `step` (0-based): linear warm-up, then the named shape down
     to `floor`.
@@ -538,6 +525,19 @@ def _saved_bytes(runtime, parameters, forward, ids):
         graph = forward(ids.to(runtime.device))  # held until here is done: a freed address could be used twice
     del graph
     return sum(size for address, size in sizes.items() if address not in known)
+
+
+def check_ratio(name, deviation, step, runtime):
+    """Two forwards of the same policy must agree: ratios of their probabilities are 1, off by at most 1e-5 in fp32 and
+    fp64, or the run ends. Other dtypes round: a warning above 0.05, in the first step. deviation: the largest |q - 1|.
+    """
+    tf32 = runtime.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    if runtime.dtype in (torch.float32, torch.float64) and not tf32:
+        # nan passes: what is not finite is told apart elsewhere, and skipped
+        assert not deviation > 1e-5, f"{name} is off 1 by {deviation:.1e}: the two forwards are not of one policy"
+    elif deviation > 0.05 and step == 0:
+        runtime.print(f"warning: {name} is off 1 by {deviation:.3f}; rounding of {str(runtime.dtype)[6:]} explains "
+                      "about 0.05. --dtype float32 shows whether it is only that")
 
 
 class NonFinite:

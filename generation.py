@@ -208,9 +208,14 @@ def _multiply_in_two(x, blocks):
     return torch.bmm(blocks, x.t().expand(2, -1, 1)).view(1, -1)
 
 
+def _row_scales(matrix):
+    """What the largest number of each row [M] is divided by to become 127."""
+    return matrix.float().abs().amax(1).clamp(min=1e-12) / 127
+
+
 def _quantize(matrix):
     """int8 numbers [M,K] and a scale for each row [M]: matrix ~ numbers * scales[:, None]."""
-    scales = matrix.float().abs().amax(1).clamp(min=1e-12) / 127
+    scales = _row_scales(matrix)
     return (matrix / scales[:, None]).round().to(torch.int8), scales
 
 
@@ -226,11 +231,10 @@ def _pack_int8(matrix):
     """_quantize() in the order in which torch's product of packed matrices reads it."""
     if not torch.cpu._is_vnni_supported():  # without VNNI that product adds up in 16 bits, where sums may not fit
         raise RuntimeError("no int8 instructions")
-    scales = _quantize(matrix)[1]
     zeros = torch.zeros(len(matrix), dtype=torch.int64)
     with warnings.catch_warnings(record=True):  # torch says it will drop such matrices: then the other forms remain
         return torch.ops.quantized.linear_prepack(
-            torch.quantize_per_channel(matrix.float(), scales, zeros, 0, torch.qint8), None)
+            torch.quantize_per_channel(matrix.float(), _row_scales(matrix), zeros, 0, torch.qint8), None)
 
 
 def _multiply_packed_int8(x, packed):

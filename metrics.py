@@ -84,6 +84,12 @@ def heldout_loss(model: torch.nn.Module, batches: Iterable[dict], token_logprobs
     return result
 
 
+def _padded(rows, fill, device="cpu"):
+    """Lists of numbers as a tensor [B,T], filled up on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
+
+
 def text_batches(tokenizer, texts: Iterable[str], width: int, vocab_size: int) -> Iterator[dict]:
     """Documents as padded batches for heldout_loss(): windows of `width` ids, each of which begins with the last id of
     the one before (bos for the first), so that every token of a text is a target once."""
@@ -97,9 +103,8 @@ def text_batches(tokenizer, texts: Iterable[str], width: int, vocab_size: int) -
     rows = max(1, 2**26 // (width * vocab_size))  # logits [B,T,V] of 256 MB in fp32
     for i in range(0, len(windows), rows):
         part = windows[i:i + rows]
-        longest = max(map(len, part))
-        ids = torch.tensor([row + [tokenizer.pad_id] * (longest - len(row)) for row in part])  # [B,T]
-        mask = torch.arange(longest) < torch.tensor([len(row) for row in part])[:, None]  # [B,T]
+        ids = _padded(part, tokenizer.pad_id)  # [B,T]
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in part])[:, None]  # [B,T]
         yield {"ids": ids, "mask": mask.float(), "bytes": torch.tensor(sizes[i:i + rows])}
 
 
@@ -232,16 +237,12 @@ def _score_trees(model, trees, known, cache, pad_id):
     """For each tree the (sum of log p, whether every id was the most likely one) of its rows. One tree is one row of a
     batch, behind the `known` ids that the cache holds."""
     device, width = next(model.parameters()).device, max(len(tree.ids) for tree in trees)
-
-    def padded(rows, fill):
-        return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)  # [B,T]
-
     positions, mask = None, None
     # without branches the causal rule says it all, and costs less
     if any(len(set(tree.ends)) > 1 for tree in trees):
-        positions = padded([tree.positions for tree in trees], 0)
+        positions = _padded([tree.positions for tree in trees], 0, device)  # [B,T]
         # padding ends with the row, so it sees itself: a softmax over nothing would be nan
-        node, ends = torch.arange(width, device=device), padded([tree.ends for tree in trees], width)
+        node, ends = torch.arange(width, device=device), _padded([tree.ends for tree in trees], width, device)
         follows = (node <= node[:, None]) & (node[:, None] < ends[:, None])  # [B,T,T]
         mask = torch.nn.functional.pad(follows, (known, 0), value=True)[:, None]  # [B,1,T,S]
     if cache is not None:
@@ -249,8 +250,8 @@ def _score_trees(model, trees, known, cache, pad_id):
     places = [b * width + node for b, tree in enumerate(trees) for _, nodes in tree.rows for node in nodes]
     # options that begin alike, or have one id each, are read from the same state
     wanted, sources = torch.tensor(places, device=device).unique(return_inverse=True)  # [N], [M]
-    states = model.hidden_states(padded([tree.ids for tree in trees], pad_id), positions, cache=cache, mask=mask,
-                                 wanted=wanted)[0]  # [N,D]
+    states = model.hidden_states(_padded([tree.ids for tree in trees], pad_id, device), positions, cache=cache,
+                                 mask=mask, wanted=wanted)[0]  # [N,D]
     targets = torch.tensor([i for tree in trees for ids, _ in tree.rows for i in ids], device=device)  # [M]
     logprob, right = map(iter, _read_targets(model, states, sources, targets))
     return [[(sum([next(logprob) for _ in ids]), all([next(right) for _ in ids])) for ids, _ in tree.rows]
@@ -286,8 +287,7 @@ def reward_scores(model, tokenizer, conversations: Sequence[list[dict]], texts: 
     device, scores = next(model.parameters()).device, []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        width = max(map(len, part))
-        ids = torch.tensor([row + [tokenizer.pad_id] * (width - len(row)) for row in part], device=device)  # [B,T]
+        ids = _padded(part, tokenizer.pad_id, device)  # [B,T]
         with autocast():
             scores += model(ids, torch.tensor([len(row) for row in part], device=device)).float().tolist()  # [B]
     return scores

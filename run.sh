@@ -166,7 +166,7 @@ elif [ "$DEVICE" = cuda ]; then
 else
     PRESET="${PRESET:-nano}"
     DATA_SIZE="--pretrain_mb 20 --sft_samples 90000"
-    PRETRAIN_TIME="4 minutes on 2 cores" SFT_TIME="9 minutes" REWARD_TIME="4 minutes"
+    PRETRAIN_TIME="4 minutes on 2 cores" SFT_TIME="9 minutes" REWARD_TIME="3 minutes"
     DPO_TIME="20 s" PPO_TIME="30 s" GRPO_TIME="2 minutes" EVAL_TIME="30 s"
     PRETRAIN="--max_steps 1500" SFT="--max_steps 3500" EVAL=""
     # a small model takes larger steps than the scripts' defaults, which suit the small preset. Its four blocks have no

@@ -236,7 +236,7 @@ def backward_rollout(wrapped, rollout, args, runtime):
     """
     rows = useful_rows(rollout, args, runtime)
     batches = list(micro_batches(rollout, runtime.shard(rows), args.batch_size))
-    sums, off_old, off_reference = torch.zeros(4, dtype=torch.float64), 0.0, 0.0
+    sums, off = torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for number, (chunk, columns) in enumerate(batches):
         ids = rollout["ids"][chunk, :columns.stop + 1].to(runtime.device)                               # [B, T]
         # gradients travel between ranks only with the last micro-batch
@@ -261,15 +261,15 @@ def backward_rollout(wrapped, rollout, args, runtime):
             # the clip cuts a token's gradient when the ratio has gone too far in the direction of the advantage
             cut = (ratio - 1) * adv.sign()[:, None] > args.clip_epsilon
             kl = logp - ref_logp if args.beta else torch.zeros_like(logp)
-            off_old = max(off_old, (ratio - 1).abs().max().item())
-            off_reference = max(off_reference, (kl * mask).expm1().abs().max().item())
-            sums += torch.stack([loss, (entropy * mask).sum(), (cut * mask).sum(), (kl * mask).sum()]).cpu()
+            found = torch.stack([loss, (entropy * mask).sum(), (cut * mask).sum(), (kl * mask).sum(),
+                                 (ratio - 1).abs().max(), (kl * mask).expm1().abs().max()]).cpu()
+            sums, off = sums + found[:4], torch.fmax(off, found[4:].double())
     if not rows:
         return None
     tokens = rollout["mask"][rows].sum().item()
     loss, entropy, cut, kl = runtime.sum(*sums)
     extra = {"kl": kl / len(rows)} if args.beta else {}
-    return {"loss": loss, "entropy": entropy / tokens, "clipfrac": cut / tokens, **extra}, off_old, off_reference
+    return {"loss": loss, "entropy": entropy / tokens, "clipfrac": cut / tokens, **extra}, *off.tolist()
 
 
 def update(wrapped, optimizer, rollout, step, args, runtime, nonfinite):

@@ -639,9 +639,7 @@ def main(args):
                 best.load_state_dict(policy.state_dict())
                 progress["best"] = result | {"step": step}
             if runtime.is_main:
-                numbers = ", ".join(f"{name.replace('_', ' ')} {x:.3f}{log.expected(step, name)}"
-                                    for name, x in (result | checked).items())
-                logs.say(f"step {step}: held-out {numbers}")
+                logs.say(f"step {step}: held-out {log.named(step, result | checked).removeprefix(', ')}")
                 for line in failures:
                     logs.say(f"    {line}")
                 log.judge()
