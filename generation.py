@@ -401,8 +401,9 @@ class InferenceCopy:
         if mask is not None:  # as attention adds it to its scores: made once for all layers
             mask = torch.zeros(mask.shape, dtype=self.dtype).masked_fill_(~mask, float("-inf"))
         if cache.slots > len(self.turns):  # e^(i * angle) of every position
-            cos, sin = self.model.model.rotary(torch.arange(cache.slots)[None], self.wide)
-            self.turns = torch.complex(cos, sin).view(cache.slots, 1, -1)  # [S,1,C/2]
+            cos, sin = self.model.model.rotary(torch.arange(cache.slots)[None], self.wide)  # [1,S,1,C]
+            turns = torch.complex(cos, sin).view(cache.slots, 1, 2, -1)
+            self.turns = turns[:, :, 1]  # [S,1,C/2]: in the first half sin is negative
         turns = self.turns[positions].expand(b, -1, -1, -1).reshape(b * t, 1, -1)  # [N,1,C/2]
         x = F.embedding(ids.reshape(-1), self.embedding).to(self.wide)  # [N,D]
         for i, layer in enumerate(self.layers):

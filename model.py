@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -297,6 +298,39 @@ def check_yarn(scaling: dict, max_positions: int) -> dict:
 
 
 # -- Layers ------------------------------------------------------------------------------------------------------------
+def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x r w and r = 1 / sqrt(mean(x^2) + eps): x [...,D], weight [D] -> [...,D], [...,1]."""
+    r = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()
+    return (x * r).mul_(weight), r
+
+
+class _NormOnCPU(torch.autograd.Function):
+    """RMSNorm with its gradient by hand: half the time. On a CPU F.rms_norm consists of small operations, and autograd
+    goes back through all of them, each reading and writing tensors of x's size.
+
+    With r = 1 / sqrt(mean(x^2) + eps), y = r x w and its gradient dy:
+        dw = sum over the rows of r dy x          dx = r dy w - r^3 x mean(dy w x)
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [...,D], weight [D] -> [...,D]."""
+        y, r = normalize(x, weight, eps)
+        ctx.save_for_backward(x, weight, r)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        """grad [...,D]."""
+        x, weight, r = ctx.saved_tensors
+        products = (grad * x).flatten(0, -2)  # [N,D]
+        # both sums as products of matrices, so that they read `products` once and write nothing of its size
+        grad_weight = r.view(-1) @ products if ctx.needs_input_grad[1] else None
+        mean = (products @ weight).view_as(r) / x.shape[-1]  # [...,1]
+        return (grad * weight).mul_(r).addcmul_(x, mean * r**3, value=-1), grad_weight, None
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension: LayerNorm without mean and bias."""
 
@@ -308,8 +342,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dtype.itemsize < 4:  # a bf16 copy of the weights: Qwen3's order is fp32, cast, then weight
             return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
-        # fp32 weights, also under autocast, where q and k arrive in bf16: everything in fp32, one fused call
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        x = x.to(self.weight.dtype)  # fp32 weights, also under autocast, where q and k arrive in bf16: all in fp32
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            # past autograd the same numbers, to the last bit: a policy's first step is measured against such a forward
+            if not torch.is_grad_enabled():
+                return normalize(x, self.weight, self.eps)[0]
+            return _NormOnCPU.apply(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -363,17 +402,18 @@ class Rotary(nn.Module):
         return self
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [B,T] (or [1,T]) -> cos and sin [B,T,1,C/2], one angle for a pair, the same for all heads."""
+        """positions [B,T] (or [1,T]) -> cos and sin [B,T,1,C] as rotate() wants them: both halves of C have the same
+        angles, one for a pair, and sin is negative in the first half. The same for all heads."""
         wide = torch.promote_types(dtype, torch.float32)
         angles = (positions[..., None].to(wide) * self.frequencies)[:, :, None]  # [B,T,1,C/2]
-        return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
+        cos, sin = (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + C/2]) of x [B,T,H,C] by its angle. Pairs are halves apart, as in Qwen3 and Llama
-    files, not neighbours as in the paper."""
-    a, b = x.chunk(2, dim=-1)  # [B,T,H,C/2] each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Turn each pair (a, b) = (x[i], x[i + C/2]) of x [B,T,H,C] by its angle: (a cos - b sin, b cos + a sin). Pairs are
+    halves apart, as in Qwen3 and Llama files, not neighbours as in the paper."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)  # rolled, (b, a) stands where (a, b) did
 
 
 class KVCache:
@@ -676,11 +716,13 @@ class Backbone(nn.Module):
                 positions, mask, causal = slots, None if empty else cache.mask(), empty
         elif documents is not None:
             same = documents[:, None, :, None] == documents[:, None, None, :]  # [B,1,T,T]
-            # built once for all layers; a token always sees itself, so no row of the softmax is empty
+            # a token always sees itself, so no row of the softmax is empty
             mask, causal = same & torch.ones(t, t, dtype=torch.bool, device=ids.device).tril(), False
         if positions is None:
             positions = torch.arange(t, device=ids.device)[None]  # [1,T]
         x = F.dropout(self.embed_tokens(ids), self.config.dropout, self.training)  # [B,T,D]
+        if mask is not None:  # what attention adds to its scores, made once for all layers
+            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, float("-inf"))
         rope = self.rotary(positions, x.dtype)  # once for all layers
         balances = []
         for i, layer in enumerate(self.layers, 1):
@@ -929,12 +971,15 @@ class _HeadLogprobSum(torch.autograd.Function):
             grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=wide) if learns else None
             ctx.save_for_backward(grad_h, grad_weight)
         for part in _pieces(h, weight):
-            logp = F.log_softmax((h[part] @ weight.T).to(wide), dim=-1)  # [n,V]
+            d = (h[part] @ weight.T).to(wide)  # [n,V], the logits
             index = targets[part, None]  # [n,1]
-            total += logp.gather(1, index).sum()
+            d -= d.amax(-1, keepdim=True)  # softmax does not change, and exp cannot overflow
+            total += d.gather(1, index).sum()
+            sums = d.exp_().sum(-1, keepdim=True)  # [n,1]
+            total -= sums.log().sum()
             if any(ctx.needs_input_grad):
-                d = logp.exp_().neg_().scatter_add_(1, index, torch.ones_like(index, dtype=wide))  # onehot - softmax
-                d = d.to(h.dtype)
+                # onehot - softmax, in place
+                d = d.div_(-sums).scatter_add_(1, index, torch.ones_like(index, dtype=wide)).to(h.dtype)
                 grad_h[part] = d @ weight
                 if learns:
                     grad_weight += d.T @ h[part]

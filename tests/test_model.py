@@ -13,7 +13,21 @@ from conftest import BF16_SPEEDUP
 from safetensors.torch import load_file, save_file
 
 import model as model_file
-from model import MLP, KVCache, ModelConfig, MoE, ScalarHead, SkipInit, Transformer, fill_holes, sample, token_logprobs
+from model import (
+    MLP,
+    KVCache,
+    ModelConfig,
+    MoE,
+    RMSNorm,
+    Rotary,
+    ScalarHead,
+    SkipInit,
+    Transformer,
+    fill_holes,
+    rotate,
+    sample,
+    token_logprobs,
+)
 
 SHAPE = dict(vocab_size=97, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
              head_dim=16, intermediate_size=80, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
@@ -294,6 +308,34 @@ def test_fresh_model_predicts_nothing_yet():
     h = model.model.embed_tokens(ids)
     torch.testing.assert_close(model.hidden_states(ids), model.model.norm(h))  # every block is the identity
     assert abs(-token_logprobs(model(ids), ids).mean().item() - math.log(6400)) < 0.1
+
+
+# -- Norm and rotation -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (2, 3, 2, 8)], ids=str)
+def test_norm_and_its_gradients_equal_torchs(shape):
+    norm, draw = RMSNorm(8, 1e-3).double(), torch.Generator().manual_seed(0)
+    norm.weight.data = torch.rand(8, generator=draw, dtype=torch.float64)
+    x = torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(shape, generator=draw, dtype=torch.float64)
+    found, expected = norm(x), F.rms_norm(x, (8,), norm.weight, 1e-3)
+    torch.testing.assert_close(found, expected, atol=1e-14, rtol=0)
+    wanted = (x, norm.weight)
+    torch.testing.assert_close(torch.autograd.grad(found, wanted, grad), torch.autograd.grad(expected, wanted, grad),
+                               atol=1e-13, rtol=0)
+    norm.weight.requires_grad_(False)
+    norm(x).backward(grad)
+    assert norm.weight.grad is None and x.grad.any()
+
+
+def test_rotation_multiplies_pairs_by_complex_numbers():
+    rotary = Rotary(ModelConfig(**SHAPE))
+    x, size = torch.randn(2, 7, 3, rotary.config.head_dim, dtype=torch.float64), rotary.config.head_dim
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [9, 8, 7, 6, 5, 4, 300]])
+    found = rotate(x, *rotary(positions, torch.float64))
+    angle = positions[:, :, None, None] / rotary.config.rope_theta ** (torch.arange(0, size, 2).double() / size)
+    pairs = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
+    # frequencies are fp32: at position 300 that is 1e-5 of an angle
+    torch.testing.assert_close(found, torch.cat((pairs.real, pairs.imag), -1), atol=1e-4, rtol=0)
 
 
 # -- Experts -----------------------------------------------------------------------------------------------------------
