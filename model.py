@@ -19,6 +19,7 @@ Letters: B batch, T tokens, V vocabulary, D hidden size, H heads, K kv heads, C 
 L layers, N tokens of a batch laid end to end.
 """
 import copy
+import itertools
 import json
 import math
 import re
@@ -425,9 +426,9 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch: int, slots: int, dtype=torch.float32, device="cpu"):
         shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, slots, config.head_dim)
-        # Keys and values side by side, so that one copy writes both. Zeros, not empty: a masked slot's weight is 0, and
-        # 0 times the NaN of unwritten memory would be NaN.
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)  # [L,2,B,K,S,C]
+        # Keys and values side by side, so that one copy writes both. What lies behind `end` is never read; up to there
+        # every slot holds a number, be it of a masked token: its weight is 0, but 0 times NaN would be NaN.
+        self.kv = torch.empty(shape, dtype=dtype, device=device)  # [L,2,B,K,S,C]
         self.slots = slots
         self.lengths = [0] * batch  # Python numbers: asking a tensor would stall a GPU at each token
 
@@ -447,7 +448,10 @@ class KVCache:
         self.positions = first[:, None] + torch.arange(count, device=self.kv.device)
         # the views of all layers in one call each: taken layer by layer they cost as much as a small matrix product
         self.seen = self.kv[:, :, :rows, :, : end + count].unbind(0)  # L times [2,B,K,S',C]
-        self.fresh = self.kv[:, :, :rows, :, end : end + count].unbind(0)  # L times [2,B,K,count,C]
+        fresh = self.kv[:, :, :rows, :, end : end + count]
+        if self.ragged:  # shorter rows write elsewhere
+            fresh.zero_()
+        self.fresh = fresh.unbind(0)  # L times [2,B,K,count,C]
         return self.positions
 
     def mask(self) -> Tensor | None:
@@ -489,9 +493,15 @@ class KVCache:
         self.lengths = [self.lengths[row] for row in rows]
 
     def append(self, other: "KVCache", rows: list[int]):
-        """Add these rows of another cache behind the present ones."""
+        """Add these rows of another cache behind the present ones. Neighbours that are equal are copied at once."""
         start, end = len(self.lengths), other.end
-        self.kv[:, :, start : start + len(rows), :, :end] = other.kv[:, :, rows, :, :end]
+        self.kv[:, :, :start, :, self.end : end] = 0
+        for row, same in itertools.groupby(rows):
+            count = len(list(same))
+            new = self.kv[:, :, start : start + count]  # [L,2,count,K,S,C]
+            new[..., :end, :] = other.kv[:, :, row : row + 1, :, :end]
+            new[..., end : self.end, :] = 0
+            start += count
         self.lengths += [other.lengths[row] for row in rows]
 
     def expand(self, count: int):

@@ -11,7 +11,7 @@ import checkpoint
 import cli
 import common
 import report
-from model import ModelConfig, ScalarHead, Transformer
+from model import KVCache, ModelConfig, ScalarHead, Transformer
 from tokenizer import train
 
 # Before the first bf16 product of the session: where the machine announces AMX units that it does not let a program
@@ -32,6 +32,18 @@ TEACHER = dict(hidden_size=48, initializer_range=0.2)  # larger than a student, 
 def no_report_pictures(monkeypatch):
     """Every run ends with a report; its pictures would take most of a small run's time."""
     monkeypatch.setattr(report, "draw", lambda *inputs: "")
+
+
+@pytest.fixture(autouse=True)
+def unwritten_slots_are_nan(monkeypatch):
+    """A cache begins as memory that nobody has written: whatever reads it is found out."""
+    begin = KVCache.__init__
+
+    def poisoned(cache, *args, **kwargs):
+        begin(cache, *args, **kwargs)
+        cache.kv.fill_(float("nan"))
+
+    monkeypatch.setattr(KVCache, "__init__", poisoned)
 
 
 @pytest.fixture(scope="session")
