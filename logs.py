@@ -567,19 +567,30 @@ def plot_runs(folders, path, keys=()):
         there = sorted({key for rows in logged for row in rows for key in row if _points([row], key)} - {"step"})
         raise ValueError(f"--keys {' '.join(missing)}: none of the runs has logged it; a panel needs numbers; choose "
                          f"from: {', '.join(there)}")
-    # a save_weight where it tells the runs apart, else the folder from its start
-    names = [Path(folder).name for folder in folders]
-    names = names if len(set(names)) == len(names) else list(map(str, folders))
+    # of each folder the first part, from the end, that tells the runs apart: save_weight in most cases
+    parts = [Path(folder).parts[::-1] for folder in folders]
+    names = next((some for some in zip(*parts, strict=False) if len(set(some)) == len(some)), list(map(str, folders)))
     with _figure(Path(path), found) as axes:
         for axis, key in zip(axes, found, strict=True):
             for n, (rows, name) in enumerate(zip(logged, names, strict=True)):
-                if points := _points(rows, key):
+                points = _points(rows, key)
+                if len(points) > 60:  # single batches: several runs over each other are told apart by their means
+                    axis.plot(*zip(*points, strict=True), color=f"C{n}", linewidth=0.8, alpha=0.25)
+                    points = _means(points, len(points) // 20)
+                if points:
                     _line(axis, points, name, color=f"C{n}")
-            axis.legend(fontsize=7)
+        axes[0].legend(fontsize=7)
 
 
 def _points(rows, key):
     return [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
+
+
+def _means(points, width):
+    """Each value as the mean of the `width` values around it; fewer at the ends."""
+    half, values = width // 2, [value for _, value in points]
+    around = [values[max(0, n - half):n + half + 1] for n in range(len(values))]
+    return [(step, statistics.mean(some)) for (step, _), some in zip(points, around, strict=True)]
 
 
 def _line(axis, points, label, **style):
@@ -602,7 +613,7 @@ def _figure(path, titles, name=""):
     figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3 * lines), squeeze=False, layout="constrained")
     for axis, title in zip(axes.flat, titles, strict=False):
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("optimizer step", fontsize=8)
+        axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(titles):]:

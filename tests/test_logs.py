@@ -614,6 +614,11 @@ def test_finished_run_is_judged_again(tmp_path, curves, capsys):
     assert "holds no evaluation" in capsys.readouterr().err
 
 
+def test_running_mean_is_shorter_at_the_ends():
+    assert logs._means([(10, 1.0), (20, 2.0), (30, 6.0), (40, 10.0)], 3) == [(10, 1.5), (20, 3.0), (30, 6.0), (40, 8.0)]
+    assert logs._means([(1, 5.0), (2, 7.0)], 1) == [(1, 5.0), (2, 7.0)]
+
+
 def test_runs_are_drawn_over_each_other(tmp_path, monkeypatch, capsys):
     drawn, line = [], logs._line
 
@@ -632,6 +637,10 @@ def test_runs_are_drawn_over_each_other(tmp_path, monkeypatch, capsys):
     drawn.clear()
     assert logs.main(logs.parse_args([runs[0], runs[0], "--plot", str(picture)])) == 0
     assert {"loss", "val_loss"} <= {title for title, *_ in drawn} and {label for _, label, *_ in drawn} == {runs[0]}
+    drawn.clear()
+    seeds = [finished(tmp_path / seed / "logs" / "ppo") for seed in ("seed1", "seed2")]
+    assert logs.main(logs.parse_args([*seeds, "--plot", str(picture), "--keys", "val_loss"])) == 0
+    assert [label for _, label, *_ in drawn] == ["seed1", "seed2"]
     for flags, said in (([*runs, "--keys", "val_loss", "los"], "--keys los: none of the runs has logged it"),
                         ([*runs, str(tmp_path)], f"{tmp_path}: no metrics.jsonl with a line")):
         assert logs.main(logs.parse_args([*flags, "--plot", str(picture)])) == 2
