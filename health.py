@@ -55,6 +55,13 @@ def sampled(p):
     return flat[::max(1, len(flat) // SAMPLE) | 1]
 
 
+def at_rest(optimizer, p):
+    """sampled(p) as it is between two steps. Before a step of Schedule-Free p is its gradient point y, and x, to which
+    the step leads back, follows from y = (1-b1) z + b1 x (optim.ScheduleFree)."""
+    z = optimizer.state.get(p, {}).get("z")  # no other optimizer has it, nor has a first step: there x = y = z
+    return sampled(p) if z is None else sampled(p).lerp(sampled(z), 1 - 1 / optimizer.param_groups[0]["betas"][0])
+
+
 class Watch:
     """Looks at the steps that will be logged, and says what it saw.
 
@@ -105,7 +112,7 @@ class Watch:
         squares = self._sum(torch.stack([norm.double() for norm in norms]) ** 2)
         whole = math.sqrt(sum(squares)) or 1.0
         self.shares = {group: math.sqrt(square) / whole for group, square in zip(self.groups, squares, strict=True)}
-        self.before = [torch.cat([sampled(p) for p in ps]) for ps in self.groups.values()]  # cat copies
+        self.before = [torch.cat([at_rest(optimizer, p) for p in ps]) for ps in self.groups.values()]  # cat copies
 
     @torch.no_grad()
     def _updates(self, optimizer, *_):

@@ -63,8 +63,8 @@ def parse_args(argv=None):
     g = parser.add_argument_group("student")
     g.add_argument("--from_weight", default="",
                    help="checkpoint to start from: name below --save_dir, or folder; left out: random weights")
-    g.add_argument("--preset", default="nano", choices=sorted(PRESETS),
-                   help="shape of a student with random weights; the flags below change single fields of it")
+    g.add_argument("--preset", choices=sorted(PRESETS), help="shape of a student with random weights; the flags below "
+                   "change single fields of it (default: nano)")
     for name in SHAPE:
         g.add_argument(f"--{name}", type=cli.positive(int), help="(preset's)")
     g.add_argument("--router_aux_loss_coef", type=cli.positive(float, zero=True), default=0.01,
@@ -83,6 +83,10 @@ def parse_args(argv=None):
     if args.regression_interval and args.stage == "pretrain":
         parser.error(f"--regression_interval {args.regression_interval} with --stage pretrain; fixed prompts are "
                      "questions, and a base model only continues text; give --stage sft, or leave it out")
+    if args.preset and args.from_weight:
+        parser.error(f"--preset {args.preset} with --from_weight {args.from_weight}; the shape comes from the weights; "
+                     "leave --preset out")
+    args.preset = args.preset or "nano"
     args.data_path = args.data_path or [f"out/data/{args.stage}.train.jsonl"]
     return args
 
@@ -203,6 +207,9 @@ def main(args):
     # -- 3. Student and teacher ----------------------------------------------------------------------------------------
     dtype = torch.float64 if runtime.dtype == torch.float64 else torch.float32
     teacher = Transformer.from_pretrained(parent)
+    if teacher.config.vocab_size <= tokenizer.max_id:
+        raise ValueError(f"token id {tokenizer.max_id} >= vocabulary {teacher.config.vocab_size} of {args.teacher}; "
+                         "tokenizer and teacher do not match; use the tokenizer saved with the model")
     model = build_student(args, teacher, origin).to(runtime.device, dtype)
     teacher = teacher.to(runtime.device, dtype).eval().requires_grad_(False)
     model.gradient_checkpointing = bool(args.gradient_checkpointing)

@@ -161,11 +161,27 @@ def respond(policy, tokenizer, prompts, rows, temperature, args, runtime):
     return runtime.unshard([[next(answers) for _ in rows[i]] for i in mine])
 
 
+def useful_rows(rollout, args, runtime):
+    """Answers that the update must see. Without a KL term an answer with advantage 0 adds exactly 0 to the gradient and
+    is left out; a few come back as fillers, so that all ranks make the same number of forwards."""
+    rows = list(range(len(rollout["ids"])))
+    if args.beta:
+        return rows
+    advantages = rollout["advantages"].tolist()
+    rows.sort(key=lambda i: advantages[i] == 0)  # stable: those with signal first
+    signal = sum(advantage != 0 for advantage in advantages)
+    return rows[:math.ceil(signal / runtime.world_size) * runtime.world_size]
+
+
 @torch.no_grad()
 def score_tokens(model, rollout, args, runtime):
-    """Log-probs [N, T-1] of all answers by the training forward (what stands outside the mask means nothing); the ranks
-    share the work and all get all of it."""
-    mine, found = runtime.shard(list(range(len(rollout["ids"])))), {}
+    """Log-probs [N, T-1] of the answers that the update will see, by its forward in its micro-batches: equal shapes
+    round equally, and the first ratio is 1 to the last bit. 0 for all others; what stands outside the mask means
+    nothing. None when no answer carries signal. The ranks share the work and all get all of it."""
+    useful, found = useful_rows(rollout, args, runtime), {}
+    if not useful:
+        return None
+    mine = runtime.shard(useful)
     for chunk, columns in micro_batches(rollout, mine, args.batch_size):
         ids = rollout["ids"][chunk, :columns.stop + 1].to(runtime.device)                               # [B, T]
         with runtime.autocast():
@@ -174,7 +190,9 @@ def score_tokens(model, rollout, args, runtime):
         rows = torch.zeros(len(chunk), rollout["ids"].shape[1] - 1, dtype=logp.dtype)
         rows[:, columns] = logp
         found |= dict(zip(chunk, rows.numpy(), strict=True))  # numpy: a tensor's row is pickled with all the others
-    return torch.stack([torch.from_numpy(row) for row in runtime.unshard([found[i] for i in mine])])
+    table = torch.zeros(len(rollout["ids"]), *rows.shape[1:], dtype=rows.dtype)                         # [N, T-1]
+    table[useful] = torch.stack([torch.from_numpy(row) for row in runtime.unshard([found[i] for i in mine])])
+    return table
 
 
 def make_rollout(policy, reference, tokenizer, items, rows, styles, args, runtime):
@@ -209,18 +227,6 @@ def make_rollout(policy, reference, tokenizer, items, rows, styles, args, runtim
 
 
 # -- Update ------------------------------------------------------------------------------------------------------------
-def useful_rows(rollout, args, runtime):
-    """Answers that the update must see. Without a KL term an answer with advantage 0 adds exactly 0 to the gradient and
-    is left out; a few come back as fillers, so that all ranks make the same number of forwards."""
-    rows = list(range(len(rollout["ids"])))
-    if args.beta:
-        return rows
-    advantages = rollout["advantages"].tolist()
-    rows.sort(key=lambda i: advantages[i] == 0)  # stable: those with signal first
-    signal = sum(advantage != 0 for advantage in advantages)
-    return rows[:math.ceil(signal / runtime.world_size) * runtime.world_size]
-
-
 def divisor(rollout, args):
     """What the summed loss of the whole step is divided by, over all ranks and micro-batches (see grpo_loss)."""
     count, tokens = len(rollout["ids"]), rollout["mask"].sum().item()
@@ -327,8 +333,10 @@ def evaluate(policy, tokenizer, items, args, runtime):
 
 def before_and_after(before, after):
     """A table of two evaluations, a line for each skill."""
-    rows = [[skill, n, *(f"{x:.3f}" for x in (old[0], new[0], old[1], new[1]))]
-            for (skill, old), (*new, n) in zip(before["by_skill"].items(), after["by_skill"].values(), strict=True)]
+    rows = []
+    for skill, (*new, n) in after["by_skill"].items():
+        old = before["by_skill"][skill]
+        rows.append([skill, n, *(f"{x:.3f}" for x in (old[0], new[0], old[1], new[1]))])
     keys = ("pass_at_1", "exact_match")
     rows.append(["all", sum(row[1] for row in rows), *(f"{run[key]:.3f}" for key in keys for run in (before, after))])
     return logs.table(["held-out", "prompts", "pass@1 before", "after", "greedy before", "after"], rows)
@@ -402,13 +410,17 @@ def main(args):
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of prompts drawn so far: it decides the next prompts and their random streams
-    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps, "held_out": len(items)}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optim.load_state(optimizer, state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
+        if len(items) != progress["held_out"]:
+            raise ValueError(f"--eval_prompts {args.eval_prompts} is {len(items)} held-out prompts, the start of this "
+                             f"run was measured on {progress['held_out']}; other prompts cannot be compared; give the "
+                             "old value, or start again with --overwrite 1")
         if not args.max_minutes and not common.out_of_patience(progress, args):
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")

@@ -98,6 +98,12 @@ def parse_args(argv=None):
     if args.rule and args.value_head == "reward":
         parser.error("--value_head reward with --rule 1; there is no reward model whose head could be taken; give "
                      "--value_head zero")
+    if args.rule and args.reward_weight != parser.get_default("reward_weight"):
+        parser.error(f"--reward_weight {args.reward_weight} with --rule 1; there is one judge, the rule or the reward "
+                     "model; leave one of them out")
+    if args.adaptive_kl and not args.kl_coef:
+        parser.error(f"--adaptive_kl {args.adaptive_kl:g} with --kl_coef 0; the price is steered by factors, and 0 "
+                     "stays 0; give a --kl_coef to start from, such as 0.05")
     return args
 
 
@@ -248,6 +254,10 @@ def load_team(args, tokenizer, parent, reward_folder, runtime):
     policy, reference = (Transformer.from_pretrained(parent, runtime.device, precision) for _ in range(2))
     value = ScalarHead.from_pretrained(reward_folder or parent, runtime.device, precision)
     reward = ScalarHead.from_pretrained(reward_folder, runtime.device, precision) if reward_folder else None
+    if value.config.vocab_size <= tokenizer.max_id:
+        raise ValueError(f"token id {tokenizer.max_id} >= vocabulary {value.config.vocab_size} of "
+                         f"{reward_folder or parent}; it reads the policy's token ids; train it from the same "
+                         "checkpoint")
     room = min(policy.config.max_position_embeddings, value.config.max_position_embeddings)
     if args.max_seq_len > room:
         raise ValueError(f"--max_seq_len {args.max_seq_len} is above the models' max_position_embeddings {room}; "
@@ -385,8 +395,9 @@ def backward_minibatch(wrapped, rollout, rows, args, runtime):
             # DDP averages over ranks; the factor makes it the sum
             runtime.scaler.scale((pg_loss + v_loss) * runtime.world_size).backward()
         with torch.no_grad():
-            _, _, k3 = kl_terms(old_logp, logp)
-            sums += torch.stack([pg_loss, v_loss, clipfrac, (k3 * mask).sum() / denom]).cpu()
+            # masked first: on padding exp() could overflow to inf * 0 = NaN, and NaN is above no --target_kl
+            _, _, k3 = kl_terms(old_logp * mask, logp * mask)
+            sums += torch.stack([pg_loss, v_loss, clipfrac, k3.sum() / denom]).cpu()
             deviation = max(deviation, (((logp - old_logp) * mask).exp() - 1).abs().max().item())
     names = ("policy_loss", "value_loss", "clipfrac", "approx_kl")
     return dict(zip(names, runtime.sum(*sums), strict=True), deviation=max(runtime.gather(deviation)))
@@ -539,7 +550,8 @@ def main(args):
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of prompts drawn so far: it decides the next prompts and their random streams
-    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps, "kl_coef": args.kl_coef}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps, "kl_coef": args.kl_coef,
+                "held_out": len(items)}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         team.both.load_state_dict(state["model"])
@@ -548,6 +560,10 @@ def main(args):
             optim.load_state(optimizer, saved)
         runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
+        if len(items) != progress["held_out"]:
+            raise ValueError(f"--eval_prompts {args.eval_prompts} is {len(items)} held-out prompts, the start of this "
+                             f"run was measured on {progress['held_out']}; other prompts cannot be compared; give the "
+                             "old value, or start again with --overwrite 1")
         if not args.max_minutes and not common.out_of_patience(progress, args):
             progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")

@@ -44,11 +44,11 @@ def parse_args(argv=None):
     parser = cli.Parser(__doc__)
     cli.data_flags(parser, "out/data/pretrain.train.jsonl", max_seq_len=256, val_ratio=0.01)
     g = parser.add_argument_group("model")
-    g.add_argument("--tokenizer", default="out/tokenizer", help="folder with tokenizer.json")
+    g.add_argument("--tokenizer", help="folder with tokenizer.json (default: out/tokenizer)")
     g.add_argument("--from_weight", default="",
-                   help="go on training this checkpoint (name below --save_dir, or folder); sets the shape")
-    g.add_argument("--preset", default="small", choices=sorted(PRESETS),
-                   help="shape; the flags below change single fields of it")
+                   help="go on training this checkpoint (name below --save_dir, or folder); sets shape and tokenizer")
+    g.add_argument("--preset", choices=sorted(PRESETS),
+                   help="shape; the flags below change single fields of it (default: small)")
     g.add_argument("--hidden_size", type=cli.positive(int), help="width (preset's)")
     g.add_argument("--num_hidden_layers", type=cli.positive(int), help="blocks (preset's)")
     g.add_argument("--num_attention_heads", type=cli.positive(int), help="query heads (preset's)")
@@ -58,7 +58,8 @@ def parse_args(argv=None):
                    help="longest context the model allows (preset's)")
     g.add_argument("--dropout", type=cli.positive(float, zero=True),
                    help="dropout on attention and residuals (preset's)")
-    cli.switch(g, "--use_moe", 0, "mixture of experts with a shared expert instead of the MLP, at the chosen width")
+    cli.switch(g, "--use_moe", None,
+               "mixture of experts with a shared expert instead of the MLP, at the chosen width (default: 0)")
     g.add_argument("--num_experts", type=cli.positive(int), help="routed experts (4 with --use_moe)")
     g.add_argument("--num_experts_per_tok", type=cli.positive(int), help="routed experts a token visits")
     g.add_argument("--n_shared_experts", type=cli.positive(int, zero=True),
@@ -79,7 +80,14 @@ def parse_args(argv=None):
                              "Better bits per byte in short runs, worse at looking things up in a text")
     parser.add_argument("--eval_batches", type=cli.positive(int), default=32, help="held-out batches per evaluation")
     cli.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for flag, default in {"preset": "small", "tokenizer": "out/tokenizer", "use_moe": 0}.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, default)
+        elif args.from_weight:
+            parser.error(f"--{flag} {getattr(args, flag)} with --from_weight {args.from_weight}; shape and tokenizer "
+                         f"come from the weights; leave --{flag} out")
+    return args
 
 
 def given_shape(args):
@@ -190,7 +198,8 @@ def main(args):
                      torch.float64 if runtime.dtype == torch.float64 else torch.float32)
     if fsdp:
         sharding.shard(model, model.model.layers, runtime)
-    runtime.print(f"model {args.preset}: {model.num_parameters() / 1e6:.2f}M parameters, "
+    source = f"from {parent}" if parent else args.preset
+    runtime.print(f"model {source}: {model.num_parameters() / 1e6:.2f}M parameters, "
                   f"{model.flops_per_token(args.max_seq_len) / 1e6:.0f} MFLOP a token")
 
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
@@ -363,7 +372,8 @@ def main(args):
 def sample_text(model, tokenizer, data, max_new_tokens=40):
     """A greedy continuation of the beginning of a held-out window, to see with one's own eyes what has been learnt."""
     model.eval()  # every step calls train() again
-    prompt = data.batch([0])["ids"][0, :12].tolist()
+    length = min(12, model.config.max_position_embeddings - 1)  # a continuation needs room
+    prompt = data.batch([0])["ids"][0, :length].tolist()
     ids = [token for _, token in model.generate([prompt], max_new_tokens, temperature=0.0,
                                                 stop_ids=tokenizer.stop_ids(chat=False))]
     return repr(tokenizer.decode([i for i in prompt

@@ -78,19 +78,22 @@ def parse_args(argv=None):
     cli.regression_flags(parser)
     parser.add_argument("--eval_batches", type=cli.positive(int), default=16, help="held-out batches per evaluation")
     parser.add_argument("--eval_prompts", type=cli.positive(int, zero=True), default=600,
-                        help="held-out questions answered for the exact match at the end (a fifth of them on the way)")
+                        help="held-out questions for the exact match at the end (before and on the way a fifth)")
     parser.add_argument("--max_new_tokens", type=cli.positive(int), default=64, help="longest answer in evaluations")
     cli.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
     args = parser.parse_args(argv)
     for flag in ("lora_alpha", "lora_targets", "lora_dropout"):
         if getattr(args, flag) and not args.lora_rank:
             parser.error(f"--{flag} without --lora_rank; there are no adapters when all weights are trained; give both")
+    if args.replay_rows != 1 and not args.replay_path:
+        parser.error(f"--replay_rows {args.replay_rows} without --replay_path; there is no text to take rows from; "
+                     "give both")
     return args
 
 
 def add_noise(embedding, alpha):
     """NEFTune: in training every vector that the embedding gives gets uniform noise in +-alpha / sqrt(T D), so that
-    answers are learnt less word by word. Each rank draws its own noise. Jain et al. 2023 (arXiv:2310.05914)."""
+    answers are learnt less word by word. Jain et al. 2023 (arXiv:2310.05914)."""
 
     def noisy(module, inputs, vectors):  # [B, T, D]
         if not module.training:
@@ -99,6 +102,23 @@ def add_noise(embedding, alpha):
         return vectors + torch.empty_like(vectors).uniform_(-size, size)
 
     embedding.register_forward_hook(noisy)
+
+
+def heldout_questions(args, part, shared, runtime):
+    """PromptData for the exact match; [], with a line that says why, where no prompt fits into a row: that is no reason
+    not to train."""
+    if not args.eval_prompts:
+        return []
+    paths, why = args.val_path or args.data_path, ""
+    if runtime.is_main:  # alone and without the barrier, at which the other ranks would wait for one that failed
+        try:
+            PromptData(paths, **part, **shared | {"barrier": None})
+        except ValueError as error:
+            why = str(error)
+    why = runtime.gather(why)[0]
+    if why:
+        runtime.print(f"no exact match will be measured: {why}")
+    return [] if why else PromptData(paths, **part, **shared)
 
 
 def evaluate_loss(model, data, args, runtime):
@@ -116,8 +136,9 @@ def answer_questions(model, tokenizer, prompts, count, args, runtime):
 
     Returns: metrics.exact_match's dict with "samples", three (question, answer) pairs; the same on all ranks.
     """
-    items = [item for item in prompts.items if item["check"]]
-    items = metrics.pick(items, count)
+    room = model.config.max_position_embeddings
+    items = [item for item in prompts if item["check"] and len(item["ids"]) < room]
+    items = metrics.pick(items, count)  # of a smaller count a part of those of a larger one
     if not items:
         return None
     mine = runtime.shard(items)
@@ -167,7 +188,7 @@ def main(args):
     data = SFTData(args.data_path, part="train" if ratio else "all", val_ratio=ratio, **shared)
     held_out = SFTData(args.val_path or args.data_path, part="val" if ratio else "all", val_ratio=ratio, **shared)
     replay = PretrainData(args.replay_path, part="all", **shared) if args.replay_path else None
-    prompts = PromptData(args.val_path or args.data_path, part="val" if ratio else "all", val_ratio=ratio, **shared)
+    prompts = heldout_questions(args, {"part": "val" if ratio else "all", "val_ratio": ratio}, shared, runtime)
     suite = metrics.fixed_prompts(read_rows(args.regression_path)) if args.regression_interval else []
     runtime.print(data.summary())
 
@@ -197,6 +218,8 @@ def main(args):
         trained = lora.Adapters(model, args.lora_rank, args.lora_alpha or 2 * args.lora_rank, args.lora_targets,
                                 args.lora_dropout, parent, args.merge)
         runtime.print(trained.summary())
+    if runtime.rank:  # all were seeded alike; from here on each rank draws its own noise and dropout, also on a resume
+        torch.manual_seed(args.seed + runtime.rank)
 
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
@@ -213,7 +236,7 @@ def main(args):
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of rows drawn so far by all ranks together: the order does not depend on the rank count
-    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps, "answered": None}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         sharding.load_full_state(trained, optimizer, state["model"], state["optimizer"], optim.load_state)
@@ -258,10 +281,10 @@ def main(args):
     bar = log.progress(progress["max_steps"], "sft", progress["step"])
     if progress["step"] == 0 or progress["step"] >= progress["max_steps"]:
         val_loss = evaluate_loss(model, held_out, args, runtime)
-        count = args.eval_prompts if progress["step"] else args.eval_prompts // 5
+        count = args.eval_prompts if progress["step"] else -(-args.eval_prompts // 5)
         answered = answer_questions(model, tokenizer, prompts, count, args, runtime)
         if progress["step"] == 0:  # else a resume with nothing left: it only reports
-            progress["before"] = answered["total"] if answered else val_loss
+            progress |= {"before": val_loss, "answered": answered and [answered["total"], answered["n"]]}
             checked, _ = metrics.check_regression(model, tokenizer, suite, args, runtime, 0)
             log.log(0, val_loss=val_loss, **({"exact_match": answered["total"]} if answered else {}), **checked)
         log.rate()
@@ -342,7 +365,7 @@ def main(args):
             bar.set_postfix_str(f"loss {loss_value:.3f}{log.expected(step, 'loss')}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             val_loss = evaluate_loss(model, held_out, args, runtime)
-            count = args.eval_prompts if done else args.eval_prompts // 5
+            count = args.eval_prompts if done else -(-args.eval_prompts // 5)
             answered = answer_questions(model, tokenizer, prompts, count, args, runtime)
             found = {"exact_match": answered["total"], "stop_rate": answered["stop_rate"]} if answered else {}
             checked, failures = metrics.check_regression(model, tokenizer, suite, args, runtime, step, done)
@@ -368,13 +391,18 @@ def main(args):
     bar.close()
     final = {"metric": "held-out loss", "before": progress["before"], "after": val_loss, "val_loss": val_loss,
              "steps": progress["step"], "skipped_steps": nonfinite.total}
+    score = ""
     if answered:
-        final |= {"metric": "held-out exact match", "after": answered["total"], "exact_match": answered["total"],
+        final |= {"exact_match": answered["total"],
                   **{name: answered[name] for name in ("stop_rate", "n", "by_skill", "by_lang")}}
+        score = f", exact match {answered['total']:.3f} of {answered['n']} questions"
+    if answered and progress["answered"]:  # not where questions came in with a resume
+        total, n = progress["answered"]
+        final |= {"metric": "held-out exact match", "before": total, "after": answered["total"]}
+        score += f" (before {total:.3f} of {n})"
     save(finished=True, final=final)
     log.close()
     report.refresh(args.save_dir, runtime.is_main)
-    score = f", exact match {answered['total']:.3f}" if answered else ""
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out loss {val_loss:.3f}{score}. Curves: "
                   f"{folder}/curves.png. Next: python eval.py --weight {args.save_weight} --stream 1")
     runtime.close()

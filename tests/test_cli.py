@@ -15,6 +15,7 @@ import pytest
 import cli
 import common
 import logs
+from model import ModelConfig, Transformer
 
 ROOT = Path(common.__file__).parent
 TRAINERS = sorted(path.stem for path in ROOT.glob("train_*.py"))
@@ -218,6 +219,40 @@ def test_shape_flags_that_contradict_the_weights_are_refused(start):
     code, text = start("train_pretrain", "--hidden_size", "64")
     refused(code, text)
     assert "hidden_size" in text
+
+
+@pytest.mark.parametrize("name, words", [("train_pretrain", "--preset nano"), ("train_pretrain", "--use_moe 1"),
+                                         ("train_pretrain", "--tokenizer out/tokenizer"),
+                                         ("train_distill", "--preset nano")])
+def test_what_the_weights_decide_cannot_be_given(name, words, capsys):
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit):
+        module.parse_args(["--from_weight", "pretrain", *words.split()])
+    assert capsys.readouterr().err.startswith(f"error: {words} with --from_weight pretrain; ")
+    assert module.parse_args(words.split()), "without weights it is a choice"
+    assert module.parse_args([]).preset in ("nano", "small")
+
+
+@pytest.mark.parametrize("name", sorted(set(TRAINERS) - {"train_ppo", "train_grpo"}))
+def test_model_with_fewer_ids_than_the_tokenizer_is_refused(name, start, tokenizer, tmp_path):
+    """The other two sample first, and generate() refuses such ids."""
+    model = Transformer(ModelConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "narrow")
+    teacher = ["--teacher", str(tmp_path / "narrow")] if name == "train_distill" else []
+    code, text = start(name, *teacher, parent=tmp_path / "narrow")
+    refused(code, text)
+    assert "token id 319 >= vocabulary 300" in text
+
+
+@pytest.mark.parametrize("context", [8, 12])
+def test_rows_may_be_shorter_than_the_sample_that_is_shown(start, tokenizer, tmp_path, context):
+    model = Transformer(ModelConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                    max_position_embeddings=context))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "short")
+    code, text = start("train_pretrain", "--max_seq_len", str(context), "--max_steps", "1", parent=tmp_path / "short")
+    assert code == 0, text
 
 
 # heading of each stage's table

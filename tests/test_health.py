@@ -50,6 +50,7 @@ class Training:
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         for _ in range(updates):
             self.model.train()
+            optim.to_gradient_point(self.optimizer)
             logp, balance = self.model(self.ids, token_mask=self.real, target_mask=self.real.long(), sum_targets=True,
                                        return_balance=True)
             (0.01 * balance.sum() - logp).backward()
@@ -86,11 +87,11 @@ def test_norms_of_the_groups_are_those_before_clipping_and_add_up(kind, tied, tm
         p.numel() for p in training.model.parameters()), "every parameter has a group"
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw", "lion"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "lion", "schedulefree"])
 def test_update_is_that_of_a_full_copy(optimizer, tmp_path):
     """The tensors here are smaller than a sample, so it holds all of them."""
     training = Training(tmp_path, optimizer=optimizer)
-    for _ in range(2):
+    for _ in range(4):  # Schedule-Free's points are apart from the third on
         row, _, before, after = training.step()
         for group in ("embed", "attn", "mlp", "head"):
             old, new = members(before, group), members(after, group)

@@ -406,3 +406,30 @@ def test_what_does_not_fit_is_named(run, tmp_path):
                          (("--data_path", str(tmp_path / "free.jsonl")), "Sing!.*check")):
         with pytest.raises(ValueError, match=words):
             run(*flags)
+
+
+def test_a_resume_is_measured_on_the_prompts_of_the_start(run):
+    run("--max_steps", "1")
+    with pytest.raises(ValueError, match="--eval_prompts 9 is 9 held-out prompts, .* measured on 6; .*; give the old"):
+        run("--max_steps", "2", "--eval_prompts", "9", "--from_resume", "1")
+    run("--max_steps", "2", "--from_resume", "1")
+
+
+def test_skills_are_paired_by_name():
+    before, after = ({"pass_at_1": 0.5, "exact_match": 0.5, "by_skill": {s: [share, share, 2] for s, share in skills}}
+                     for skills in ([("add", 0.1), ("odd", 0.9)], [("odd", 0.8), ("add", 0.2)]))
+    lines = [line.split() for line in train_grpo.before_and_after(before, after).splitlines()]
+    assert ["add", "2", "0.100", "0.200", "0.100", "0.200"] in [[w for w in line if w != "|"] for line in lines]
+
+
+@pytest.mark.parametrize("beta", ["0", "0.1"])
+def test_old_logprobs_come_from_the_micro_batches_of_the_update(recorded, beta):
+    """Other shapes round in another way, and in fp32 the first ratio would leave its limit in a large model."""
+    r = recorded("--updates_per_rollout", "2", "--batch_size", "3", "--beta", beta)
+    r.rollout["advantages"][4:8] = 0
+    seen = []
+    r.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
+    r.rollout["old_logp"] = train_grpo.score_tokens(r.model, r.rollout, r.args, r.runtime)
+    scored, seen[:] = list(seen), []
+    assert train_grpo.backward_rollout(r.model, r.rollout, r.args, r.runtime)[1] == 0
+    assert len(seen) == len(scored) and all(map(torch.equal, seen, scored))

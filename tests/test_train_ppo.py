@@ -4,6 +4,7 @@ split of the batch, its stops and refusals.
     python -m pytest tests/test_train_ppo.py
 """
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -267,12 +268,12 @@ def run(model_folder, reward_folder, tmp_path, monkeypatch):
     (tmp_path / "styles.json").write_text(json.dumps(styles))
 
     def arguments(*flags):
-        base = ["--from_weight", str(model_folder("dense")), "--reward_weight", str(reward_folder), "--data_path",
-                str(tmp_path / "train.jsonl"), "--val_path", str(tmp_path / "held.jsonl"), "--save_dir",
-                str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--max_seq_len", "96", "--dtype",
-                "float32", "--threads", "1", "--device", "cpu", "--rollout_size", "8", "--batch_size", "4",
-                "--accumulation_steps", "1", "--max_new_tokens", "6", "--max_steps", "2", "--eval_prompts", "6",
-                "--learning_rate", "1e-3"]
+        judge = [] if "--rule" in flags else ["--reward_weight", str(reward_folder)]
+        base = ["--from_weight", str(model_folder("dense")), *judge, "--data_path", str(tmp_path / "train.jsonl"),
+                "--val_path", str(tmp_path / "held.jsonl"), "--save_dir", str(tmp_path / "out"), "--cache_dir",
+                str(tmp_path / "cache"), "--max_seq_len", "96", "--dtype", "float32", "--threads", "1", "--device",
+                "cpu", "--rollout_size", "8", "--batch_size", "4", "--accumulation_steps", "1",
+                "--max_new_tokens", "6", "--max_steps", "2", "--eval_prompts", "6", "--learning_rate", "1e-3"]
         return train_ppo.parse_args([*base, *flags])
 
     def start(*flags):
@@ -518,7 +519,7 @@ def test_a_rule_takes_the_place_of_the_reward_model(run, monkeypatch):
     seen, real = [], train_ppo.by_rule
     monkeypatch.setattr(train_ppo, "by_rule", lambda answers, *rest: seen.append((answers, real(answers, *rest)))
                         or seen[-1][1])
-    final = run("--rule", "1", "--reward_weight", "nowhere")
+    final = run("--rule", "1")
     for answers, scores in seen:
         assert scores.tolist() == [2.0 * ("e" in answer.text) - 1 for answer in answers]
     assert final["metric"] == "held-out reward (rule)"
@@ -537,3 +538,35 @@ def test_rule_without_styles_or_with_the_head_of_a_reward_model_is_refused(run, 
     with pytest.raises(SystemExit):
         run("--rule", "1", "--value_head", "reward")
     assert "there is no reward model whose head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--adaptive_kl", "3", "--kl_coef", "0"], ["--rule", "1", "--reward_weight", "x"]])
+def test_flags_of_which_one_would_be_ignored_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        train_ppo.parse_args(words)
+    text = capsys.readouterr().err
+    assert all(word in text for word in words if word.startswith("--")) and text.count("; ") == 2
+
+
+def test_a_judge_with_fewer_ids_than_the_policy_is_refused(run, reward_folder, tmp_path):
+    """Its tokenizer is not known, and --force was meant for its accuracy."""
+    config = ScalarHead.from_pretrained(reward_folder).config
+    ScalarHead(dataclasses.replace(config, vocab_size=319)).save_pretrained(tmp_path / "narrow")
+    checkpoint.write_minillm(tmp_path / "narrow", {})
+    with pytest.raises(ValueError, match="token id 319 >= vocabulary 319 of .*narrow; .*; train it"):
+        run("--reward_weight", str(tmp_path / "narrow"), "--force", "1")
+
+
+def test_padding_has_no_part_in_the_kl(recorded):
+    """exp() of what stands there may overflow, and inf * 0 would be NaN, which is above no limit."""
+    args, runtime, team, rollout, *_ = recorded()
+    rollout["old_logp"] -= 1e3 * (1 - rollout["mask"])
+    result = train_ppo.backward_minibatch(team.both, rollout, list(range(8)), args, runtime)
+    assert abs(result["approx_kl"]) < 1e-9
+
+
+def test_a_resume_is_measured_on_the_prompts_of_the_start(run):
+    run("--max_steps", "1")
+    with pytest.raises(ValueError, match="--eval_prompts 9 is 9 held-out prompts, .* measured on 6; .*; give the old"):
+        run("--max_steps", "2", "--eval_prompts", "9", "--from_resume", "1")
+    run("--max_steps", "2", "--from_resume", "1")

@@ -1,15 +1,21 @@
-"""Proves what only fine-tuning has: noise on the embeddings.
+"""Proves what only fine-tuning has: noise on the embeddings, and exact match of held-out questions.
 
     python -m pytest tests/test_train_sft.py
 
 Elsewhere: packing and masks (test_dataset.py), adapters (test_lora.py), resume and several processes (test_resume.py,
 test_ddp.py).
 """
+import dataclasses
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
+import common
 import logs
+import train_sft
 from train_sft import add_noise
 
 
@@ -44,3 +50,67 @@ def test_noise_changes_training_and_not_the_evaluation(stage, tmp_path):
     assert any((plain[key] - value).abs().max() > 1e-4 for key, value in noisy.items())
     first = [logs.read_metrics(tmp_path / "out" / "logs" / name)[0] for name in ("plain", "noisy")]
     assert first[0]["step"] == 0 and first[0] == first[1]
+
+
+def test_each_rank_draws_its_own_noise(stage, monkeypatch):
+    """A rank is pretended: all are seeded alike at first, and only the draws of the training may differ."""
+    setup, lr_scale, drawn = common.setup, common.lr_scale, []
+    monkeypatch.setattr(common, "setup", lambda *inputs: dataclasses.replace(setup(*inputs), rank=ranks.pop(0)))
+    monkeypatch.setattr(common, "lr_scale", lambda *inputs: drawn.append(torch.rand(4)) or lr_scale(*inputs))
+    monkeypatch.setattr(checkpoint, "begin", lambda *inputs: "fresh")  # rank 0 decides it for all
+    ranks = [0, 1, 1]
+    while ranks:
+        module, argv = stage("train_sft", "--neftune_alpha", "5", "--max_steps", "1", "--eval_prompts", "0")
+        module.main(module.parse_args(argv))
+    assert torch.equal(drawn[1], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+
+
+def metric(stage, *flags):
+    """The final metrics of a run, and whether before and after are exact matches (else losses)."""
+    module, argv = stage("train_sft", *flags)
+    final = module.main(module.parse_args(argv))
+    exact = final["metric"] == "held-out exact match"
+    assert final["after"] == final["exact_match" if exact else "val_loss"]
+    assert (final["before"] <= 1) == exact, "a random model's loss is about ln 320"
+    return final, exact
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 6])
+def test_before_and_after_are_of_one_kind(stage, count, capsys):
+    final, exact = metric(stage, "--eval_prompts", str(count), "--max_steps", "1")
+    assert exact == (count > 0)
+    if exact:
+        assert f"of {count} questions (before {final['before']:.3f} of {(count + 4) // 5})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first, then", [("0", "2"), ("2", "0"), ("6", "2")])
+def test_questions_that_come_and_go_with_a_resume_leave_one_kind(stage, first, then):
+    metric(stage, "--eval_prompts", first, "--max_steps", "1")
+    final, exact = metric(stage, "--eval_prompts", then, "--max_steps", "2", "--from_resume", "1")
+    assert exact == (first == "6") and ("exact_match" in final) == (then == "2")
+
+
+def test_prompts_longer_than_a_row_are_no_reason_not_to_train(stage, tmp_path, capsys):
+    turns = [("user", "What?"), ("assistant", "It is 5."), ("user", "cat " * 80), ("assistant", "5")]
+    row = {"conversations": [{"role": role, "content": text} for role, text in turns], "answer": "5", "check": "number"}
+    for count in ("0", "2"):
+        module, argv = stage("train_sft", "--eval_prompts", count, "--max_steps", "1", "--save_weight", f"run{count}")
+        (tmp_path / "train_sft.held.jsonl").write_text(json.dumps(row) + "\n")
+        assert module.main(module.parse_args(argv))["metric"] == "held-out loss"
+        said = "no exact match will be measured: no usable prompt sample" in capsys.readouterr().out
+        assert said == (count == "2")
+
+
+def test_question_that_fills_the_context_is_not_asked(stage, tmp_path, tokenizer):
+    rows = [{"conversations": [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "5"}],
+             "answer": "5", "check": "number"} for n in range(2, 260)]
+    asked = {len(tokenizer.render(row["conversations"][:1], add_generation_prompt=True)[0]): row for row in rows}
+    module, argv = stage("train_sft", "--max_seq_len", "256", "--max_steps", "1", "--eval_prompts", "9")
+    (tmp_path / "train_sft.held.jsonl").write_text("".join(json.dumps(asked[n]) + "\n" for n in (20, 255, 256)))
+    assert module.main(module.parse_args(argv))["n"] == 2
+
+
+def test_rows_of_a_replay_that_is_not_there_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        train_sft.parse_args(["--replay_rows", "2"])
+    assert "--replay_rows 2 without --replay_path; " in capsys.readouterr().err
