@@ -1016,7 +1016,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
     (0, or k >= V: all); of these top_p keeps the smallest set whose mass reaches p (1: all; 0: the most likely id
     only), and min_p those at least min_p times as likely as the most likely one (Nguyen et al. 2024, arXiv:2407.01082).
     """
-    if temperature == 0 or top_k == 1 or top_p == 0:
+    if temperature < 1e-30 or top_k == 1 or top_p == 0:  # logits divided by less would be beyond fp32
         return logits.argmax(-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     size = logits.shape[-1]

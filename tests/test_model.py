@@ -444,7 +444,8 @@ def test_samples_follow_the_reference_distribution(temperature, top_k, top_p, si
 def test_sampling_edge_cases():
     logits = torch.tensor([[0.0, 3.0, 1.0, -math.inf], [2.0, 0.0, 1.0, -math.inf]])
     top = [1, 0]
-    for options in ((0.0, 0, 1.0), (1.0, 1, 1.0), (1.0, 0, 0.0), (1e-4, 0, 1.0)):
+    for options in ((0.0, 0, 1.0), (1.0, 1, 1.0), (1.0, 0, 0.0), (1e-4, 0, 1.0), (1e-38, 0, 1.0),
+                    (1e-29, 0, 1.0)):
         for u in (0.0, 0.5, 1 - 2**-24):
             assert sample(logits, *options, torch.full((2,), u)).tolist() == top
     for top_k in (0, 4, 99):  # off
