@@ -415,6 +415,10 @@ def _mark_earlier(folder, decision):
 
 def _decide(args, key):
     """(word, message) for begin(), or the ValueError to raise."""
+    try:
+        Path(args.save_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return ValueError(f"--save_dir {args.save_dir}: {error.strerror}; a run writes there; name another folder")
     folder = Path(args.save_dir) / args.save_weight
     try:
         folder = find(args.save_dir, args.save_weight)

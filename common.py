@@ -368,7 +368,8 @@ def lr_scale(step, max_steps, warmup_steps, schedule="linear", floor=0.0):
     """Factor on the peak learning rate at optimizer step `step` (0-based): linear warm-up, then the named shape down
     to `floor`.
 
-    warmup_steps below 1 is a share of max_steps. "wsd" holds 1 until the last 40% of the steps, then falls linearly.
+    warmup_steps below 1 is a share of max_steps. "wsd" holds 1 until the last 40% of the steps behind it, then falls
+    linearly.
     """
     warmup = warmup_steps * max_steps if warmup_steps < 1 else warmup_steps
     if step < warmup:
@@ -642,6 +643,8 @@ def run(main, parse_args):
 
     Exit codes: 0 done, 2 wrong input, 3 out of memory, 128 + signal after an orderly stop.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character must not end a run
+        stream.reconfigure(errors="replace")
     args = parse_args()
     try:
         main(args)

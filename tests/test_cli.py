@@ -193,7 +193,7 @@ def refused(code, text):
 
 
 SETTINGS = {"device": ["--device", "gpu"], "weights": ["--from_weight", "no-such"],
-            "long rows": ["--max_seq_len", "1000"]}
+            "long rows": ["--max_seq_len", "1000"], "a file": ["--save_dir", __file__]}
 
 
 @pytest.mark.parametrize("case", SETTINGS)

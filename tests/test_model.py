@@ -130,6 +130,14 @@ def test_config_written_by_transformers_4_is_understood(tmp_path):
     assert torch.equal(Transformer.from_pretrained(tmp_path)(ids), model(ids))
 
 
+@pytest.mark.parametrize("change", [{"rope_theta": 5e5}, {"rope_scaling": YARN}])
+def test_spellings_that_contradict_each_other_are_refused(change):
+    raw = ModelConfig(**SHAPE).to_dict()
+    assert ModelConfig.from_dict(raw) == ModelConfig(**SHAPE)
+    with pytest.raises(ValueError, match=f"{next(iter(change))}=.*; rope_parameters beside it says .*; change both"):
+        ModelConfig.from_dict(raw | change)
+
+
 def test_config_holds_both_spellings():
     dense, moe, shared = (ModelConfig(**(SHAPE | KINDS[kind])).to_dict() for kind in ("yarn", "moe", "shared"))
     assert dense["rope_theta"] == dense["rope_parameters"]["rope_theta"] and "num_experts" not in dense
