@@ -13,6 +13,6 @@ $(TRAIN):
 	bash run.sh $(@:train-%=%)
 # these two need what `make setup` and `make test` have installed
 report:
-	$${VENV_DIR:-.venv}/bin/python eval.py --report $${OUT:-out}
+	"$${VENV_DIR:-.venv}/bin/python" eval.py --report "$${OUT:-out}"
 lint:
-	$${VENV_DIR:-.venv}/bin/python -m ruff check .
+	"$${VENV_DIR:-.venv}/bin/python" -m ruff check .

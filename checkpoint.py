@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -27,11 +28,11 @@ STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")  # in the order in 
 FORMAT_VERSION = 1  # of our checkpoint folders; part of every stage key, so that a new layout redoes old stages
 # Flags that cannot change what a run computes: they are left out of the stage key, and resume may change them freely.
 FREE_FLAGS = {"accumulation_steps", "batch_size", "cache_dir", "debug", "device", "dtype", "epochs", "eval_batches",
-              "eval_interval", "eval_prompts", "from_resume", "fsdp", "if_needed", "keep_resume", "learning_rate",
-              "health", "log_interval", "max_minutes", "max_steps", "merge", "muon_learning_rate", "overwrite",
-              "patience", "plot_interval", "regression_interval", "regression_path", "save_dir", "save_interval",
-              "save_weight", "show_batch", "threads", "tracker", "use_compile", "use_wandb", "value_learning_rate",
-              "zero"}
+              "eval_interval", "eval_prompts", "eval_rows", "from_resume", "fsdp", "if_needed", "keep_resume",
+              "learning_rate", "health", "log_interval", "max_minutes", "max_steps", "merge", "muon_learning_rate",
+              "overwrite", "patience", "plot_interval", "regression_interval", "regression_path", "save_dir",
+              "save_interval", "save_weight", "show_batch", "threads", "tracker", "use_compile", "use_wandb",
+              "value_learning_rate", "zero"}
 # ... but these do change the result of a whole stage, so the key keeps them although resume allows them: a run that
 # was stopped because its loss was not finite goes on at a lower rate.
 KEY_FLAGS = {"max_steps", "epochs", "max_minutes", "accumulation_steps", "batch_size", "learning_rate", "merge",
@@ -165,8 +166,17 @@ def write_minillm(folder, facts):
     content = {"format": FORMAT_VERSION, "torch": torch.__version__, "written": time.strftime("%Y-%m-%dT%H:%M:%S"),
                **facts, "files": files, "crc32": {name: _crc32(folder / name) for name in files
                                                   if name.endswith((".safetensors", ".pt"))}}
-    (folder / "minillm.json").write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str),
+    (folder / "minillm.json").write_text(json.dumps(_finite(content), indent=1, ensure_ascii=False, default=str),
                                          encoding="utf-8")
+
+
+def _finite(value):
+    """The same with None for numbers that JSON does not have: nan and the infinities."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_minillm(folder):
@@ -258,7 +268,12 @@ def load_resume(runtime, args):
     if refused:
         raise ValueError(f"cannot resume {folder} with changed flags ({'; '.join(refused)}); the result would be "
                          f"neither run's; give the old values, or start again with --overwrite 1. A resume may change "
-                         f"--{', --'.join(sorted(FREE_FLAGS & now.keys()))}")
+                         f"--{', --'.join(sorted(FREE_FLAGS & now.keys() - {'eval_rows'}))}")
+    if args.max_minutes and {"max_minutes", "max_steps", "epochs"} & changed.keys():
+        raise ValueError(f"--max_minutes {args.max_minutes:g} with another length at a resume; the number of steps was "
+                         "measured at the start and stays; for another give --max_minutes 0 --max_steps N")
+    if "eval_rows" in now and "eval_batches" not in changed:
+        args.eval_rows = state["args"].get("eval_rows", args.eval_rows)  # the same, whatever --batch_size is now
     if KEY_FLAGS & changed.keys():
         runtime.print(f"going on with changed flags: {'; '.join(changed[n] for n in changed if n in KEY_FLAGS)}")
     runtime.started -= read_minillm(folder).get("seconds", 0)
@@ -320,7 +335,14 @@ def _made(parent, fact):
 
 def stage_key(args, files=(), parents=()):
     """Hash of everything that decides a stage's result, as "flags-inputs": its flags and our format; the content of its
-    input files and of its parent checkpoints (their own keys, or their weights where they come from elsewhere)."""
+    input files and of its parent checkpoints (their own keys, or their weights where they come from elsewhere).
+
+    Raises: ValueError when a parent is the folder that the run will write.
+    """
+    folder = Path(args.save_dir) / args.save_weight
+    if any(Path(parent).resolve() in (folder.resolve(), _previous(folder).resolve()) for parent in parents):
+        raise ValueError(f"--save_weight {args.save_weight} is a checkpoint that this run starts from; the second save "
+                         "would delete it, and no resume could find it; give another --save_weight")
     flags = {k: v for k, v in _plain(args).items() if k in KEY_FLAGS or k not in FREE_FLAGS}
     parts = [FORMAT_VERSION, flags], [[file_hash(f) for f in files], [_made(parent, "key") for parent in parents]]
     return "-".join(hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -393,6 +415,10 @@ def _mark_earlier(folder, decision):
 
 def _decide(args, key):
     """(word, message) for begin(), or the ValueError to raise."""
+    try:
+        Path(args.save_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return ValueError(f"--save_dir {args.save_dir}: {error.strerror}; a run writes there; name another folder")
     folder = Path(args.save_dir) / args.save_weight
     try:
         folder = find(args.save_dir, args.save_weight)
@@ -424,9 +450,13 @@ def _decide(args, key):
                               "the result would be neither run's; bring them back, or start again with --overwrite 1")
         if resumable:
             return "resume", ""
-        return "fresh", f"{folder} holds no resume state: starting fresh"
+        if again:
+            return "fresh", f"{folder} holds no resume state: starting fresh"
     if args.overwrite:
         return "fresh", ""
+    if args.from_resume:
+        return ValueError(f"{folder} holds a checkpoint without resume state; nothing can go on from it; give "
+                          "--overwrite 1 to replace it, or another --save_weight")
     state = "a finished" if facts.get("finished") else "an unfinished"
     return ValueError(f"{folder} already holds {state} run (stage {facts.get('stage', 'unknown')}); it is not replaced "
                       "silently; give --from_resume 1 to go on with it, --overwrite 1 to replace it, or another "

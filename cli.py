@@ -47,6 +47,13 @@ class Parser(argparse.ArgumentParser):
         if getattr(args, "patience_metric", "") == "regression_pass_rate" and not args.regression_interval:
             self.error("--patience_metric regression_pass_rate with --regression_interval 0; it would never be "
                        "measured; give --regression_interval 1")
+        if getattr(args, "patience", 0) and not args.eval_interval:
+            self.error("--patience with --eval_interval 0; it counts evaluations; give --eval_interval N")
+        if getattr(args, "patience_metric", "") == "exact_match" and args.patience and not args.eval_prompts:
+            self.error("--patience_metric exact_match with --eval_prompts 0; it would never be measured; give "
+                       "--eval_prompts 120")
+        if hasattr(args, "eval_batches"):
+            args.eval_rows = args.eval_batches * args.batch_size  # a resume keeps it (checkpoint.load_resume)
         sharing = [f"--{name} 1" for name in ("zero", "fsdp") if getattr(args, name, 0)]
         if len(sharing) == 2:
             self.error("--zero 1 with --fsdp 1; FSDP shares the optimizer's state as well; give one of them")
@@ -87,13 +94,32 @@ def positive(kind, zero=False, below=1e15):
     return convert
 
 
+def folder_name(text):
+    """A type for argparse: the name of a checkpoint, which stands beside folders with other uses."""
+    parts = Path(text).parts
+    if (not parts or ".." in parts or Path(text).is_absolute() or parts[0] in ("logs", "cache", "data", "tokenizer")
+            or parts[-1].endswith((".tmp", ".previous"))):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name for a checkpoint below --save_dir; logs, cache, data "
+                                         "and tokenizer are taken, .tmp and .previous mark folders that are being "
+                                         "written; give another")
+    return text
+
+
+def whole_number(text):
+    """A type for argparse: a seed, which torch keeps in 64 bits."""
+    if not -2**63 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} does not fit into 64 bits")
+    return int(text)
+
+
 def run_flags(parser, save_weight, eval_interval, save_interval=100, log_interval=10, watched=("val_loss",)):
     """Add the flags of a run that mean the same in every training script: where it is written, on what it runs, how
     often it speaks. watched: the held-out numbers that --patience can go by, the usual one first."""
     count = positive(int, zero=True)
     g = parser.add_argument_group("output")
     g.add_argument("--save_dir", default="out", help="folder of all checkpoints")
-    g.add_argument("--save_weight", default=save_weight, help="name of this checkpoint below --save_dir")
+    g.add_argument("--save_weight", type=folder_name, default=save_weight,
+                   help="name of this checkpoint below --save_dir")
     g.add_argument("--log_interval", type=positive(int), default=log_interval,
                    help="optimizer steps between two lines of metrics.jsonl")
     g.add_argument("--plot_interval", type=count, default=0,
@@ -125,9 +151,10 @@ def machine_flags(g):
     g.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device such as cuda:1")
     g.add_argument("--dtype", default="auto", choices=("auto", *DTYPES),
                    help="autocast dtype; float64 turns autocast off")
-    g.add_argument("--threads", type=positive(int, zero=True), default=0,
+    g.add_argument("--threads", type=positive(int, zero=True, below=1025), default=0,
                    help="CPU threads of this process, 0 = cores / processes on this machine")
-    g.add_argument("--seed", type=int, default=42, help="seed of all random numbers: weights, data order, sampling")
+    g.add_argument("--seed", type=whole_number, default=42,
+                   help="seed of all random numbers: weights, data order, sampling")
     switch(g, "--debug", 0, "show the traceback of an error")
 
 

@@ -368,7 +368,8 @@ def lr_scale(step, max_steps, warmup_steps, schedule="linear", floor=0.0):
     """Factor on the peak learning rate at optimizer step `step` (0-based): linear warm-up, then the named shape down
     to `floor`.
 
-    warmup_steps below 1 is a share of max_steps. "wsd" holds 1 until the last 40% of the steps, then falls linearly.
+    warmup_steps below 1 is a share of max_steps. "wsd" holds 1 until the last 40% of the steps behind it, then falls
+    linearly.
     """
     warmup = warmup_steps * max_steps if warmup_steps < 1 else warmup_steps
     if step < warmup:
@@ -388,10 +389,12 @@ def lr_scale(step, max_steps, warmup_steps, schedule="linear", floor=0.0):
     return floor + (1 - floor) * fall
 
 
-def count_steps(args, samples, world_size):
-    """Optimizer steps of a run: --max_steps, or --epochs over `samples` (the last, partly filled step counts)."""
-    per_step = args.batch_size * args.accumulation_steps * world_size
-    return args.max_steps or max(1, math.ceil(args.epochs * samples / per_step))
+def count_steps(args, samples, per_step, progress=None):
+    """Optimizer steps of a run: --max_steps, or --epochs over `samples`, of which each step draws `per_step` (the last,
+    partly filled step counts). progress: of a resumed run, whose earlier steps may have drawn another number."""
+    done = progress or {"step": 0, "position": 0}
+    left = max(0, math.ceil(args.epochs * samples) - done["position"])
+    return args.max_steps or max(1, done["step"] + math.ceil(left / per_step))
 
 
 class Budget:
@@ -436,8 +439,13 @@ def watch_evaluation(runtime, args, progress, numbers):
     """--patience: note an evaluation (its dict of numbers, the same on all ranks). When patience is over, the next step
     is made the last one, at the end of the schedule and with the whole evaluation. What was noted is in `progress`, so
     a resumed run ends where it would have ended."""
-    if args.patience and numbers.get(args.patience_metric) is not None:
-        progress.setdefault("watched", []).append(numbers[args.patience_metric])
+    value = numbers.get(args.patience_metric)
+    if args.patience and value is None and args.patience_metric != "regression_pass_rate":  # that one has its interval
+        known = ", ".join(name for name, number in numbers.items() if isinstance(number, float))
+        raise ValueError(f"--patience_metric {args.patience_metric}; this evaluation did not measure it, so --patience "
+                         f"would wait for ever; measured were {known}")
+    if args.patience and value is not None:
+        progress.setdefault("watched", []).append(value)
         if out_of_patience(progress, args) and progress["step"] + 1 < progress["max_steps"]:
             progress["max_steps"] = progress["step"] + 1
             runtime.print(f"patience is over: {args.patience_metric} has not become better in {args.patience} "
@@ -635,6 +643,8 @@ def run(main, parse_args):
 
     Exit codes: 0 done, 2 wrong input, 3 out of memory, 128 + signal after an orderly stop.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character must not end a run
+        stream.reconfigure(errors="replace")
     args = parse_args()
     try:
         main(args)

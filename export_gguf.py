@@ -53,7 +53,7 @@ Q8_BLOCK = 32  # a row of a q8_0 tensor is a whole number of blocks
 def parse_args(argv=None):
     """The checkpoint, the type of its weights, and where the file goes."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("weight", help="checkpoint: name below --save_dir, or any folder that eval.py opens")
+    parser.add_argument("weight", help="checkpoint: name below --save_dir, or a folder with a whole model")
     parser.add_argument("--dtype", default="f32", choices=("f32", "bf16", "q8_0"),
                         help="of the matrices: 32, 16 or 8.5 bits a weight")
     parser.add_argument("--output", default="", help="file to write; left out: <checkpoint>/<its name>-<dtype>.gguf")
@@ -250,7 +250,7 @@ def modelfile(gguf_name: str, tokenizer: Tokenizer, config: ModelConfig, chat: b
     template = turns if chat else "{{ .Prompt }}"
     stops = [tokenizer.decode([i]) for i in sorted(tokenizer.stop_ids(chat))]
     # Ollama's own values would be: a context of 4096 whatever the model's, and a penalty on repeated words
-    settings = [f"num_ctx {config.max_position_embeddings}", "temperature 0.8", "top_p 0.9", "repeat_penalty 1.0",
+    settings = [f"num_ctx {config.max_position_embeddings}", "temperature 0.7", "top_p 0.9", "repeat_penalty 1.0",
                 *(f"stop {json.dumps(text, ensure_ascii=False)}" for text in stops)]
     return "\n".join([f"FROM ./{gguf_name}", f'TEMPLATE """{opening(tokenizer)}{template}"""',
                       *(f"PARAMETER {line}" for line in settings), ""])
@@ -264,6 +264,8 @@ def main(args):
     check_shape(model.config)
     name = folder.resolve().name.removesuffix(".previous")
     output = Path(args.output or folder / f"{name}-{args.dtype}.gguf")
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder; the model becomes one file; give a name that ends in .gguf")
     output.parent.mkdir(parents=True, exist_ok=True)
     # a pretrained model continues text: with a template every program would hold a conversation with it
     pretrained = checkpoint.read_minillm(folder).get("stage") == "pretrain"

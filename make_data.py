@@ -763,7 +763,9 @@ def read_persona(path):
     given = {key: dict.fromkeys(LANGS, value) if isinstance(value, str) else value for key, value in given.items()}
     for key, value in given.items():
         texts = [value.get(lang) for lang in LANGS] if isinstance(value, dict) else [None]
-        if key not in PERSONA or not all(isinstance(text, str) and text for text in texts):
+        # half of a surrogate pair is no text: no file could be written with it
+        if key not in PERSONA or not all(isinstance(text, str) and re.fullmatch("[^\ud800-\udfff]+", text)
+                                         for text in texts):
             raise ValueError(f"--persona {path}: field {key!r} is {value!r}; the fields are {', '.join(PERSONA)}, each "
                              'a text or {"en": text, "zh": text}; correct the field')
     return {**PERSONA, **given}

@@ -245,6 +245,12 @@ class ModelConfig:
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         need(isinstance(rope, dict), f"rope_parameters={rope!r} in {where}", "it is an object", "correct the file")
         values["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+        # edited by hand in one place only? Which of the two was meant nobody can know
+        for key, there in (("rope_theta", values["rope_theta"]), ("rope_scaling", rope)):
+            own = raw.get(key)
+            same = own == there if key == "rope_theta" else isinstance(own, dict) and rope | own == rope
+            need(not own or same, f"{key}={own!r} in {where}", f"rope_parameters beside it says {there!r}",
+                 "change both")
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             values["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         if kind in ("qwen3_moe", "dots1"):
@@ -1016,7 +1022,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
     (0, or k >= V: all); of these top_p keeps the smallest set whose mass reaches p (1: all; 0: the most likely id
     only), and min_p those at least min_p times as likely as the most likely one (Nguyen et al. 2024, arXiv:2407.01082).
     """
-    if temperature == 0 or top_k == 1 or top_p == 0:
+    if temperature < 1e-30 or top_k == 1 or top_p == 0:  # logits divided by less would be beyond fp32
         return logits.argmax(-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     size = logits.shape[-1]

@@ -11,6 +11,7 @@
 # Settings: PYTHON=python3.12  VENV_DIR=.venv  OUT=out  SEED=42  PRESET=nano|tiny|small|base|moe
 #           DATA_ARGS PRETRAIN_ARGS SFT_ARGS REWARD_ARGS DPO_ARGS PPO_ARGS GRPO_ARGS EVAL_ARGS: flags added to a stage
 set -euo pipefail
+unset CDPATH  # with it, `cd` prints where it went
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 STAGES=(data tokenizer pretrain sft reward dpo ppo grpo eval)
@@ -18,15 +19,21 @@ WANT=all FROM="" SMOKE=0
 while [ $# -gt 0 ]; do
     case "$1" in
         --smoke-test) SMOKE=1 ;;
-        --from) FROM="${2:-}"; shift ;;
+        --from) [ $# -ge 2 ] || { echo "error: --from needs a stage; see: bash run.sh --help" >&2; exit 2; }
+            FROM="$2"; shift ;;
         -h|--help) sed -n '2,12p' "$0" | cut -c3-; exit 0 ;;
-        all|setup|check|data|tokenizer|pretrain|sft|reward|dpo|ppo|grpo|eval|chat|test) WANT="$1" ;;
+        all|setup|check|data|tokenizer|pretrain|sft|reward|dpo|ppo|grpo|eval|chat|test)
+            [ "$WANT" = all ] || { echo "error: '$WANT' and '$1'; name one stage, or --from $WANT" >&2; exit 2; }
+            WANT="$1" ;;
         *) echo "error: '$1' is not a stage or flag; see: bash run.sh --help" >&2; exit 2 ;;
     esac
     shift
 done
 if [ -n "$FROM" ] && [[ " ${STAGES[*]} " != *" $FROM "* ]]; then
     echo "error: --from '$FROM' is not one of: ${STAGES[*]}" >&2; exit 2
+fi
+if [ -n "$FROM" ] && [ "$WANT" != all ]; then
+    echo "error: --from $FROM with '$WANT'; --from is for the whole story; give one of them" >&2; exit 2
 fi
 PYTHON="${PYTHON:-python3}" VENV_DIR="${VENV_DIR:-.venv}" SEED="${SEED:-42}"
 OUT="${OUT:-out}"
@@ -63,7 +70,8 @@ stage() {   # $1: name; $2: why, with the time to expect; rest: command
     mkdir -p "$OUT/logs"
     printf '\n== %s: %s\n   %s\n' "$name" "$why" "${*/#$PY/python}"
     local status=0
-    "$@" 2>&1 | tee "$log" || status="${PIPESTATUS[0]}"
+    # -i: Ctrl-C is for the command, whose last words tee has to pass on
+    "$@" 2>&1 | tee -i "$log" || status="${PIPESTATUS[0]}"
     if [ "$status" != 0 ]; then
         printf 'error: stage %s failed with exit code %s; its log is %s\n' "$name" "$status" "$log" >&2
         exit "$status"
@@ -71,11 +79,11 @@ stage() {   # $1: name; $2: why, with the time to expect; rest: command
     printf '== %s took %d s\n' "$name" $((SECONDS - start))
 }
 
-# The data keep a mark of what they were made from; tokenizer.py and the training scripts have their own
-marked() {  # $1: folder; $2: text that decides its content; true when it was made from just that
-    [ -e "$1/.made_from" ] && [ "$(cat "$1/.made_from")" = "$(cksum <<< "$2")" ]
+# The data keep a mark of what they were made from, and of their names; the other scripts have marks of their own
+marked() {  # $1: folder; $2: text that decides its content; true when it was made from just that and nothing is missing
+    [ -e "$1/.made_from" ] && [ "$(cat "$1/.made_from")" = "$(cksum <<< "$2 $(ls "$1")")" ]
 }
-mark() { cksum <<< "$2" > "$1/.made_from"; }
+mark() { cksum <<< "$2 $(ls "$1")" > "$1/.made_from"; }
 
 run_stage() {
     local d="$OUT/data" key redo="--if_needed 1" common
@@ -85,6 +93,7 @@ run_stage() {
     data)
         key="$(cat make_data.py) $SEED $DATA_SIZE ${DATA_ARGS:-}"
         if [ "${REDO:-0}" = 0 ] && marked "$d" "$key"; then echo "== data: $d is up to date"; return; fi
+        rm -f "$d/.made_from"  # before the first file is replaced
         stage data "write the embedded bilingual world for every stage (10 s)" \
             "$PY" make_data.py --output "$d" --seed "$SEED" $DATA_SIZE ${DATA_ARGS:-}
         mark "$d" "$key" ;;

@@ -123,7 +123,7 @@ def evaluate(model, teacher, data, args, runtime):
     """Both models on the first --eval_batches held-out batches, shared by the ranks: losses and KL(teacher || student)
     in nats per target, the share of targets at which both find the same token most likely, and of text bits per byte.
     """
-    count = min(len(data), args.eval_batches * args.batch_size)
+    count = min(len(data), args.eval_rows)
     sums = dict.fromkeys(("targets", "bytes", "student", "teacher", "kl", "same"), 0.0)
     was_training = model.training
     model.eval()
@@ -219,7 +219,8 @@ def main(args):
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
                             dtype=runtime.dtype)
-    max_steps = common.count_steps(args, len(data), runtime.world_size)
+    per_step = args.batch_size * args.accumulation_steps * runtime.world_size
+    max_steps = common.count_steps(args, len(data), per_step)
     budget = common.Budget(args.max_minutes)
     nonfinite = common.NonFinite(runtime)
     stop = common.StopSignal()
@@ -238,7 +239,8 @@ def main(args):
         progress |= state["progress"]
         del state  # twice the size of the weights, or more
         if not args.max_minutes and not common.out_of_patience(progress, args):
-            progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
+            # --max_steps, --epochs and what a step draws may be changed on resume
+            progress["max_steps"] = common.count_steps(args, len(data), per_step, progress)
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "distill", model.config, [data, held_out], parents,
                                        progress["max_steps"])

@@ -136,7 +136,7 @@ def evaluate(model, data, reference, args, runtime):
     Returns: dict of val_loss, accuracy (chosen reward above rejected; ties are wrong, so 0 before training),
         accuracy_by_kind, margin, chosen_drift and rejected_drift (log(pi / ref), nats per answer token), n.
     """
-    count = min(len(data), args.eval_batches * args.batch_size)
+    count = min(len(data), args.eval_rows)
     share, kinds = [], []
     for i in runtime.shard(list(range(0, count, args.batch_size))):
         batch = data.batch(range(i, min(i + args.batch_size, count)))
@@ -254,7 +254,8 @@ def main(args):
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
                             dtype=runtime.dtype)
-    max_steps = common.count_steps(args, len(data), runtime.world_size)
+    per_step = args.batch_size * args.accumulation_steps * runtime.world_size
+    max_steps = common.count_steps(args, len(data), per_step)
     budget = common.Budget(args.max_minutes)
     nonfinite = common.NonFinite(runtime)
     stop = common.StopSignal()
@@ -274,7 +275,8 @@ def main(args):
         runtime.scaler.load_state_dict(state["scaler"])
         progress, tables = progress | state["progress"], state["tables"]
         if not args.max_minutes and not common.out_of_patience(progress, args):
-            progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
+            # --max_steps, --epochs and what a step draws may be changed on resume
+            progress["max_steps"] = common.count_steps(args, len(data), per_step, progress)
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "dpo", model.config, [data, held_out], [parent],
                                        progress["max_steps"])
@@ -289,7 +291,7 @@ def main(args):
     per_micro_step = args.batch_size * runtime.world_size
     # a short run needs only the pairs it will draw
     drawn = min(len(data), progress["max_steps"] * args.accumulation_steps * per_micro_step)
-    wanted = {"held_out": (held_out, np.arange(min(len(held_out), args.eval_batches * args.batch_size)))}
+    wanted = {"held_out": (held_out, np.arange(min(len(held_out), args.eval_rows)))}
     if args.reference == "precomputed":
         wanted["train"] = (data, np.sort(data.position_batch(0, drawn)))
     for part, (source, indices) in wanted.items():

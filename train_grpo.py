@@ -399,7 +399,7 @@ def main(args):
 
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay)
-    max_steps = args.max_steps or max(1, math.ceil(args.epochs * len(data) / groups))
+    max_steps = common.count_steps(args, len(data), groups)
     budget = common.Budget(args.max_minutes, probe_steps=2)
     nonfinite = common.NonFinite(runtime)
     stop = common.StopSignal()
@@ -422,7 +422,8 @@ def main(args):
                              f"run was measured on {progress['held_out']}; other prompts cannot be compared; give the "
                              "old value, or start again with --overwrite 1")
         if not args.max_minutes and not common.out_of_patience(progress, args):
-            progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
+            # --max_steps, --epochs and what a step draws may be changed on resume
+            progress["max_steps"] = common.count_steps(args, len(data), groups, progress)
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "grpo", model.config, [data, held_out], [parent],
                                        progress["max_steps"])

@@ -538,7 +538,7 @@ def main(args):
     # eps 1e-5: the usual 1e-8 lets tokens with hardly any gradient take full steps (Huang et al. 2024)
     optimizers = [optim.build(network, args.optimizer, rate, args.muon_learning_rate, args.weight_decay, eps=1e-5)
                   for network, rate in ((policy, args.learning_rate), (value, args.value_learning_rate))]
-    max_steps = args.max_steps or max(1, math.ceil(args.epochs * len(data) / args.rollout_size))
+    max_steps = common.count_steps(args, len(data), args.rollout_size)
     budget = common.Budget(args.max_minutes, probe_steps=2)
     nonfinite = common.NonFinite(runtime)
     stop = common.StopSignal()

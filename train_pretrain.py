@@ -138,7 +138,7 @@ def row_parts(done, share):
 
 def evaluate(model, data, args, runtime):
     """Held-out loss (nats per token) and bits per byte over the first --eval_batches batches, shared by the ranks."""
-    count = min(len(data), args.eval_batches * args.batch_size)
+    count = min(len(data), args.eval_rows)
     starts = runtime.shard(list(range(0, count, args.batch_size)))
     batches = (data.batch(range(i, min(i + args.batch_size, count))) for i in starts)
     part = metrics.heldout_loss(model, batches, token_logprobs, runtime.device, runtime.autocast)
@@ -205,7 +205,8 @@ def main(args):
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
                             dtype=runtime.dtype, zero=zero)
-    max_steps = common.count_steps(args, len(data), runtime.world_size)
+    per_step = args.batch_size * args.accumulation_steps * runtime.world_size
+    max_steps = common.count_steps(args, len(data), per_step)
     budget = common.Budget(args.max_minutes)
     nonfinite = common.NonFinite(runtime)
     stop = common.StopSignal()
@@ -225,7 +226,8 @@ def main(args):
         progress |= state["progress"]
         del state  # twice the size of the weights, or more
         if not args.max_minutes and not common.out_of_patience(progress, args):
-            progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
+            # --max_steps, --epochs and what a step draws may be changed on resume
+            progress["max_steps"] = common.count_steps(args, len(data), per_step, progress)
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "pretrain", model.config, [data, held_out], origin,
                                        progress["max_steps"])

@@ -105,7 +105,7 @@ def evaluate(model, data, args, runtime):
     Returns: dict of val_loss, accuracy, accuracy_by_kind, length_correlation (of score and answer length: a reward
         model that only counts words shows here), score_mean and score_std (over both answers), n.
     """
-    count = min(len(data), args.eval_batches * args.batch_size)
+    count = min(len(data), args.eval_rows)
     share = []
     for i in runtime.shard(list(range(0, count, args.batch_size))):
         batch = data.batch(range(i, min(i + args.batch_size, count)))
@@ -164,7 +164,8 @@ def main(args):
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
                             dtype=runtime.dtype)
-    max_steps = common.count_steps(args, len(data), runtime.world_size)
+    per_step = args.batch_size * args.accumulation_steps * runtime.world_size
+    max_steps = common.count_steps(args, len(data), per_step)
     budget = common.Budget(args.max_minutes)
     nonfinite = common.NonFinite(runtime)
     stop = common.StopSignal()
@@ -183,7 +184,8 @@ def main(args):
         runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
         if not args.max_minutes and not common.out_of_patience(progress, args):
-            progress["max_steps"] = max_steps  # --max_steps and --epochs may be changed on resume
+            # --max_steps, --epochs and what a step draws may be changed on resume
+            progress["max_steps"] = common.count_steps(args, len(data), per_step, progress)
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
     conditions = checkpoint.conditions(runtime, args, "reward", model.config, [data, held_out], [parent],
                                        progress["max_steps"])

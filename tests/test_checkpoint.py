@@ -9,6 +9,7 @@ import errno
 import functools
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -161,6 +162,30 @@ def test_resume_refuses_changed_flags_and_names_both_values(tmp_path, changes):
     allowed = str(error.value).split("A resume may change ")[1].split(", ")
     assert {"--batch_size", "--max_steps", "--learning_rate", "--device", "--log_interval"} < set(allowed)
     assert f"--{name}" not in allowed
+
+
+def test_measured_number_of_steps_stays_at_a_resume(tmp_path):
+    _, runtime, _ = save(tmp_path, 5, flags={"max_minutes": 2.0})
+    for changes in ({"max_minutes": 3.0}, {"max_minutes": 2.0, "max_steps": 99}):
+        with pytest.raises(ValueError, match="--max_minutes 0 --max_steps N"):
+            checkpoint.load_resume(runtime, run_args(tmp_path, **changes))
+    for changes in ({"max_minutes": 2.0}, {"max_minutes": 0.0, "max_steps": 99}):
+        assert checkpoint.load_resume(runtime, run_args(tmp_path, **changes))["progress"]["step"] == 5
+
+
+def test_held_out_rows_stay_the_same_whatever_the_batch_size_is(tmp_path):
+    _, runtime, _ = save(tmp_path, 5, flags={"eval_batches": 4, "batch_size": 8, "eval_rows": 32})
+    for changes, rows in (({"eval_batches": 4, "batch_size": 2, "eval_rows": 8}, 32),
+                          ({"eval_batches": 3, "batch_size": 8, "eval_rows": 24}, 24)):
+        args = run_args(tmp_path, **changes)
+        checkpoint.load_resume(runtime, args)
+        assert args.eval_rows == rows
+
+
+def test_numbers_that_json_does_not_have_become_null(tmp_path):
+    checkpoint.write_minillm(tmp_path, {"metrics": {"error": math.nan, "all": [1.0, math.inf]}})
+    text = (tmp_path / "minillm.json").read_text("utf-8")
+    assert json.loads(text, parse_constant=pytest.fail)["metrics"] == {"error": None, "all": [1.0, None]}
 
 
 def test_resume_allows_what_it_lists_and_says_what_then_changes_the_result(tmp_path, capsys):
@@ -358,9 +383,16 @@ def key(tmp_path):
     parent = written(tmp_path, "parent")
 
     def of(**changes):
-        return checkpoint.stage_key(run_args(tmp_path, **changes), [tmp_path / "data.jsonl"], [parent])
+        args = run_args(tmp_path, **{"save_weight": "child"} | changes)
+        return checkpoint.stage_key(args, [tmp_path / "data.jsonl"], [parent])
 
     return of
+
+
+@pytest.mark.parametrize("name", ["run", "./other/../run"])
+def test_a_run_that_would_replace_its_own_parent_is_refused(key, name):
+    with pytest.raises(ValueError, match="is a checkpoint that this run starts from"):
+        key(save_weight=name)
 
 
 @pytest.mark.parametrize("changes", [{"learning_rate": 0.5}, {"seed": 1}, {"batch_size": 2}, {"max_steps": 3},
@@ -510,10 +542,11 @@ def test_folder_that_is_no_checkpoint_is_never_replaced(tmp_path):
             decide(tmp_path, **flags)
 
 
-def test_resume_without_state_starts_fresh_and_says_so(tmp_path, capsys):
+def test_resume_of_a_checkpoint_without_state_does_not_replace_it(tmp_path):
     save(tmp_path, 9, finished=True, flags={"keep_resume": 0})
-    assert decide(tmp_path, from_resume=1) == "fresh"
-    assert "holds no resume state: starting fresh" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="without resume state; .*; give --overwrite 1"):
+        decide(tmp_path, from_resume=1)
+    assert decide(tmp_path, from_resume=1, overwrite=1) == "fresh"
 
 
 def started(monkeypatch, count, limit=3):

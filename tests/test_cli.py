@@ -7,6 +7,7 @@ import argparse
 import ast
 import importlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -132,7 +133,10 @@ def test_every_training_script_has_the_flags_that_users_know(parser_of):
 
 
 @pytest.mark.parametrize("words", [["--no_such_flag", "1"], ["--learning", "0.1"], ["--batch_size", "0"],
-                                   ["--learning_rate", "-1"], ["--dtype", "int8"], ["stray"]], ids=" ".join)
+                                   ["--learning_rate", "-1"], ["--dtype", "int8"], ["stray"], ["--threads", "9" * 9],
+                                   ["--seed", "9" * 30], ["--save_weight", ""], ["--save_weight", "logs"],
+                                   ["--save_weight", "../x"], ["--patience", "1", "--eval_interval", "0"]],
+                         ids=" ".join)
 @pytest.mark.parametrize("name", TRAINERS)
 def test_bad_flag_is_one_message_and_exit_code_2(name, words, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -190,7 +194,7 @@ def refused(code, text):
 
 
 SETTINGS = {"device": ["--device", "gpu"], "weights": ["--from_weight", "no-such"],
-            "long rows": ["--max_seq_len", "1000"]}
+            "long rows": ["--max_seq_len", "1000"], "a file": ["--save_dir", __file__]}
 
 
 @pytest.mark.parametrize("case", SETTINGS)
@@ -339,3 +343,27 @@ def test_sharing_that_cannot_be_is_refused(name, words, message, capsys):
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(name).parse_args(words.split())
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+# -- run.sh ------------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(os.name == "nt", reason="a bash script")
+@pytest.mark.parametrize("words, message", [(["--from"], "--from needs a stage"), (["nope"], "not a stage or flag"),
+                                            (["--from", "nope"], "is not one of"),
+                                            (["tokenizer", "data"], "name one stage"),
+                                            (["--from", "sft", "setup"], "give one of them")], ids=str)
+def test_run_sh_refuses_what_it_would_not_do(words, message):
+    done = subprocess.run(["bash", ROOT / "run.sh", *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a bash script")
+def test_data_are_up_to_date_only_when_all_files_of_the_same_making_are_there(tmp_path):
+    def up_to_date(before, content="made so"):
+        script = f"""source <(sed -n '/^marked()/,/^mark()/p' "{ROOT}/run.sh"); cd "{tmp_path}"; {before}
+                     marked data "{content}" """
+        return subprocess.run(["bash", "-c", script], timeout=60).returncode == 0
+
+    assert up_to_date("mkdir data; touch data/a data/b; mark data 'made so'")
+    assert up_to_date("true") and not up_to_date("true", "made otherwise")
+    assert not up_to_date("rm data/b")
+    assert up_to_date("touch data/b") and not up_to_date("rm data/.made_from")

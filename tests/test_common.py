@@ -78,10 +78,20 @@ def test_unknown_schedule_is_refused_with_the_choices():
 
 def test_epochs_become_steps_and_max_steps_wins():
     args = parse("--batch_size", "4", "--accumulation_steps", "2", "--epochs", "1.5")
-    assert common.count_steps(args, samples=100, world_size=2) == math.ceil(150 / 16)
-    assert common.count_steps(args, samples=1, world_size=2) == 1
+    assert common.count_steps(args, samples=100, per_step=16) == math.ceil(150 / 16)
+    assert common.count_steps(args, samples=1, per_step=16) == 1
+    for step in range(11):  # a resume with the same flags has the same length
+        assert common.count_steps(args, 100, 16, {"step": step, "position": 16 * step}) == max(10, step)
+    # 40 of 150 samples are drawn, with 4 a step; the other 110 take 14 steps of 8
+    assert common.count_steps(args, 100, 8, {"step": 10, "position": 40}) == 10 + 14
     args.max_steps = 7
-    assert common.count_steps(args, samples=100, world_size=2) == 7
+    assert common.count_steps(args, samples=100, per_step=16) == 7
+
+
+def test_patience_with_a_number_that_is_not_measured_ends_at_the_first_evaluation():
+    args = parse("--patience", "2", "--patience_metric", "val_loss", "--eval_interval", "1")
+    with pytest.raises(ValueError, match="did not measure it.*measured were exact_match"):
+        common.watch_evaluation(None, args, {"step": 1, "max_steps": 9}, {"exact_match": 0.5, "val_loss": None})
 
 
 # -- Command line ----------------------------------------------------------------------------------------------------

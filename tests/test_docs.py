@@ -153,7 +153,7 @@ def test_targets_of_the_makefile_are_commands_that_parse():
     for target in targets:
         line, = subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True,
                                text=True).stdout.strip().split("\n")
-        line = line.replace("${VENV_DIR:-.venv}/bin/", "").replace("${OUT:-out}", "out")
+        line = line.replace("${VENV_DIR:-.venv}/bin/", "").replace("${OUT:-out}", "out").replace('"', "")
         assert COMMAND.match(line), line
         check_command(line)
         if target.startswith("train-"):

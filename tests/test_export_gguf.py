@@ -262,6 +262,8 @@ def test_files_go_where_they_are_asked_for_and_the_last_line_says_what_is_next(f
     first, last = capsys.readouterr().out.strip().split("\n")[-2:]
     assert "qwen3moe" in first and f"{done['bytes'] / 1e6:.1f} MB" in first and "q8_0" in first
     assert last.startswith(f"next: llama-cli -m '{tmp_path}/new place/m.gguf'") and "ollama create moe -f" in last
+    with pytest.raises(ValueError, match="is a folder"):
+        export(folder("moe"), "--output", str(tmp_path))
 
 
 # -- In llama.cpp itself -----------------------------------------------------------------------------------------------

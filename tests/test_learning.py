@@ -133,9 +133,9 @@ def test_adapters_reach_most_of_what_all_weights_reach(out):
             "--from_weight", "sft", "--eval_prompts", "1000"]
     gain = {}
     targets = ["--lora_rank", "8", "--lora_targets", "v_proj", "gate_proj", "up_proj", "down_proj",
-               "--muon_learning_rate", "0.02"]
+               "--muon_learning_rate", "0.03"]
     for name, flags in (("full", []), ("lora", targets)):
-        final = train_sft.main(train_sft.parse_args([*common_flags(out, name, 400), *data, *flags]))
+        final = train_sft.main(train_sft.parse_args([*common_flags(out, name, 800), *data, *flags]))
         before = logs.read_metrics(out / "logs" / name)[0]
         gain[name] = before["val_loss"] - final["val_loss"]
         print(f"\n{out.name} {name}: held-out loss {before['val_loss']:.3f} -> {final['val_loss']:.3f}, exact match "

@@ -130,6 +130,14 @@ def test_config_written_by_transformers_4_is_understood(tmp_path):
     assert torch.equal(Transformer.from_pretrained(tmp_path)(ids), model(ids))
 
 
+@pytest.mark.parametrize("change", [{"rope_theta": 5e5}, {"rope_scaling": YARN}])
+def test_spellings_that_contradict_each_other_are_refused(change):
+    raw = ModelConfig(**SHAPE).to_dict()
+    assert ModelConfig.from_dict(raw) == ModelConfig(**SHAPE)
+    with pytest.raises(ValueError, match=f"{next(iter(change))}=.*; rope_parameters beside it says .*; change both"):
+        ModelConfig.from_dict(raw | change)
+
+
 def test_config_holds_both_spellings():
     dense, moe, shared = (ModelConfig(**(SHAPE | KINDS[kind])).to_dict() for kind in ("yarn", "moe", "shared"))
     assert dense["rope_theta"] == dense["rope_parameters"]["rope_theta"] and "num_experts" not in dense
@@ -444,7 +452,8 @@ def test_samples_follow_the_reference_distribution(temperature, top_k, top_p, si
 def test_sampling_edge_cases():
     logits = torch.tensor([[0.0, 3.0, 1.0, -math.inf], [2.0, 0.0, 1.0, -math.inf]])
     top = [1, 0]
-    for options in ((0.0, 0, 1.0), (1.0, 1, 1.0), (1.0, 0, 0.0), (1e-4, 0, 1.0)):
+    for options in ((0.0, 0, 1.0), (1.0, 1, 1.0), (1.0, 0, 0.0), (1e-4, 0, 1.0), (1e-38, 0, 1.0),
+                    (1e-29, 0, 1.0)):
         for u in (0.0, 0.5, 1 - 2**-24):
             assert sample(logits, *options, torch.full((2,), u)).tolist() == top
     for top_k in (0, 4, 99):  # off
