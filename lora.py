@@ -218,13 +218,14 @@ def read_settings(folder):
                                 "give such a folder")
     try:
         settings = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON object ({error}); the file is damaged; restore it") from None
     wrong = [name for name, value in settings.items()
              if not (value in PLAIN[name] if name in PLAIN else name in HARMLESS or not value)]
     # a layer's weight is the layer under another name; any other is a stack of experts
-    fused = [name for name in settings.get("target_parameters") or () if not str(name).endswith("_proj.weight")]
-    wrong += ["target_parameters"] * bool(fused)
+    named = settings.get("target_parameters") or []
+    if not isinstance(named, list) or not all(str(name).endswith("_proj.weight") for name in named):
+        wrong.append("target_parameters")
     wrong += ["peft_type"] * ("peft_type" not in settings)
     wrong += [name for name, (low, high) in LIMITS.items()
               if type(settings.get(name) or 0) not in (int, float) or not low <= (settings.get(name) or 0) <= high]

@@ -89,6 +89,12 @@ RULES = {
     "languages": ("a list of zh, en and other",
                   lambda value: isinstance(value, list) and all(name in ("zh", "en", "other") for name in value)),
 }
+# the same for the fields of the config itself, but for those of which its sources and targets take care
+CONFIG_RULES = {
+    "sources": ("a list", lambda value: isinstance(value, list)),
+    "near_duplicates": ("true or false", lambda value: isinstance(value, bool)),
+    "exclude": (f"{RULES['path'][0]} (the files whose questions must stay out of training)", RULES["path"][1]),
+}
 
 
 @dataclass
@@ -131,17 +137,16 @@ def read_config(path):
     """(list of Source, {category: {"count" or "share", "max_repeat"}}, config) of a mix. Raises ValueError."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--config {path}: {error}; it must hold one JSON object; write {EXAMPLE}") from None
     shared = ("val_ratio", "min_chars", "max_chars", "languages")
     _checked_keys(config, ("sources", "targets", "total", "seed", "near_duplicates", "exclude", *shared),
                   f"--config {path}")
-    rule, holds = RULES["path"]
-    if "exclude" in config and not holds(config["exclude"]):
-        raise ValueError(f"--config {path}: exclude is {config['exclude']!r}; it must be {rule}; name the files whose "
-                         "questions must stay out of training, or leave exclude out")
+    for key, (rule, holds) in CONFIG_RULES.items():
+        if key in config and not holds(config[key]):
+            raise ValueError(f"--config {path}: {key} is {config[key]!r:.60}; it must be {rule}; write {EXAMPLE}")
     sources = []
-    for given in config.get("sources") or []:
+    for given in config.get("sources", []):
         _checked_keys(given, RULES, f"--config {path}, source {len(sources) + 1}")
         lacking = [key for key in ("name", "category", "path") if key not in given]
         if lacking:
