@@ -287,7 +287,7 @@ def unpack(path):
 
 def get(public, source, path, mirrors):
     """Bring the file `source` of a set to `path` from the first mirror that has it. Raises OSError where none does."""
-    if path.exists():
+    if path.exists() and path.stat().st_size:
         print(f"{path}: is there already; delete it to fetch it again")
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
