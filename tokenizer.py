@@ -281,8 +281,8 @@ def train(texts_or_paths, vocab_size=6400, backend="auto", progress=True):
     smallest = 256 + len(SPECIALS)
     if not smallest <= vocab_size < MAX_IDS:
         raise ValueError(
-            f"vocab_size is {vocab_size}; 256 bytes and {len(SPECIALS)} special tokens need at least {smallest}, and ids "
-            f"end below {MAX_IDS}; give --vocab_size {smallest} or more (6400 suits small models)"
+            f"vocab_size is {vocab_size}; 256 bytes and {len(SPECIALS)} special tokens need at least {smallest}, and "
+            f"it is below {MAX_IDS}; give --vocab_size {smallest} or more (6400 suits small models)"
         )
     merges, facts = learn(texts_or_paths, vocab_size - smallest, backend, progress=progress)
     if progress:

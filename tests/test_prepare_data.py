@@ -251,7 +251,8 @@ def test_bad_rows_are_an_error_or_counted_and_nothing_is_left_behind(mix, tmp_pa
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {"share": 0.5}}}, "needs a total"),
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {"share": 2}}, "total": 9},
      "share is 2"),
-    ({"sources": 5}, "sources is 5"), ({"sources": True}, "sources is True"), ("[" * 100_000, "must hold one JSON object"),
+    ({"sources": 5}, "sources is 5"), ({"sources": True}, "sources is True"),
+    ("[" * 100_000, "must hold one JSON object"),
     *(({"near_duplicates": value}, "near_duplicates is .* true or false") for value in ("no", None, [], 2)),
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": 5}}, "found 5"),
 ])
@@ -466,8 +467,8 @@ def test_a_mix_leaves_evaluation_items_out_and_says_which(mix, tmp_path, capsys)
     assert not any(words in shown for words in ("sheep", "甲公司", "i am new"))
     assert stats["contamination"]["a"] == {"row": f"{tmp_path}/a.jsonl:21", "item": f"{held}:2", "kind": "same words",
                                            "text": "a farmer has 17 sheep and all but nine of them run away"}
-    assert (f"warning: source b{{0}}: 2 rows left out because evaluation items are in them; the first: {tmp_path}/b{{0}}"
-            ".jsonl:1 has the same words as") in capsys.readouterr().out
+    assert ("warning: source b{0}: 2 rows left out because evaluation items are in them; the first: "
+            f"{tmp_path}/b{{0}}.jsonl:1 has the same words as") in capsys.readouterr().out
     stats, _ = mix([("a", "x", planted, {})])
     assert "evaluation items are not looked for" in capsys.readouterr().out and stats["contamination"] == {}
 

@@ -148,12 +148,12 @@ EXAM = {"question": "q", "choices": list("wxyz"), "answer": 1, "subject": "law"}
 
 
 @pytest.mark.parametrize(("name", "row"), [
-    ("piqa", {"goal": "x", "sol1": "a", "sol2": "b", "label": -1}), ("boolq", {"passage": "p", "question": "q", "label": 9}),
-    ("piqa", {"goal": "x", "sol1": 5, "sol2": "b", "label": 0}), ("hellaswag", {"query": "q", "choices": [], "gold": 0}),
-    ("hellaswag", {"query": "q", "choices": ["a", "b"], "gold": 5}), ("gsm8k", {"question": "q", "answer": 5}),
-    ("hellaswag", {"query": 5, "choices": ["a", "b"], "gold": 0}), ("wikitext2", {"page": ""}),
-    ("arc_easy", {"query": "q", "choices": "ab", "gold": 0}), ("mmlu", EXAM | {"answer": 9}),
-    ("mmlu", EXAM | {"choices": []}), *(("mmlu", EXAM | {"subject": subject}) for subject in (5, None, ["law"]))])
+    ("piqa", {"goal": "x", "sol1": "a", "sol2": "b", "label": -1}), ("gsm8k", {"question": "q", "answer": 5}),
+    ("piqa", {"goal": "x", "sol1": 5, "sol2": "b", "label": 0}), ("wikitext2", {"page": ""}),
+    ("boolq", {"passage": "p", "question": "q", "label": 9}), ("hellaswag", {"query": "q", "choices": [], "gold": 0}),
+    ("hellaswag", {"query": "q", "choices": ["a", "b"], "gold": 5}), ("mmlu", EXAM | {"answer": 9}),
+    ("hellaswag", {"query": 5, "choices": ["a", "b"], "gold": 0}), ("mmlu", EXAM | {"choices": []}),
+    ("arc_easy", {"query": "q", "choices": "ab", "gold": 0}), *(("mmlu", EXAM | {"subject": subject}) for subject in (5, None, ["law"]))])
 def test_what_is_no_question_with_a_right_answer_is_a_wrong_row(name, row, tmp_path):
     (tmp_path / f"{name}_{tasks.TASKS[name].splits[0]}.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=r"\.jsonl:1: found the keys .*; expected .*; test splits"):
@@ -256,7 +256,7 @@ def test_a_page_counts_the_bytes_that_a_tokenizer_encodes(tokenizer, tmp_path):
     items, _ = tasks.load("wikitext2", tmp_path)
     size = sum(len(tokenizer.token_bytes[i]) for i in tokenizer.encode(page))
     assert size == len("a b ") + 1 + 3 + 4
-    scores = tasks.score("wikitext2", items, [[(-1e5, False)]])["scores"]  # a model without any sense: 2**rate overflows
+    scores = tasks.score("wikitext2", items, [[(-1e5, False)]])["scores"]  # so bad a model that 2**rate overflows
     assert scores["bits_per_byte"] == pytest.approx(1e5 / math.log(2) / size) and scores["byte_perplexity"] == math.inf
 
 
