@@ -349,8 +349,8 @@ def _check_turns(turns: object, where: str) -> list[dict]:
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
             found = f"the keys [{', '.join(map(str, turn))}]" if isinstance(turn, dict) else f"{turn!r:.60}"
             raise ValueError(f"{where}: found a turn with {found}; expected role and content; write {CHAT}")
-        for key in ("content", "reasoning_content"):
-            if not isinstance(turn.get(key), str) and (key == "content" or turn.get(key) is not None):
+        for key in ("role", "content", "reasoning_content"):
+            if not isinstance(turn.get(key), str) and (key != "reasoning_content" or turn.get(key) is not None):
                 raise ValueError(f"{where}: found {turn[key]!r:.60} as {key}; expected a string; write {CHAT}")
         checked.append(turn)
     return checked

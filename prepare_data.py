@@ -92,10 +92,10 @@ def standard_row(row, where="row"):
     turns = conversation(row, where)
     tools = any(turn.get("tool_calls") for turn in turns)  # the tokenizer does not render them
     turns = [_turn(turn, where) for turn in turns]
-    if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
+    if len(turns) > 1 and turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
         turns.pop()  # prompts for reinforcement learning often come with an empty answer
     reason = "tool calls" if tools else "" if any(turn["content"].strip() for turn in turns) else "empty"
-    stage = "sft" if turns and turns[-1]["role"] == "assistant" else "rl"
+    stage = "sft" if turns[-1]["role"] == "assistant" else "rl"
     return stage, {"conversations": turns, **kept}, reason
 
 

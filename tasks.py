@@ -438,7 +438,7 @@ def _items(task, files):
                 raise TypeError("not all of it is text")
             if not 0 <= item.gold < options:
                 raise ValueError(f"answer {item.gold} of {options} options, from 0")
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{where}: found the keys [{', '.join(map(str, row))}] ({error!r:.80}); expected "
                              f"{task.fields}, with the right answer; test splits are often published without one") \
                 from None

@@ -437,7 +437,7 @@ def test_contamination_in_both_languages(item, row, kind):
     ({"question": "q", "passage": "p", "answer": True}, ["q", "p"]),
     ({"context_options": ["c", "d"], "continuation": "e", "gold": 0}, ["c", "d"]),
     ({"text": "t"}, ["t"]), ({"conversations": chat("q", "a"), "answer": "a"}, ["q"]),
-    ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["q"]),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["q"]), ({"messages": chat("q", "")[1:]}, [""]),
     ({"prompt": chat("q", "a")[:1], "completion": chat("q", "a")[1:]}, ["q"])])
 def test_the_texts_of_evaluation_rows_are_known_in_public_layouts(row, texts):
     assert prepare_data.item_texts(row) == texts

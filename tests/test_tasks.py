@@ -153,7 +153,8 @@ EXAM = {"question": "q", "choices": list("wxyz"), "answer": 1, "subject": "law"}
     ("boolq", {"passage": "p", "question": "q", "label": 9}), ("hellaswag", {"query": "q", "choices": [], "gold": 0}),
     ("hellaswag", {"query": "q", "choices": ["a", "b"], "gold": 5}), ("mmlu", EXAM | {"answer": 9}),
     ("hellaswag", {"query": 5, "choices": ["a", "b"], "gold": 0}), ("mmlu", EXAM | {"choices": []}),
-    ("arc_easy", {"query": "q", "choices": "ab", "gold": 0}), *(("mmlu", EXAM | {"subject": subject}) for subject in (5, None, ["law"]))])
+    ("arc_easy", {"query": "q", "choices": "ab", "gold": 0}), ("mmlu", EXAM | {"subject": 5}),
+    ("mmlu", EXAM | {"subject": None}), ("mmlu", EXAM | {"subject": ["law"]})])
 def test_what_is_no_question_with_a_right_answer_is_a_wrong_row(name, row, tmp_path):
     (tmp_path / f"{name}_{tasks.TASKS[name].splits[0]}.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=r"\.jsonl:1: found the keys .*; expected .*; test splits"):
