@@ -72,7 +72,7 @@ def _is_share(value):
 
 
 def _is_count(value):
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 10**15  # beyond it no array counts
 
 
 # field of a source -> (what it must be, test)
@@ -174,9 +174,9 @@ def _targets(path, config, categories):
                              "lies above 0 and up to 1 and needs a total; give \"total\": the number of rows of which "
                              "it is a share")
         count = target.get("count", None if share is None else round(share * total))
-        if type(repeat) is not int or repeat < 1 or not (count is None or type(count) is int and count > 0):
+        if not (_is_count(repeat) and repeat and (count is None or _is_count(count) and count)):
             raise ValueError(f"--config {path}, target {category}: count {count!r}, max_repeat {repeat!r}; both are "
-                             'whole numbers above 0; write {"count": 10000, "max_repeat": 2}')
+                             'whole numbers above 0 and below 10^15; write {"count": 10000, "max_repeat": 2}')
         targets[category] = {"count": count, "max_repeat": repeat}
     return targets
 

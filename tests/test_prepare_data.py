@@ -248,6 +248,8 @@ def test_bad_rows_are_an_error_or_counted_and_nothing_is_left_behind(mix, tmp_pa
     ({"sources": [{"name": "a", "category": "x", "path": "p"}] * 2}, "a name of its own"),
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"y": {"count": 1}}}, "found y"),
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {"count": 0}}}, "count 0"),
+    *(({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {key: 10**400}}}, key)
+      for key in ("count", "max_repeat")),
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {"share": 0.5}}}, "needs a total"),
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {"share": 2}}, "total": 9},
      "share is 2"),
