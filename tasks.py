@@ -406,9 +406,10 @@ def load(name: str, folder, limit: int = 0, few_shot: int = -1) -> tuple[list[It
     every = _items(task, files)
     few_shot = shots(task, few_shot)
     source, pool, spare = files[0].name + f" and {len(files) - 1} more" * (len(files) > 1), every, task.spare
-    examples = find_files(folder, name, task.pool) if few_shot and task.pool else []
     if few_shot and task.pool:
+        examples = find_files(folder, name, task.pool)
         pool, spare = (_items(task, examples), spare) if examples else (every, True)
+        files = examples or files
         source += f", {few_shot} examples of {examples[0].name if examples else 'the same (there is no other file)'}"
     by_subject = defaultdict(list)
     for item in every:
@@ -420,7 +421,7 @@ def load(name: str, folder, limit: int = 0, few_shot: int = -1) -> tuple[list[It
         if few_shot:
             prefixes = examples_for(chosen, [x for x in pool if x.subject == subject], few_shot, spare,
                                     in_order=task.description is not None and pool is not every,
-                                    where=(examples or files)[0])
+                                    where=files[0])
         about = task.description(subject) if task.description else ""
         items += [item._replace(contexts=[about + prefix + context for context in item.contexts])
                   for item, prefix in zip(chosen, prefixes, strict=True)]
