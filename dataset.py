@@ -349,8 +349,9 @@ def _check_turns(turns: object, where: str) -> list[dict]:
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
             found = f"the keys [{', '.join(map(str, turn))}]" if isinstance(turn, dict) else f"{turn!r:.60}"
             raise ValueError(f"{where}: found a turn with {found}; expected role and content; write {CHAT}")
-        if not isinstance(turn["content"], str):
-            raise ValueError(f"{where}: found {turn['content']!r:.60} as content; expected a string; write {CHAT}")
+        for key in ("role", "content", "reasoning_content"):
+            if not isinstance(turn.get(key), str) and (key != "reasoning_content" or turn.get(key) is not None):
+                raise ValueError(f"{where}: found {turn[key]!r:.60} as {key}; expected a string; write {CHAT}")
         checked.append(turn)
     return checked
 
@@ -362,22 +363,27 @@ def _as_turns(said: object, role: str) -> object:
     return [said] if isinstance(said, dict) else said
 
 
-def _prompt(row: dict) -> object:
+def _prompt(row: dict, where: str) -> object:
     """What is said before the answer, in any of the shapes: turns (not checked), or None where nothing is."""
     if row.get("prompt") is not None:
         return _as_turns(row["prompt"], "user")
     if isinstance(row.get("instruction"), str):
         # Alpaca's columns: the task, what it is about, and earlier [question, answer] pairs
-        said = [text for pair in row.get("history") or [] for text in pair]
-        said.append("\n".join(filter(None, (row["instruction"], row.get("input")))))
+        history, given = row.get("history") or [], row.get("input") or ""
+        if not isinstance(given, str) or not isinstance(history, list) or not all(
+                isinstance(pair, list) and len(pair) == 2 for pair in history):
+            raise ValueError(f"{where}: found {given!r:.60} as input and {history!r:.60} as history; expected a string "
+                             'and a list of pairs; write "input": "...", "history": [["question", "answer"]]')
+        said = [text for pair in history for text in pair]
+        said.append("\n".join(filter(None, (row["instruction"], given))))
         return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     return next((row[key] for key in ("conversations", "messages") if row.get(key) is not None), None)
 
 
-def _with_system(row: dict, turns: list[dict]) -> list[dict]:
+def _with_system(row: dict, turns: list[dict], where: str) -> list[dict]:
     """The turns with the `system` text of the row in front, where it has one and they have none."""
     if row.get("system") and turns[0]["role"] != "system":
-        return _check_turns(_as_turns(row["system"], "system"), "row") + turns
+        return _check_turns(_as_turns(row["system"], "system"), where) + turns
     return turns
 
 
@@ -391,11 +397,11 @@ def conversation(row: dict, where: str = "row") -> list[dict]:
     turns = next((row[key] for key in ("conversations", "messages") if row.get(key) is not None), None)
     if turns is None:
         answer = next((row[key] for key in ("completion", "response", "output") if row.get(key) is not None), None)
-        if answer is None or (turns := _prompt(row)) is None:
+        if answer is None or (turns := _prompt(row, where)) is None:
             raise _wrong_keys(row, where, "conversations (or messages), prompt and completion, or instruction and "
                               "output", f'{{"conversations": {CHAT}}}')
         turns = _check_turns(turns, where) + _check_turns(_as_turns(answer, "assistant"), where)
-    return _with_system(row, _check_turns(turns, where))
+    return _with_system(row, _check_turns(turns, where), where)
 
 
 def preference(row: dict, where: str = "row") -> tuple[list[dict], dict, dict]:
@@ -416,10 +422,10 @@ def preference(row: dict, where: str = "row") -> tuple[list[dict], dict, dict]:
         raise ValueError(f"{where}: found chosen and rejected that differ before their last turn, or do not end with "
                          "an assistant turn; expected one prompt and two answers; split the row")
     # In whole conversations a prompt beside them only repeats their start.
-    prompt = sides[0][:-1] or _prompt(row)
+    prompt = sides[0][:-1] or _prompt(row, where)
     if prompt is None:
         raise error
-    return _with_system(row, _check_turns(prompt, where)), sides[0][-1], sides[1][-1]
+    return _with_system(row, _check_turns(prompt, where), where), sides[0][-1], sides[1][-1]
 
 
 def question(row: dict, where: str = "row") -> tuple[list[dict], str | None]:
@@ -427,8 +433,8 @@ def question(row: dict, where: str = "row") -> tuple[list[dict], str | None]:
     nothing but a prompt."""
     if "chosen" in row:
         return preference(row, where)[0], None
-    bare = None if {"completion", "response", "output"} & row.keys() else _prompt(row)
-    *turns, last = conversation(row, where) if bare is None else _with_system(row, _check_turns(bare, where))
+    bare = None if {"completion", "response", "output"} & row.keys() else _prompt(row, where)
+    *turns, last = conversation(row, where) if bare is None else _with_system(row, _check_turns(bare, where), where)
     return (turns, last["content"]) if last["role"] == "assistant" else ([*turns, last], None)
 
 

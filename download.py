@@ -180,13 +180,15 @@ def request(url, part, state):
     with opener.open(urllib.request.Request(url, headers=headers), timeout=PATIENCE) as answer:
         if answer.headers.get_content_type() == "text/html":
             raise NotThere("it sends a web page instead of the file")
-        span = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", "")) if answer.status == 206 else None
+        span = re.match(r"bytes (\d{1,18})-", answer.headers.get("Content-Range", "")) if answer.status == 206 else None
         if not span or int(span[1]) != have:
             have = 0
             if answer.status == 206:
                 raise NotThere("it sends another part than was asked for")
         redirects.note(answer.headers)
-        length = answer.headers.get("Content-Length")
+        length = answer.headers.get("Content-Length", "")
+        if not re.fullmatch("[0-9]{0,18}", length):
+            raise NotThere(f"it states a length of {length!r:.60}")
         etag = answer.headers.get("ETag", "")
         # a weak etag vouches for a meaning, not for bytes: nothing can be appended to such a file
         state |= {"etag": "" if etag.startswith("W/") else etag, "size": have + int(length) if length else None,
@@ -247,10 +249,9 @@ def fetch(url, path, sha256=""):
             kept = after if state.get("etag") else 0  # without one nobody knows whether it is still the same file
             print(f"{path.name}: {error}; trying again in {wait} s, {kept} bytes are kept", flush=True)
             time.sleep(wait)
-    wanted, found = sha256 or state["sha256"], file_hash(part)
+    wanted, found, size = sha256 or state["sha256"], file_hash(part), part.stat().st_size
     part.with_suffix(".state").unlink()
-    if state["size"] not in (None, part.stat().st_size) or wanted not in ("", found):
-        size = part.stat().st_size
+    if not size or state["size"] not in (None, size) or wanted not in ("", found):
         part.unlink()
         raise NotThere(f"what came is not the file: {size} bytes of {state['size']}, SHA-256 {found}, not {wanted}")
     os.replace(part, path)
@@ -286,7 +287,7 @@ def unpack(path):
 
 def get(public, source, path, mirrors):
     """Bring the file `source` of a set to `path` from the first mirror that has it. Raises OSError where none does."""
-    if path.exists():
+    if path.exists() and path.stat().st_size:
         print(f"{path}: is there already; delete it to fetch it again")
     else:
         path.parent.mkdir(parents=True, exist_ok=True)

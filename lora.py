@@ -41,7 +41,7 @@ HARMLESS = {"r", "lora_alpha", "lora_dropout", "task_type", "base_model_name_or_
             "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode",
             "auto_mapping", "megatron_core", "qalora_group_size", "peft_version", "runtime_config"}
 # the ends are far beyond use: a broken file must not ask for a scale or a size that no computer has
-LIMITS = {"r": (1, 2**16), "lora_alpha": (1e-9, 1e9), "lora_dropout": (0, 1)}
+LIMITS = {"r": (1, 2**16, [int]), "lora_alpha": (1e-9, 1e9, [int, float]), "lora_dropout": (0, 1, [int, float])}
 PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
 
 
@@ -218,16 +218,17 @@ def read_settings(folder):
                                 "give such a folder")
     try:
         settings = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON object ({error}); the file is damaged; restore it") from None
     wrong = [name for name, value in settings.items()
              if not (value in PLAIN[name] if name in PLAIN else name in HARMLESS or not value)]
     # a layer's weight is the layer under another name; any other is a stack of experts
-    fused = [name for name in settings.get("target_parameters") or () if not str(name).endswith("_proj.weight")]
-    wrong += ["target_parameters"] * bool(fused)
+    named = settings.get("target_parameters") or []
+    if not isinstance(named, list) or not all(str(name).endswith("_proj.weight") for name in named):
+        wrong.append("target_parameters")
     wrong += ["peft_type"] * ("peft_type" not in settings)
-    wrong += [name for name, (low, high) in LIMITS.items()
-              if type(settings.get(name) or 0) not in (int, float) or not low <= (settings.get(name) or 0) <= high]
+    wrong += [name for name, (low, high, kinds) in LIMITS.items()
+              if type(settings.get(name) or 0) not in kinds or not low <= (settings.get(name) or 0) <= high]
     if wrong:
         raise ValueError(f"{wrong[0]}={settings.get(wrong[0])!r} in {path}; only plain LoRA is read (A and B beside "
                          "linear layers, one rank, scale alpha / r); merge these adapters with peft, or train them "

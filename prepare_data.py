@@ -92,10 +92,10 @@ def standard_row(row, where="row"):
     turns = conversation(row, where)
     tools = any(turn.get("tool_calls") for turn in turns)  # the tokenizer does not render them
     turns = [_turn(turn, where) for turn in turns]
-    if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
+    if len(turns) > 1 and turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
         turns.pop()  # prompts for reinforcement learning often come with an empty answer
     reason = "tool calls" if tools else "" if any(turn["content"].strip() for turn in turns) else "empty"
-    stage = "sft" if turns and turns[-1]["role"] == "assistant" else "rl"
+    stage = "sft" if turns[-1]["role"] == "assistant" else "rl"
     return stage, {"conversations": turns, **kept}, reason
 
 
@@ -132,8 +132,12 @@ def parts_of(row, roles=ROLES):
 def item_texts(row, where="row"):
     """What must not be trained of a row of an evaluation file: questions and contexts in the layouts of public
     benchmarks, else what question_of() says. Raises ValueError for a row without such a text."""
-    if "sentence" in row and "option1" in row:
-        return [row["sentence"].replace("_", row[name]) for name in ("option1", "option2")]  # Winogrande's gap, filled
+    if "sentence" in row and "option1" in row:  # Winogrande's gap, filled
+        gap, *names = said = [row.get(key) for key in ("sentence", "option1", "option2")]
+        if not all(isinstance(text, str) for text in said):
+            raise ValueError(f"{where}: found {said!r:.100} as sentence, option1 and option2; expected three strings; "
+                             "correct the row")
+        return [gap.replace("_", name) for name in names]
     found = [text for key in ASKED if key in row for text in (row[key] if isinstance(row[key], list) else [row[key]])]
     found = [text.removeprefix("Question: ").removesuffix("\nAnswer:") for text in found if isinstance(text, str)]
     return found or [question_of(standard_row(row, where)[1])]
@@ -269,9 +273,9 @@ def _warnings(sources, targets, counts, examples, ratio, folder, facts):
         if not found["train"] + found["heldout"]:
             lost = ", ".join(f"{count} {reason}" for reason, count in found.items() if count and reason != "read")
             yield f"source {source.name} ended empty: {found['read']} rows read{lost and f', {lost}'}"
-        if source.name in examples:
+        if first := examples.get(source.name):
             yield (f"source {source.name}: {found['contaminated']} rows left out because evaluation items are in them; "
-                   "the first: {row} has the {kind} as {item}: {text!r}".format(**examples[source.name]))
+                   f"the first: {first['row']} has the {first['kind']} as {first['item']}: {first['text']!r}")
     for category, target in sorted(targets.items()):
         got = sum(counts[source.name][part] for source in sources for part in ("train", "heldout")
                   if source.category == category)
@@ -472,6 +476,9 @@ def download(args):
 def export(args):
     """Write tensors of a stage for other programs, or rows of any stage as lines; returns the counts."""
     path = Path(args.output or f"out/export/{args.stage or 'rows'}.{args.format}")
+    if path.is_dir() or path.resolve() in [source.resolve() for source in expand_paths(args.data_path)]:
+        raise ValueError(f"--output {path} is {'a folder' if path.is_dir() else 'in --data_path as well'}; an export "
+                         "writes a file and replaces none of its sources; give another --output")
     path.parent.mkdir(parents=True, exist_ok=True)
     if args.format == "jsonl":
         return export_lines(args, path)
@@ -482,18 +489,23 @@ def export(args):
         raise ValueError(f"--add_eos 1 with --stage {args.stage}; every answer of a conversation has its end token "
                          "already; leave --add_eos out")
     kind = {"pretrain": dataset.PretrainData, "sft": dataset.SFTData, "dpo": dataset.PreferenceData}[args.stage]
-    tokenizer = Tokenizer.from_pretrained(args.tokenizer)
+    tokenizer, mapping = Tokenizer.from_pretrained(args.tokenizer), _parse_map(args.map)
+
+    class Renamed(kind):
+        """The data set of the stage on rows whose columns have other names."""
+
+        def parse(self, row, where):
+            return super().parse(rename(row, mapping, where), where)
+
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as scratch:
-        scratch, paths = Path(scratch), args.data_path
-        if args.map:
-            paths = scratch / "renamed.jsonl"
-            with open(paths, "wb") as file:
-                for row, where in read_rows(args.data_path, args.skip_bad):
-                    file.write(json_line(rename(row, _parse_map(args.map), where)))
-        # where the bos goes, one more token of a conversation fits
-        extra = not args.add_bos and tokenizer.bos_id is not None
-        data = kind(paths, tokenizer, args.max_length + extra, scratch / "cache", skip_bad=args.skip_bad)
-        arrays = tensors.fill(data, args.max_length, args.add_bos, args.add_eos, scratch)
+        scratch = Path(scratch)
+        # where the first token goes, one more of the text fits
+        length = args.max_length + tensors.loses_first(kind.kind, tokenizer, args.add_bos)
+        try:
+            data = Renamed(args.data_path, tokenizer, length, scratch / "cache", skip_bad=args.skip_bad)
+        except ValueError as error:  # data sets speak of the flag of training
+            raise ValueError(str(error).replace("max_seq_len", "max_length")) from None
+        arrays = tensors.fill(data, args.add_bos, args.add_eos, scratch)
         tensors.save(arrays, scratch, path, args.format)
         facts = {"rows": len(next(iter(arrays.values()))), "shapes": {name: x.shape for name, x in arrays.items()},
                  "tokens": int(sum(x.sum() for name, x in arrays.items() if name.endswith("lengths"))),

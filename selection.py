@@ -72,7 +72,7 @@ def _is_share(value):
 
 
 def _is_count(value):
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 10**15  # beyond it no array counts
 
 
 # field of a source -> (what it must be, test)
@@ -88,6 +88,12 @@ RULES = {
     "max_chars": ("a whole number", _is_count),
     "languages": ("a list of zh, en and other",
                   lambda value: isinstance(value, list) and all(name in ("zh", "en", "other") for name in value)),
+}
+# the same for the fields of the config itself, but for those of which its sources and targets take care
+CONFIG_RULES = {
+    "sources": ("a list", lambda value: isinstance(value, list)),
+    "near_duplicates": ("true or false", lambda value: isinstance(value, bool)),
+    "exclude": (f"{RULES['path'][0]} (the files whose questions must stay out of training)", RULES["path"][1]),
 }
 
 
@@ -131,17 +137,16 @@ def read_config(path):
     """(list of Source, {category: {"count" or "share", "max_repeat"}}, config) of a mix. Raises ValueError."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--config {path}: {error}; it must hold one JSON object; write {EXAMPLE}") from None
     shared = ("val_ratio", "min_chars", "max_chars", "languages")
     _checked_keys(config, ("sources", "targets", "total", "seed", "near_duplicates", "exclude", *shared),
                   f"--config {path}")
-    rule, holds = RULES["path"]
-    if "exclude" in config and not holds(config["exclude"]):
-        raise ValueError(f"--config {path}: exclude is {config['exclude']!r}; it must be {rule}; name the files whose "
-                         "questions must stay out of training, or leave exclude out")
+    for key, (rule, holds) in CONFIG_RULES.items():
+        if key in config and not holds(config[key]):
+            raise ValueError(f"--config {path}: {key} is {config[key]!r:.60}; it must be {rule}; write {EXAMPLE}")
     sources = []
-    for given in config.get("sources") or []:
+    for given in config.get("sources", []):
         _checked_keys(given, RULES, f"--config {path}, source {len(sources) + 1}")
         lacking = [key for key in ("name", "category", "path") if key not in given]
         if lacking:
@@ -169,9 +174,9 @@ def _targets(path, config, categories):
                              "lies above 0 and up to 1 and needs a total; give \"total\": the number of rows of which "
                              "it is a share")
         count = target.get("count", None if share is None else round(share * total))
-        if type(repeat) is not int or repeat < 1 or not (count is None or type(count) is int and count > 0):
+        if not (_is_count(repeat) and repeat and (count is None or _is_count(count) and count)):
             raise ValueError(f"--config {path}, target {category}: count {count!r}, max_repeat {repeat!r}; both are "
-                             'whole numbers above 0; write {"count": 10000, "max_repeat": 2}')
+                             'whole numbers above 0 and below 10^15; write {"count": 10000, "max_repeat": 2}')
         targets[category] = {"count": count, "max_repeat": repeat}
     return targets
 

@@ -112,7 +112,11 @@ def lambada(row):
 
 def wikitext(row):
     """A page, with the marks of its tokenisation undone; words and bytes are counted in the page as published."""
-    return Item([""], [detokenize(row["page"])], page=row["page"])
+    if not row["page"]:
+        raise ValueError("an empty page")
+    # lone surrogates, which have no bytes, are U+FFFD to a tokenizer; here as well, so that both count alike
+    page = row["page"].encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return Item([""], [detokenize(page)], page=page)
 
 
 def detokenize(page: str) -> str:
@@ -139,7 +143,7 @@ def letters(question: str, answer: str) -> Callable[[dict], Item]:
     """
     def item(row):
         shown = row["choices"] if "choices" in row else [row[letter] for letter in "ABCD"]
-        lines = [row[question].strip(), *(f"{letter}. {text}" for letter, text in zip("ABCD", shown, strict=False))]
+        lines = [row[question].strip(), *(f"{letter}. {text}" for letter, text in zip("ABCD", shown, strict=True))]
         key = row["answer"] if "answer" in row else row["Answer"]
         # MMLU has a number, C-Eval and CMMLU have a letter
         gold = "ABCD".index(key) if isinstance(key, str) and key in list("ABCD") else int(key)
@@ -362,14 +366,14 @@ def read_rows(path: Path) -> Iterator[tuple[dict, str]]:
         else:
             # by "\n" only: str.splitlines() would also part at U+2028, which occurs inside strings
             rows = [line for line in text.split("\n") if line.strip()]
-    except (ValueError, EOFError, zlib.error, csv.Error, gzip.BadGzipFile) as error:
+    except (ValueError, RecursionError, EOFError, zlib.error, csv.Error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: {error}; a task file is whole and in UTF-8; fetch it again, or convert it") from None
     for number, row in enumerate(rows, 1):
         where = f"{path}:{number}"
         if isinstance(row, str):
             try:
                 row = json.loads(row)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: {error}; every line is one JSON object; correct it") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: found {row!r:.60}; every row is a JSON object; correct it")
@@ -405,6 +409,7 @@ def load(name: str, folder, limit: int = 0, few_shot: int = -1) -> tuple[list[It
     if few_shot and task.pool:
         examples = find_files(folder, name, task.pool)
         pool, spare = (_items(task, examples), spare) if examples else (every, True)
+        files = examples or files
         source += f", {few_shot} examples of {examples[0].name if examples else 'the same (there is no other file)'}"
     by_subject = defaultdict(list)
     for item in every:
@@ -415,7 +420,8 @@ def load(name: str, folder, limit: int = 0, few_shot: int = -1) -> tuple[list[It
         prefixes = [""] * len(chosen)
         if few_shot:
             prefixes = examples_for(chosen, [x for x in pool if x.subject == subject], few_shot, spare,
-                                    in_order=task.description is not None and pool is not every)
+                                    in_order=task.description is not None and pool is not every,
+                                    where=files[0])
         about = task.description(subject) if task.description else ""
         items += [item._replace(contexts=[about + prefix + context for context in item.contexts])
                   for item, prefix in zip(chosen, prefixes, strict=True)]
@@ -426,31 +432,43 @@ def _items(task, files):
     items = []
     for row, where in (pair for path in files for pair in read_rows(path)):
         try:
-            item = task.item(row)
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+            item = task.item(row)._replace(subject=row["subject"] if task.description else "")
+            options = len(item.contexts) * len(item.answers)
+            if not isinstance(item.answers, list) or not all(
+                    isinstance(text, str) for text in (*item.contexts, *item.answers, item.subject)):
+                raise TypeError("not all of it is text")
+            if not 0 <= item.gold < options:
+                raise ValueError(f"answer {item.gold} of {options} options, from 0")
+        except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{where}: found the keys [{', '.join(map(str, row))}] ({error!r:.80}); expected "
                              f"{task.fields}, with the right answer; test splits are often published without one") \
                 from None
-        items.append(item._replace(subject=row["subject"] if task.description else ""))
+        items.append(item)
+    if not items:
+        raise ValueError(f"{', '.join(map(str, files))}: empty; at least one row is needed; fetch it again")
     return items
 
 
-def examples_for(items: Sequence[Item], pool: Sequence[Item], count: int, spare: bool, in_order: bool) -> list[str]:
+def examples_for(items: Sequence[Item], pool: Sequence[Item], count: int, spare: bool, in_order: bool,
+                 where: Path) -> list[str]:
     """The text of `count` solved examples in front of each item.
 
     in_order: the first of the pool for all. Else each item draws its own, one item after another from one generator, as
-    the harness does. spare: one more is drawn, and an item never meets itself.
+    the harness does. spare: one more is drawn, and an item never meets itself. where: the pool's file, for the error.
     """
+    advice = f"to take examples from in {where}; every question needs {count} others; give a smaller number"
     if count + spare > len(pool):
-        raise ValueError(f"--few_shot {count} with {len(pool)} rows to take examples from; every question needs "
-                         f"{count} others; give a smaller number")
+        raise ValueError(f"--few_shot {count} with {len(pool)} rows {advice}")
     generator, texts = random.Random(SEED), []
     for item in items:
         drawn = pool[:count] if in_order else generator.sample(pool, count + spare)
         if spare:
             drawn = [example for example in drawn if example != item][:count]
         if len(drawn) < count:  # the pool holds the item more than once
-            drawn = generator.sample([example for example in pool if example != item], count)
+            others = [example for example in pool if example != item]
+            if len(others) < count:
+                raise ValueError(f"--few_shot {count} with {len(others)} rows that differ from a question {advice}")
+            drawn = generator.sample(others, count)
         texts.append("".join(solved(example) for example in drawn))
     return texts
 
@@ -593,7 +611,7 @@ def _page_scores(items, outcomes):
     sizes = [len(item.page.encode("utf-8")) for item in items]
     rate, error = ratio(bits, sizes)
     per_word, word_error = ratio(bits, words)
-    scores = {"bits_per_byte": rate, "byte_perplexity": 2**rate, "word_perplexity": power(per_word)}
+    scores = {"bits_per_byte": rate, "byte_perplexity": power(rate), "word_perplexity": power(per_word)}
     errors = {"bits_per_byte": error, "byte_perplexity": scores["byte_perplexity"] * math.log(2) * error,
               "word_perplexity": scores["word_perplexity"] * math.log(2) * word_error}
     return {"scores": scores, "errors": errors}

@@ -17,12 +17,21 @@ import numpy as np
 import torch
 
 
+def loses_first(kind, tokenizer, add_bos):
+    """Whether rows are written without the first token that a data set of this kind gives them: a bos that is not asked
+    for, or the end token that stands in its place before a document. What opens a conversation of MiniMind's tokenizer
+    is no bos but the <|im_start|> of its first turn, and stays."""
+    if kind == "pretrain":
+        return not add_bos or tokenizer.bos_id is None
+    return not add_bos and tokenizer.bos_id not in (None, tokenizer.im_start_id)
+
+
 def sequences(data, add_bos, add_eos):
     """Yield the rows of a data set as lists of (name, ids, mask), in file order; mask 1 on what training would train.
 
     data: PretrainData (a row is a document, cut at max_seq_len and counted in its stats), SFTData or PreferenceData.
     """
-    bos, eos, most = data.tokenizer.bos_id, data.tokenizer.eos_id, data.max_seq_len
+    cut = loses_first(data.kind, data.tokenizer, add_bos)
     for i in range(_count(data)):
         if data.kind == "preference":
             head = int(data.prompt_length[i][0])
@@ -31,13 +40,11 @@ def sequences(data, add_bos, add_eos):
         elif data.kind == "sft":
             rows = [("", data.tokens[i].tolist(), data.trained[i].tolist())]
         else:
-            # the store begins every document with bos, or with eos where a foreign tokenizer has no bos
-            ids = [bos] * (bos is not None) + data.tokens[i][1:].tolist() + [eos] * add_eos
-            data.stats["truncated"] += len(ids) > most
-            rows = [("", ids[:most], [0] + [1] * (len(ids[:most]) - 1))]
-        if not add_bos:
-            rows = [(name, ids[1:], [0, *mask[2:]]) if ids[0] == bos else (name, ids, mask) for name, ids, mask in rows]
-        yield rows
+            ids = data.tokens[i].tolist() + [data.tokenizer.eos_id] * add_eos
+            data.stats["truncated"] += len(ids) > data.max_seq_len
+            ids = ids[:data.max_seq_len]
+            rows = [("", ids, [0] + [1] * (len(ids) - 1))]
+        yield [(name, ids[1:], [0, *mask[2:]]) for name, ids, mask in rows] if cut else rows
 
 
 def _count(data):
@@ -45,14 +52,14 @@ def _count(data):
     return len(getattr(data, next(iter(data.columns))))
 
 
-def fill(data, max_length, add_bos, add_eos, folder):
+def fill(data, add_bos, add_eos, folder):
     """Write the rows of a data set into .npy files in `folder`; returns {name: mapped array} with the names above."""
     sides = ("chosen", "rejected") if data.kind == "preference" else ("tokens",)
     longest = max(int(getattr(data, side).lengths.max()) for side in sides) + add_eos
-    count, width = _count(data), min(max_length, longest)
+    width = min(data.max_seq_len, longest) - loses_first(data.kind, data.tokenizer, add_bos)
     kinds = {"input_ids": np.int32, "labels": np.int32, "loss_mask": np.uint8, "lengths": np.int32}
     arrays = {name + kind: np.lib.format.open_memmap(folder / f"{name}{kind}.npy", "w+", dtype,
-                                                     (count, width)[:1 + (kind != "lengths")])   # [N, T], lengths [N]
+                                                     (_count(data), width)[:1 + (kind != "lengths")])  # [N, T] or [N]
               for name in (f"{side}_" if len(sides) > 1 else "" for side in sides) for kind, dtype in kinds.items()}
     for i, rows in enumerate(sequences(data, add_bos, add_eos)):
         for name, ids, mask in rows:

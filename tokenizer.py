@@ -279,10 +279,10 @@ def train(texts_or_paths, vocab_size=6400, backend="auto", progress=True):
     Returns a Tokenizer. Raises ValueError (bad size, backend or row) and FileNotFoundError.
     """
     smallest = 256 + len(SPECIALS)
-    if vocab_size < smallest:
+    if not smallest <= vocab_size < MAX_IDS:
         raise ValueError(
-            f"vocab_size is {vocab_size}; 256 bytes and {len(SPECIALS)} special tokens need at least {smallest}; "
-            f"give --vocab_size {smallest} or more (6400 suits small models)"
+            f"vocab_size is {vocab_size}; 256 bytes and {len(SPECIALS)} special tokens need at least {smallest}, and "
+            f"it is below {MAX_IDS}; give --vocab_size {smallest} or more (6400 suits small models)"
         )
     merges, facts = learn(texts_or_paths, vocab_size - smallest, backend, progress=progress)
     if progress:
@@ -432,7 +432,7 @@ def _row_texts(line, where):
     """Every text of a JSONL row, whatever its stage (TEXT_FIELDS); of turns what they say."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}); each line is one object; repair or drop the line") from None
     if not isinstance(row, dict):
         raise ValueError(f'{where}: a {type(row).__name__}; each line is one JSON object; write {{"text": ...}}')
@@ -626,9 +626,9 @@ def _read_ranks(spec, added):
     made = set()
     for merge in model["merges"]:
         pair = merge.split(" ") if isinstance(merge, str) else merge  # "a b" until tokenizers 0.20
-        if len(pair) != 2:
-            raise _refuse(f"merge {merge!r:.100}", "a merge joins two tokens")
-        index = model["vocab"].get(pair[0] + pair[1], -1)
+        if len(pair) != 2 or not model["vocab"].keys() >= {*pair, "".join(pair)}:
+            raise _refuse(f"merge {merge!r:.100}", "a merge joins two tokens of the vocabulary to a third")
+        index = model["vocab"]["".join(pair)]
         # equal is fine: files converted from tiktoken (Llama 3) list every way to make a token
         if index < last:
             raise _refuse(f"merge {merge!r} makes id {index} after id {last}", "merges must be in the order of ids")
@@ -933,6 +933,8 @@ class StreamDecoder:
 def sample_texts(paths, sample_mb):
     """The first sample_mb megabytes (UTF-8) of documents, taken from the files in turns by size, so that each file has
     an equal share while it lasts. 0 = everything."""
+    if not sample_mb >= 0:  # nor nan
+        raise ValueError(f"--sample_mb is {sample_mb}; it must be 0 (all) or more megabytes; 2 is usual")
     readers = [[0, number, _read_file(path)] for number, path in enumerate(paths)]
     total = 0
     while readers and (not sample_mb or total < sample_mb * 1_000_000):
@@ -951,7 +953,8 @@ def expand(patterns):
     """Files named by paths and globs, each once, sorted within a glob."""
     paths = []
     for pattern in patterns:
-        found = sorted(glob.glob(pattern))
+        # a name that exists is taken as it is: "data[1].jsonl" is a file name as well as a pattern
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         if not found:
             raise FileNotFoundError(f"--data_path {pattern}: nothing there; it takes files and globs; check the path")
         paths += [Path(path) for path in found if Path(path) not in paths]
@@ -1033,8 +1036,6 @@ def command_train(args):
     """Train on a sample of files and save, unless the folder already holds just that. Raises ValueError when there is
     no text at all."""
     paths = expand(args.data_path)
-    if args.sample_mb < 0:
-        raise ValueError(f"--sample_mb is {args.sample_mb}; it must be 0 (all) or more megabytes; 2 is usual")
     key = training_key(args, paths)
     mark = Path(args.output) / "trained_from.txt"
     if not args.retrain_tokenizer and mark.is_file() and mark.read_text() == key:

@@ -311,8 +311,8 @@ def test_merge_keeps_the_type_of_the_base_and_sums_in_fp32(base, tmp_path):
     ("use_dora", True), ("use_rslora", True), ("modules_to_save", ["lm_head"]), ("rank_pattern", {"q_proj": 2}),
     ("alpha_pattern", {"q_proj": 2}), ("bias", "all"), ("fan_in_fan_out", True), ("peft_type", "IA3"),
     ("init_lora_weights", "pissa"), ("lora_bias", True), ("target_parameters", ["mlp.experts.gate_up_proj"]),
-    ("trainable_token_indices", [1]), ("layer_replication", [[0, 1]]), ("invented_next_year", 1), ("r", None),
-    ("lora_alpha", "8")])
+    ("target_parameters", 5), ("trainable_token_indices", [1]),
+    ("layer_replication", [[0, 1]]), ("invented_next_year", 1), ("r", None), ("r", 4.0), ("lora_alpha", "8")])
 def test_what_is_not_plain_lora_is_refused_by_name(base, tmp_path, field, value):
     _, adapters = adapted(base())
     adapters.save_adapters(tmp_path / "a")
@@ -355,7 +355,7 @@ def test_damaged_or_foreign_folders_are_named(base, tmp_path):
     refused("not a readable safetensors file")
     file.unlink()
     refused("pickled weights .* are not opened", FileNotFoundError)
-    for text in ("{", "[1]", "3"):
+    for text in ("{", "[1]", "3", "[" * 100_000):
         (a / "adapter_config.json").write_text(text)
         refused("no JSON object")
     (a / "adapter_config.json").write_text(config)

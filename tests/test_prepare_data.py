@@ -32,7 +32,7 @@ import selection
 from dataset import PreferenceData, PretrainData, PromptData, SFTData, read_rows
 from prepare_data import main, parse_args, standard_row
 from selection import language, signature
-from tokenizer import iter_texts
+from tokenizer import Tokenizer, iter_texts
 
 DATA = Path(os.environ.get("MINILLM_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 WORDS = "the cat sat on a mat while it rained and nobody knew why two birds sang in green trees near our house".split()
@@ -248,9 +248,14 @@ def test_bad_rows_are_an_error_or_counted_and_nothing_is_left_behind(mix, tmp_pa
     ({"sources": [{"name": "a", "category": "x", "path": "p"}] * 2}, "a name of its own"),
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"y": {"count": 1}}}, "found y"),
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {"count": 0}}}, "count 0"),
+    *(({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {key: 10**400}}}, key)
+      for key in ("count", "max_repeat")),
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {"share": 0.5}}}, "needs a total"),
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {"share": 2}}, "total": 9},
      "share is 2"),
+    ({"sources": 5}, "sources is 5"), ({"sources": True}, "sources is True"),
+    ("[" * 100_000, "must hold one JSON object"),
+    *(({"near_duplicates": value}, "near_duplicates is .* true or false") for value in ("no", None, [], 2)),
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": 5}}, "found 5"),
 ])
 def test_a_bad_config_is_explained(tmp_path, config, message):
@@ -434,10 +439,17 @@ def test_contamination_in_both_languages(item, row, kind):
     ({"question": "q", "passage": "p", "answer": True}, ["q", "p"]),
     ({"context_options": ["c", "d"], "continuation": "e", "gold": 0}, ["c", "d"]),
     ({"text": "t"}, ["t"]), ({"conversations": chat("q", "a"), "answer": "a"}, ["q"]),
-    ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["q"]),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["q"]), ({"messages": chat("q", "")[1:]}, [""]),
     ({"prompt": chat("q", "a")[:1], "completion": chat("q", "a")[1:]}, ["q"])])
 def test_the_texts_of_evaluation_rows_are_known_in_public_layouts(row, texts):
     assert prepare_data.item_texts(row) == texts
+
+
+@pytest.mark.parametrize("row", [{"sentence": "_ hid.", "option1": "Ann"},
+                                 {"sentence": 5, "option1": "Ann", "option2": "Bea"}])
+def test_an_evaluation_row_that_is_no_text_is_named(row):
+    with pytest.raises(ValueError, match="a.jsonl:1: found .* as sentence, option1 and option2; .*; correct"):
+        prepare_data.item_texts(row, "a.jsonl:1")
 
 
 def test_a_mix_leaves_evaluation_items_out_and_says_which(mix, tmp_path, capsys):
@@ -449,16 +461,16 @@ def test_a_mix_leaves_evaluation_items_out_and_says_which(mix, tmp_path, capsys)
                {"conversations": chat("Explain.", f"In an exam: {CHINESE}")},
                {"prompt": ENGLISH, "chosen": "9", "rejected": "8"}, {"messages": chat(ENGLISH, "")}]
     text = [{"text": f"{prose(1)}\n{ENGLISH}"}, {"text": CHINESE}, {"text": prose(1)}]
-    stats, files = mix([("a", "x", chats("a", 20) + planted, {}), ("b", "y", text, {})], val_ratio=0.3,
+    stats, files = mix([("a", "x", chats("a", 20) + planted, {}), ("b{0}", "y", text, {})], val_ratio=0.3,
                        exclude=[str(tmp_path / "*.csv"), held])
-    assert {name: stats["sources"][name]["contaminated"] for name in "ab"} == {"a": 5, "b": 2}
+    assert [stats["sources"][name]["contaminated"] for name in ("a", "b{0}")] == [5, 2]
     assert sum(map(len, files.values())) == 22 and stats["evaluation texts"] == 3
     shown = json.dumps(list(files.values()), ensure_ascii=False).lower()
     assert not any(words in shown for words in ("sheep", "甲公司", "i am new"))
     assert stats["contamination"]["a"] == {"row": f"{tmp_path}/a.jsonl:21", "item": f"{held}:2", "kind": "same words",
                                            "text": "a farmer has 17 sheep and all but nine of them run away"}
-    assert (f"warning: source b: 2 rows left out because evaluation items are in them; the first: {tmp_path}/b.jsonl:1 "
-            "has the same words as") in capsys.readouterr().out
+    assert ("warning: source b{0}: 2 rows left out because evaluation items are in them; the first: "
+            f"{tmp_path}/b{{0}}.jsonl:1 has the same words as") in capsys.readouterr().out
     stats, _ = mix([("a", "x", planted, {})])
     assert "evaluation items are not looked for" in capsys.readouterr().out and stats["contamination"] == {}
 
@@ -609,7 +621,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if word != "no etag":
             self.send_header("ETag", f"W/{server.etag}" if word == "weak etag" else server.etag)
         if word != "no length":
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", "abc" if word == "bad length" else str(len(body)))
         self.end_headers()
         if word in ("drops", "weak etag", "no etag"):
             self.wfile.write(body[:len(body) // 2])
@@ -751,12 +763,23 @@ def test_the_endpoint_of_the_environment_is_asked_first(server, monkeypatch):
 
 
 @pytest.mark.parametrize("word, reason", [("HTTP 404", "HTTP 404"), ("web page", "sends a web page"),
-                                          ("HTTP 401", "HTTP 401")])
+                                          ("HTTP 401", "HTTP 401"), ("bad length", "a length of 'abc'")])
 def test_a_mirror_without_the_file_is_left_at_once(server, word, reason):
     server.plan = (word,)
     with pytest.raises(OSError, match=f"{reason}.*; .*; "):
         get(server)
     assert len(server.requests) == 1 and server.waits == [] and left() == []
+
+
+def test_an_empty_file_is_never_whole(server):
+    server.content = b""
+    with pytest.raises(OSError, match="what came is not the file: 0 bytes.*; .*; "):
+        get(server)
+    assert left() == []
+    Path("got/toy/toy.bin").touch()  # as a version of before may have left it
+    server.content = CONTENT
+    get(server)
+    assert Path("got/toy/toy.bin").read_bytes() == CONTENT
 
 
 def test_a_wrong_part_is_not_appended(server):
@@ -955,6 +978,26 @@ def test_without_bos_a_conversation_loses_that_token_only(export, tokenizer):
     ids, mask = tokenizer.render(row["messages"])
     arrays, _ = export("sft", [row], "--add_bos", "0", "--max_length", len(ids) - 1)
     assert ids[0] == tokenizer.bos_id and unpad(arrays, 0) == (ids[1:], mask[1:])
+    arrays, _ = export("sft", [row], "--add_bos", "0")
+    assert arrays["input_ids"].shape == (1, len(ids) - 1)
+
+
+@pytest.mark.parametrize("bos", ["<|im_start|>", None])
+def test_what_opens_a_conversation_is_kept_where_it_is_no_bos_of_its_own(export, tokenizer, tmp_path, bos):
+    """MiniMind's tokenizer names <|im_start|> as its bos, Qwen's has none."""
+    config = json.loads(tokenizer.files["tokenizer_config.json"]) | {"bos_token": bos}
+    foreign = Tokenizer(tokenizer.files | {"tokenizer_config.json": json.dumps(config)})
+    foreign.save_pretrained(tmp_path / "tok")
+    row = {"messages": chat("What is 2 + 3?", "It is 5.")}
+    ids, mask = foreign.render(row["messages"])
+    arrays, facts = export("sft", [row], "--add_bos", "0", "--max_length", len(ids))
+    assert unpad(arrays, 0) == (ids, mask) and facts["truncated"] == 0
+    arrays, facts = export("sft", [row], "--add_bos", "0", "--max_length", len(ids) - 2)
+    assert unpad(arrays, 0) == (ids[:-2], mask[:-2]) and facts["truncated"] == 1
+    for add_bos in (0, 1):  # documents lose it, and what stands in its place
+        arrays, _ = export("pretrain", [{"text": "a cat"}], "--add_bos", add_bos)
+        begin = [foreign.bos_id] if bos and add_bos else []
+        assert unpad(arrays, 0)[0] == begin + foreign.encode("a cat") == arrays["input_ids"][0].tolist()
 
 
 def test_what_is_cut_or_left_out_is_counted_and_warned_of(export, capsys):
@@ -1006,3 +1049,25 @@ def test_export_maps_columns_and_refuses_a_second_end_token(export):
     assert all(np.array_equal(arrays[name], plain[name]) for name in plain)
     with pytest.raises(ValueError, match="--add_eos 1 with --stage sft; .*; "):
         export("sft", [{"messages": chat("q", "a")}], "--add_eos")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--map", "prompt=q", "completion=a"], r"/rows.jsonl:2: found 5 as the turns; .*; "),
+    (["--map", "prompt=ask"], r"/rows.jsonl:1: found the keys \[q, a\]; the map wants ask; "),
+    (["--max_length", "1"], "max_length 1; .*; give --max_length 128"),
+    (["--map", "prompt=q", "completion=a", "--skip_bad", "1", "--max_length", "9"], "works is [0-9]+ .--max_length"),
+])
+def test_errors_of_an_export_name_the_file_and_the_flags_of_the_user(export, flags, message):
+    with pytest.raises(ValueError, match=message):
+        export("sft", [{"q": "2 + 3?", "a": "5"}, {"q": 5, "a": "5"}], *flags)
+
+
+@pytest.mark.parametrize("form", ["npz", "jsonl"])
+def test_an_export_replaces_neither_its_source_nor_a_folder(tmp_path, tokenizer, form):
+    tokenizer.save_pretrained(tmp_path / "tok")
+    path = write(tmp_path / "a.jsonl", chats("a", 3))
+    words = ["export", "--stage", "sft", "--format", form, "--tokenizer", tmp_path / "tok", "--data_path", path]
+    for output, why in ((tmp_path / "tok" / ".." / "a.jsonl", "in --data_path as well"), (tmp_path, "a folder")):
+        with pytest.raises(ValueError, match=f"--output .* is {why}; .*; give another"):
+            run(*words, "--output", output)
+    assert len(list(read_rows(path))) == 3 and not list(tmp_path.parent.glob("*.tmp"))

@@ -105,6 +105,10 @@ def test_without_a_file_of_examples_no_question_meets_itself(tmp_path):
         assert len(parts) == 4 and parts[-1] == question
     with pytest.raises(ValueError, match="--few_shot 10 with 10 rows.*smaller number"):
         tasks.load("piqa", tmp_path, few_shot=10)
+    path = tmp_path / "piqa_validation.jsonl"
+    path.write_text(path.read_text().split("\n")[0] + "\n" + path.read_text().split("\n")[0])
+    with pytest.raises(ValueError, match="--few_shot 1 with 0 rows that differ .*piqa_validation.jsonl; .*; "):
+        tasks.load("piqa", tmp_path, few_shot=1)
 
 
 # -- Files -------------------------------------------------------------------------------------------------------------
@@ -132,15 +136,34 @@ def test_every_file_form_gives_the_same_items(form, tmp_path):
 @pytest.mark.parametrize(("content", "message"), [
     ('{"goal": "x"}\n', r"piqa_val\.jsonl:1: found the keys \[subject, goal\].*expected goal, sol1, sol2, label"),
     ('{"goal": "x", "sol1": "a", "sol2": "b", "label": ""}\n', "often published without one"),
-    ('{"goal": \n', r"piqa_val\.jsonl:1: .*one JSON object"), ("[1, 2]\n", "every row is a JSON object")])
+    ('{"goal": \n', r"piqa_val\.jsonl:1: .*one JSON object"), ("[1, 2]\n", "every row is a JSON object"),
+    ("[" * 100_000 + "\n", r"piqa_val\.jsonl:1: .*one JSON object"), ("\n", r"piqa_val\.jsonl: empty; .*; fetch")])
 def test_wrong_rows_are_named(content, message, tmp_path):
     (tmp_path / "piqa_val.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
         tasks.load("piqa", tmp_path)
 
 
+EXAM = {"question": "q", "choices": list("wxyz"), "answer": 1, "subject": "law"}
+
+
+@pytest.mark.parametrize(("name", "row"), [
+    ("piqa", {"goal": "x", "sol1": "a", "sol2": "b", "label": -1}), ("gsm8k", {"question": "q", "answer": 5}),
+    ("piqa", {"goal": "x", "sol1": 5, "sol2": "b", "label": 0}), ("wikitext2", {"page": ""}),
+    ("boolq", {"passage": "p", "question": "q", "label": 9}), ("hellaswag", {"query": "q", "choices": [], "gold": 0}),
+    ("hellaswag", {"query": "q", "choices": ["a", "b"], "gold": 5}), ("mmlu", EXAM | {"answer": 9}),
+    ("hellaswag", {"query": 5, "choices": ["a", "b"], "gold": 0}), ("mmlu", EXAM | {"choices": []}),
+    ("arc_easy", {"query": "q", "choices": "ab", "gold": 0}), ("mmlu", EXAM | {"subject": 5}),
+    ("mmlu", EXAM | {"subject": None}), ("mmlu", EXAM | {"subject": ["law"]})])
+def test_what_is_no_question_with_a_right_answer_is_a_wrong_row(name, row, tmp_path):
+    (tmp_path / f"{name}_{tasks.TASKS[name].splits[0]}.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"\.jsonl:1: found the keys .*; expected .*; test splits"):
+        tasks.load(name, tmp_path)
+
+
 @pytest.mark.parametrize(("name", "content"), [
-    ("piqa_val.jsonl", "\u00e9".encode("latin-1")), ("piqa_val.json", b"[{"), ("piqa_val.jsonl.gz", b"no gzip"),
+    ("piqa_val.jsonl", "\u00e9".encode("latin-1")), ("piqa_val.json", b"[{"), ("piqa_val.json", b"[" * 100_000),
+    ("piqa_val.jsonl.gz", b"no gzip"),
     ("piqa_val.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9]), ("piqa_val.csv", b'goal\n"never closed\n')])
 def test_damaged_files_are_named(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -226,6 +249,16 @@ def test_pages_are_counted_in_words_and_bytes_of_the_original():
     assert result["scores"]["bits_per_byte"] == pytest.approx(nats / size / math.log(2))
     assert result["scores"]["byte_perplexity"] == pytest.approx(math.exp(nats / size))
     assert result["scores"]["word_perplexity"] == pytest.approx(math.exp(nats / words))
+
+
+def test_a_page_counts_the_bytes_that_a_tokenizer_encodes(tokenizer, tmp_path):
+    page = "a \ud800 b \ud83d\ude00"  # a lone surrogate, and a pair
+    (tmp_path / "wikitext2_test.jsonl").write_text(json.dumps({"page": page}))
+    items, _ = tasks.load("wikitext2", tmp_path)
+    size = sum(len(tokenizer.token_bytes[i]) for i in tokenizer.encode(page))
+    assert size == len("a b ") + 1 + 3 + 4
+    scores = tasks.score("wikitext2", items, [[(-1e5, False)]])["scores"]  # so bad a model that 2**rate overflows
+    assert scores["bits_per_byte"] == pytest.approx(1e5 / math.log(2) / size) and scores["byte_perplexity"] == math.inf
 
 
 @pytest.mark.parametrize(("score", "error", "n", "said"), [

@@ -295,6 +295,8 @@ def test_training_reads_every_row_format(tmp_path, capsys):
 @pytest.mark.parametrize("name, content, message", [
     ("a.csv", b"text\nx\n", "unknown ending; .*; convert it: python prepare_data.py export --format jsonl"),
     ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1: no text in the fields \['body'\]; .*; convert it: .*a.text.jsonl"),
+    ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, "a.jsonl:2: not JSON .*; .*; "),
+    ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1: not JSON .*; .*; "),
     ("a.txt", "two words".encode("utf-16"), "a.txt:1: a NUL byte .*; .*; "),
     ("a.txt.gz", gzip.compress(b"x" * 99)[:-9], "a.txt.gz:1: broken gzip data .*; .*; "),
     ("a.jsonl.gz", b"no gzip", "a.jsonl.gz:1: broken gzip data .*; .*; ")])
@@ -308,6 +310,9 @@ def test_a_sample_takes_equal_shares_of_all_files(tmp_path):
     for name, letter in (("a.txt", "a"), ("b.txt", "b")):
         (tmp_path / name).write_text((letter * 99 + "\n\n") * 1000, encoding="utf-8")
     paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    (tmp_path / "c[1].txt").touch()  # a name, though it reads as a pattern
+    assert tokenizer_file.expand([str(tmp_path / "[ab].txt"), str(tmp_path / "c[1].txt")]) == [
+        *paths, tmp_path / "c[1].txt"]
     sample = "".join(tokenizer_file.sample_texts(paths, 0.05))
     assert abs(sample.count("a") - sample.count("b")) <= 200
     assert 50_000 <= len(sample) <= 50_200
@@ -652,11 +657,17 @@ def test_missing_bytes_and_merges_out_of_order_are_refused(tok):
         Tokenizer(variant(tok, model={**model, "vocab": {k: v for k, v in model["vocab"].items() if k != "A"}}))
     with pytest.raises(ValueError, match="order"):
         Tokenizer(variant(tok, model={**model, "merges": model["merges"][::-1]}))
+    for merge in (["A", "\u4e00"], ["\u4e00", "A"], ["q", "Z"]):
+        with pytest.raises(ValueError, match="tokenizer.json: merge .*; .* of the vocabulary .*; "):
+            Tokenizer(variant(tok, model={**model, "merges": [merge, *model["merges"]]}))
 
 
 def test_wrong_arguments_are_explained(tok, tmp_path):
     for call in (
         lambda: train(["x"], vocab_size=100),
+        lambda: train(["x"], vocab_size=99_999_999_999),
+        lambda: list(tokenizer_file.sample_texts([], float("nan"))),
+        lambda: list(tokenizer_file.sample_texts([], -1.0)),
         lambda: train(["x"], backend="cuda"),
         lambda: train([3]),
         lambda: train([tmp_path / "missing.jsonl"]),
