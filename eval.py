@@ -512,8 +512,8 @@ def score(args, runtime):
             print(f"{player.name} {group.replace('_', ' ')}: {result['n']} items, {rows[-1]['seconds']:.1f} s",
                   flush=True)
     if not rows:
-        raise ValueError(f"nothing was measured of --weight {args.weight or 'all'}; reward models need preferences, other "
-                         "models texts or questions; give other weights, or files with rows in them")
+        raise ValueError(f"nothing was measured of --weight {args.weight or 'all'}; reward models need preferences, "
+                         "others texts or questions; give other weights, or files with rows in them")
     show(*results.held_out(rows))
     return {"results": rows}
 
@@ -727,8 +727,8 @@ def compare(args, runtime):
     check_decoding(args)
     names = [name.strip() for name in args.compare.split(",") if name.strip()]
     if not names:
-        raise ValueError("--mode compare without names; it puts the answers of checkpoints side by side; give --compare "
-                         "NAME,NAME")
+        raise ValueError("--mode compare without names; it puts the answers of checkpoints side by side; give "
+                         "--compare NAME,NAME")
     if args.prompts:
         items, styles = [{"messages": messages, "where": where} for messages, where in read_prompts(args)], None
     else:

@@ -278,8 +278,8 @@ def _read_targets(model, states, sources, targets):
         norm = logits.sub_(top[:, None]).exp_().sum(-1).log_()  # [n]
         logprobs[here], best[here] = gold - norm[row], right
     if not logprobs.isfinite().all():  # of options that are all nan the first would be taken, as if it were a choice
-        raise ValueError("the model gives log-probabilities that are not finite; they say nothing about any answer; give "
-                         "--dtype float32, and if that is no cure train it again at a lower rate")
+        raise ValueError("the model gives log-probabilities that are not finite; they say nothing about any answer; "
+                         "give --dtype float32, and if that is no cure train it again at a lower rate")
     return logprobs.tolist(), best.tolist()
 
 
