@@ -545,7 +545,7 @@ def conversation(sample):
     turns = [(message.get("role", ""), message.get("content", "")) for message in sample.get("messages", ())
              if isinstance(message, dict)]
     answers = [(weight, text or "(nothing)") for weight, text in sample.get("answers", {}).items()]
-    return turns, [("expected", sample["expected"])] * bool(sample.get("expected")) + answers
+    return turns, [("expected", sample.get("expected"))] * bool(sample.get("expected")) + answers
 
 
 def markdown_block(kind, content):

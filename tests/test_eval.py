@@ -586,7 +586,7 @@ def test_rows_and_files_of_other_types_end_no_measurement(stage, parse, data, tm
     foreign = [{}, {"weight": 5, "group": []}, {"weight": "a", "group": "exact_match", "by_lang": 5},
                {"weight": "b", "group": "pair_accuracy", "accuracy_by_kind": {"curt": None}},
                {"weight": "c", "group": "exact_match", "by_skill": {"add": 1}, "exact_match": "x"},
-               {"weight": "d", "group": "task:piqa", "task": "piqa", "metric": "acc", "scores": {"acc": 0.5}, "drawn": 5}]
+               {"weight": "d", "group": "task:piqa", "task": "piqa", "metric": "acc", "scores": {"acc": 1}, "drawn": 5}]
     (tmp_path / "out" / "eval_results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in foreign))
     evaluation.main(parse("--mode", "score", "--data_dir", data, "--samples", 1))
     row = results_of(tmp_path)["sft", "bits_per_byte"]
@@ -894,7 +894,7 @@ def test_compare_writes_a_table_and_says_who_wins(stage, parse, data, tmp_path, 
 
 @pytest.mark.parametrize("flags", [[], ["--top_k", 1], ["--min_new_tokens", 12], ["--num_beams", 2],
                                    ["--repetition_penalty", 1.5], ["--temperature", 0, "--speculate", 3],
-                                   ["--max_new_tokens", 256]], ids=str)
+                                   ["--max_new_tokens", 256, "--top_k", 1]], ids=str)
 def test_compared_answers_are_those_of_single_prompts(stage, parse, tmp_path, flags):
     stage("sft")
     (tmp_path / "p.txt").write_text("hello\n")
