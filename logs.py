@@ -429,7 +429,7 @@ def read_metrics(folder, waiting=b""):
     for line in content.decode("utf-8", "replace").split("\n"):
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
@@ -665,7 +665,7 @@ def _read_facts(folder):
         facts = {**json.loads((Path(folder) / "args.json").read_text(encoding="utf-8")),
                  **json.loads((Path(folder) / "conditions.json").read_text(encoding="utf-8"))}
         return facts | {"conditions": dict(facts["conditions"])}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{folder} is no log of a training run ({error}); it holds metrics.jsonl, args.json and "
                          "conditions.json; give out/logs/<save_weight>") from None
 

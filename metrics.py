@@ -428,7 +428,7 @@ def read_styles(path) -> dict:
         styles = json.loads(Path(path).read_text(encoding="utf-8"))
         lists = [styles["rude"], styles["polite_openers"]]
         whole = all(isinstance(marker, str) for markers in lists for marker in markers) and styles["max_characters"] > 0
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         whole = False
     if not whole:
         raise ValueError(f"{path} is no file of styles; it has rude and polite_openers, lists of texts, and "

@@ -79,7 +79,7 @@ def read_json(path):
     """A JSON object as fields(); {} where the file is missing, broken or something else."""
     try:
         return fields(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -90,7 +90,7 @@ def read_rows(path):
         for line in file:
             try:
                 rows.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
     return [row for row in rows if isinstance(row, dict)]
 
