@@ -319,6 +319,18 @@ def test_unknown_weight_ends_with_code_2_and_a_list(stage, tmp_path):
     assert b"error: checkpoint 'nope' not found" in done.stderr and b"there are: dpo, sft" in done.stderr
 
 
+def test_a_reader_who_leaves_is_no_error(stage, tmp_path):
+    """eval.py ... | true: the exit code of any program that SIGPIPE ends, and not a word."""
+    stage("sft")
+    (tmp_path / "p.txt").write_text("question\n" * 20)
+    command = [sys.executable, ROOT / "eval.py", "--save_dir", tmp_path / "out", "--prompts", tmp_path / "p.txt",
+               "--max_new_tokens", "4", "--device", "cpu", "--dtype", "float32", "--threads", "1"]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 128 + 13 and "rror" not in said and "pipe" not in said
+
+
 # -- What is refused ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("flags, message", [
     (["--mode", "score", "--weight", ","], "--weight , names nothing; .*; give one, or all"),
