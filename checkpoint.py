@@ -546,8 +546,9 @@ def stage_rows(save_dir):
     for name in names(save_dir):
         folder = Path(save_dir) / name
         facts = read_minillm(folder)
-        found, seconds = facts.get("metrics", {}), facts.get("seconds", 0)
-        ends = [found.get(key) for key in ("before", "after")]
-        if facts.get("finished") and "metric" in found and all(isinstance(end, (int, float)) for end in ends):
-            rows.append([name, found["metric"], *(f"{end:.3f}" for end in ends), f"{seconds:.0f}", str(folder)])
+        found = facts.get("metrics", {})
+        if facts.get("finished") and "metric" in found:
+            ends = [found.get(key) for key in ("before", "after")]
+            shown = [f"{end:.3f}" if isinstance(end, (int, float)) else "-" for end in ends]
+            rows.append([name, found["metric"], *shown, f"{facts.get('seconds', 0):.0f}", str(folder)])
     return rows

@@ -78,7 +78,7 @@ def parse_args(argv=None):
     g.add_argument("--mode", default="", choices=("chat", "single", *MODES, "summary"),
                    help="what to do; left out, the other flags decide: chat, or single with --prompt, batch with "
                         "--prompts, score with --bpb, and others as their flag is named. summary prints the last "
-                        "scores again")
+                        "scores again; report is of --save_dir where --report names no folder")
     g.add_argument("--weight", default="",
                    help="checkpoint: name below --save_dir, or any Qwen3 folder; left out: the newest; for scores a "
                         "comma list or all; left out: all")

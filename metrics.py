@@ -426,8 +426,8 @@ def read_styles(path) -> dict:
     """The content of styles.json, for style(). Raises ValueError naming the file where it is something else."""
     try:
         styles = json.loads(Path(path).read_text(encoding="utf-8"))
-        lists = [styles["rude"], styles["polite_openers"]]
-        whole = all(isinstance(marker, str) for markers in lists for marker in markers) and styles["max_characters"] > 0
+        markers = [] + styles["rude"] + styles["polite_openers"]  # to a list nothing but lists can be added
+        whole = all(isinstance(marker, str) for marker in markers) and styles["max_characters"] > 0
     except (ValueError, TypeError, LookupError, RecursionError):
         whole = False
     if not whole:

@@ -609,7 +609,8 @@ def test_rows_and_files_of_other_types_end_no_measurement(stage, parse, data, tm
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "{", '{"rude": 5}',
+@pytest.mark.parametrize("content", ["[]", "{}", "{",
+                                     '{"rude": "ab", "polite_openers": "cd", "max_characters": 72}',
                                      '{"rude": [], "polite_openers": ["a", 3], "max_characters": 72}'])
 def test_a_damaged_file_of_styles_is_named(stage, parse, data, content):
     stage("sft")
