@@ -444,7 +444,8 @@ def data_blocks(stages, found):
     compression = [[lang, short(value, 2)] for lang, value in found.get("compression", {}).items()]
     for stage in stages:
         for part, stats in stage["dataset_stats"].items():
-            ratio = stats["bytes"] / stats["tokens"] if stats.get("bytes") and stats.get("tokens") else None
+            sizes = [stats.get(key) for key in ("bytes", "tokens")]
+            ratio = sizes[0] / sizes[1] if all(size and short(size) != "-" for size in sizes) else None
             if ratio and stage["kind"] == "pretrain":
                 compression.append([f"all of the {part.replace('_', '-')} text of {stage['name']}", short(ratio, 2)])
             rows.append([stage["name"], part.replace("_", "-"), *(big(stats.get(key)) for key in (

@@ -136,7 +136,9 @@ def test_any_part_may_be_missing_or_broken(out, gone, how):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("logs/sft/dataset_stats.json", {"train": 5}), ("logs/sft/conditions.json", {"conditions": 5, "command": 5}),
+    ("logs/sft/dataset_stats.json", {"train": 5}),
+    ("logs/sft/dataset_stats.json", {"train": {"bytes": "x", "tokens": [], "samples": {}}}),
+    ("logs/sft/conditions.json", {"conditions": 5, "command": 5}),
     ("logs/sft/conditions.json", {"conditions": {"model": 5, "data": 5, "batch_tokens": "x"}}),
     ("logs/sft/expert_load.json", {"load": 5}), ("logs/sft/expert_load.json", {"load": [5]}),
     ("logs/sft/args.json", {"max_seq_len": "x"}), ("logs/sft/reference.json", {"bands": 5}),
