@@ -119,6 +119,15 @@ def fit(player, messages, max_new_tokens):
     return ids, messages, dropped
 
 
+def fit_all(player, questions, max_new_tokens):
+    """fit() of every question, a pair of (messages, "file:line"), which an error names."""
+    for messages, where in questions:
+        try:
+            yield fit(player, messages, max_new_tokens)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
 def single(player, args):
     """Answer --prompt. Returns the answer's facts."""
     if not args.prompt:
@@ -199,11 +208,7 @@ def batch(player, args, questions):
     the others): distillation from a teacher's answers (Kim and Rush 2016, arXiv:1606.07947).
     """
     conversations, prompts, cut = [], [], 0
-    for messages, where in questions:
-        try:
-            prompt, messages, dropped = fit(player, messages, args.max_new_tokens)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+    for prompt, messages, dropped in fit_all(player, questions, args.max_new_tokens):
         prompts.append(prompt)
         conversations.append(messages)
         cut += dropped > 0
@@ -212,7 +217,7 @@ def batch(player, args, questions):
         file = sys.stdout
         if args.output:
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(args.output, "w", encoding="utf-8"))
+            file = stack.enter_context(open(args.output, "w", encoding="utf-8", errors="replace"))
         # some batches at a time: a row that ends makes room for the next prompt, and answers still appear early
         for first in range(0, len(prompts), 4 * args.batch_size):
             rows = range(first, min(first + 4 * args.batch_size, len(prompts)))

@@ -37,6 +37,9 @@ FREE_FLAGS = {"accumulation_steps", "batch_size", "cache_dir", "debug", "device"
 # was stopped because its loss was not finite goes on at a lower rate.
 KEY_FLAGS = {"max_steps", "epochs", "max_minutes", "accumulation_steps", "batch_size", "learning_rate", "merge",
              "muon_learning_rate", "patience", "value_learning_rate"}
+# What the fields of minillm.json are; one of another kind is as good as missing
+KINDS = {**dict.fromkeys(("args", "conditions", "metrics", "progress", "runtime"), dict), "parents": list,
+         **dict.fromkeys(("key", "stage", "written"), str), "seconds": (int, float)}
 # Empty file in a checkpoint that a launch with --max-restarts found and did not go on with: nor do its restarts.
 EARLIER = "of_an_earlier_run"
 
@@ -185,7 +188,8 @@ def read_minillm(folder):
         facts = json.loads((Path(folder) / "minillm.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    facts = facts if isinstance(facts, dict) else {}
+    return {name: value for name, value in facts.items() if isinstance(value, KINDS.get(name, object))}
 
 
 def save(runtime, args, parts, state, facts, finished=False):
@@ -491,7 +495,10 @@ def names(save_dir):
 def chosen(save_dir, weights):
     """Folders of the checkpoints in a comma list of names or paths; of all below save_dir for "" or "all"."""
     if weights not in ("", "all"):
-        return [find(save_dir, name.strip()) for name in weights.split(",") if name.strip()]
+        wanted = [name.strip() for name in weights.split(",") if name.strip()]
+        if not wanted:
+            raise ValueError(f"--weight {weights} names nothing; it is a comma list of checkpoints; give one, or all")
+        return [find(save_dir, name) for name in wanted]
     found = names(save_dir)
     if not found:
         raise FileNotFoundError(f"no checkpoint in {save_dir}/; scores need one; train with: bash run.sh, or give a "
@@ -527,7 +534,7 @@ def chat_parent(facts, save_dir):
     """Folder of the chat model from which a checkpoint with these facts (minillm.json) was trained, or None."""
     for parent in facts.get("parents", []):
         # the path was written where the training ran; below this save_dir it may have moved
-        for folder in (Path(parent), Path(save_dir) / Path(parent).name):
+        for folder in (Path(str(parent)), Path(save_dir) / Path(str(parent)).name):
             if (folder / "config.json").is_file():
                 return None if read_minillm(folder).get("stage") in ("pretrain", "reward") else folder
     return None
@@ -541,6 +548,7 @@ def stage_rows(save_dir):
         facts = read_minillm(folder)
         found = facts.get("metrics", {})
         if facts.get("finished") and "metric" in found:
-            rows.append([name, found["metric"], f"{found['before']:.3f}", f"{found['after']:.3f}",
-                         f"{facts['seconds']:.0f}", str(folder)])
+            ends = [found.get(key) for key in ("before", "after")]
+            shown = [f"{end:.3f}" if isinstance(end, (int, float)) else "-" for end in ends]
+            rows.append([name, found["metric"], *shown, f"{facts.get('seconds', 0):.0f}", str(folder)])
     return rows

@@ -641,14 +641,20 @@ def run(main, parse_args):
     """The last line of every script: main(parse_args()), with what a user can cause turned into one message and an
     exit code.
 
-    Exit codes: 0 done, 2 wrong input, 3 out of memory, 128 + signal after an orderly stop.
+    Exit codes: 0 done, 2 wrong input, 3 out of memory, 128 + signal after an orderly stop, or (13) when whoever read
+    the output has left.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character must not end a run
         stream.reconfigure(errors="replace")
     args = parse_args()
     try:
         main(args)
+        sys.stdout.flush()
         code = 0
+    except BrokenPipeError:
+        # head or less: no error to speak of, but Python would complain while closing the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + 13
     except Interrupted as stop:
         code = 128 + stop.args[0]
     except KeyboardInterrupt:

@@ -57,7 +57,7 @@ OPEN_ROWS = 64  # rows that packing keeps open; on 28k short conversations at T 
 FORMAT_VERSION = 1  # raise it when the meaning of the arrays changes, so that old caches are not read
 MAGIC = b"MINITOKN"
 HEADER = struct.Struct("<8sII16sQ24x")  # magic, version, item size, dtype name, count: 64 bytes keep the items aligned
-FIX_LINE = "repair the line, or skip and count such lines with --skip_bad 1"
+FIX_LINE = "repair the line, or skip and count such lines with --skip_bad 1 (not in eval.py)"
 CHAT = '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 

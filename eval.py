@@ -78,7 +78,7 @@ def parse_args(argv=None):
     g.add_argument("--mode", default="", choices=("chat", "single", *MODES, "summary"),
                    help="what to do; left out, the other flags decide: chat, or single with --prompt, batch with "
                         "--prompts, score with --bpb, and others as their flag is named. summary prints the last "
-                        "scores again")
+                        "scores again; report is of --save_dir where --report names no folder")
     g.add_argument("--weight", default="",
                    help="checkpoint: name below --save_dir, or any Qwen3 folder; left out: the newest; for scores a "
                         "comma list or all; left out: all")
@@ -150,6 +150,8 @@ def parse_args(argv=None):
         # what is given says what is wanted: nobody types a prompt to start a chat
         asked = {"single": args.prompt, **{mode: getattr(args, flag) for mode, flag in MODES.items()}}
         args.mode = next((mode for mode, value in asked.items() if value), "chat")
+    if args.mode == "report":
+        args.report = args.report or args.save_dir
     # pass@k is about all that a model may say, a conversation about the better part of it
     for name, in_talk in (("temperature", 0.7), ("top_p", 0.9)):
         if getattr(args, name) is None:
@@ -184,8 +186,10 @@ class Player:
     @functools.cached_property
     def weights_hash(self):
         """What tells two checkpoints apart wherever they lie: a hash of the weight files' hashes."""
-        parts = [checkpoint.file_hash(path) for path in sorted(self.folder.glob("*.safetensors"))]
-        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+        adapter = lora.alone(self.folder)
+        paths = sorted((lora.base_of(adapter) if adapter else self.folder).glob("*.safetensors"))
+        paths += sorted(adapter.glob("adapter_*")) if adapter else []
+        return hashlib.sha256("".join(map(checkpoint.file_hash, paths)).encode()).hexdigest()[:16]
 
     def ids(self, messages):
         """Prompt ids of a conversation, by the render() that made the training data; a base model reads only the last
@@ -277,12 +281,21 @@ def load(folder, args, runtime):
     return Player(name, folder, facts, model, tokenizer, is_chat(facts, tokenizer, args.eval_mode), runtime)
 
 
-def speaker(args, runtime):
-    """The Player for chat, single answers and batches; says which one it is and what it can do."""
-    if args.speculate and (args.temperature or args.repetition_penalty != 1 or args.min_new_tokens):
+def check_decoding(args):
+    """ValueError where Player.tokens() would have to overlook a flag."""
+    shaped = args.repetition_penalty != 1 or args.min_new_tokens
+    if args.num_beams > 1 and (args.speculate or shaped):
+        raise ValueError(f"--num_beams {args.num_beams} with --speculate, --repetition_penalty or --min_new_tokens; a "
+                         "search goes by the model's own probabilities alone; leave the others out")
+    if args.speculate and (args.temperature or shaped):
         raise ValueError(f"--speculate {args.speculate} with other choices than greedy ones; a guess is checked against"
                          " the most likely token; give --temperature 0, without --repetition_penalty and "
                          "--min_new_tokens")
+
+
+def speaker(args, runtime):
+    """The Player for chat, single answers and batches; says which one it is and what it can do."""
+    check_decoding(args)
     name = args.weight or os.path.join(args.save_dir, checkpoint.newest(args.save_dir))
     folder = checkpoint.find(args.save_dir, name)
     if is_reward(folder):
@@ -308,29 +321,34 @@ def read_prompts(args):
     """(messages, "file:line") of every prompt in --prompts; an answer behind it (SFT rows) is taken off."""
     if not args.prompts:
         raise ValueError("--mode batch without prompts; it answers a file of them; give --prompts FILE")
-    path, = expand_paths(args.prompts)
-    if path.suffix == ".txt":
-        # a prompt a line: read_rows takes a .txt for documents between blank lines
+    for path in expand_paths(args.prompts):
+        if args.output and path.resolve() == Path(args.output).resolve():
+            raise ValueError(f"--output {args.output} is a file of --prompts; the answers would replace the questions; "
+                             "give another --output")
+        for row, where in prompt_lines(path) if path.suffix == ".txt" else read_rows(path):
+            messages, _ = question(row, where)
+            if not messages:
+                raise ValueError(f"{where}: found only an answer; expected a question; add a user turn")
+            yield (messages if messages[0]["role"] == "system" else chat.opening(args) + messages), where
+
+
+def prompt_lines(path):
+    """Rows of a text file with a prompt a line; read_rows() takes such a file for documents between blank lines."""
+    try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-        rows = (({"prompt": line.strip()}, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip())
-    else:
-        rows = read_rows(path)
-    for row, where in rows:
-        messages, _ = question(row, where)
-        if not messages:
-            raise ValueError(f"{where}: found only an answer; expected a question; add a user turn")
-        yield (messages if messages[0]["role"] == "system" else chat.opening(args) + messages), where
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}; a file of prompts is in UTF-8; convert it") from None
+    return [({"prompt": line.strip()}, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
 
 
-def answers(player, items, args, temperature, first_seed=0, top_p=1.0, longest=0):
+def answers(player, items, args, temperature, first_seed=0, top_p=1.0):
     """metrics.complete over items, in their order; each item has its own random numbers, the same for every player."""
-    longest = longest or metrics.ANSWER_TOKENS
     # a question too long for the model loses its beginning: it will be answered wrongly, and that is the truth
-    room = max(1, player.context - longest)
+    room = max(1, player.context - metrics.ANSWER_TOKENS)
     prompts = [player.ids(item["messages"])[-room:] for item in items]
     with player.runtime.autocast():
-        return metrics.complete(player.model, player.tokenizer, prompts, longest, batch_size=args.batch_size,
-                                temperature=temperature, top_p=top_p, seed=args.seed,
+        return metrics.complete(player.model, player.tokenizer, prompts, metrics.ANSWER_TOKENS,
+                                batch_size=args.batch_size, temperature=temperature, top_p=top_p, seed=args.seed,
                                 row_seeds=range(first_seed, first_seed + len(items)), stop_ids=player.stop_ids)
 
 
@@ -359,14 +377,15 @@ def held_out(args, wanted=tuple(CAPS)):
 
 def heldout_item(row, where):
     """One held-out row as an item."""
-    return {"messages": question(row, where)[0]} | {key: row.get(key) for key in ("answer", "check", "lang", "skill")}
+    return {"messages": question(row, where)[0], "where": where, "answer": row.get("answer"), "check": row.get("check"),
+            **{key: str(row[key]) for key in ("lang", "skill") if row.get(key)}}
 
 
 def read_styles(args):
     """The markers of the preferred style, which make_data.py writes; None without them, which is said."""
     path = Path(args.data_dir) / "styles.json"
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return metrics.read_styles(path)
     print(f"{path} not found: without it polite and impolite cannot be told apart, no style and no win rate by rule")
     return None
 
@@ -374,7 +393,8 @@ def read_styles(args):
 def score_bits(player, rows, args):
     """Bits per byte of documents {"text", "lang"}, by language and in total, and the perplexity of a token."""
     # beyond the length it was trained with a model guesses; 2048 keeps the logits of a large vocabulary in memory
-    trained = player.facts.get("args", {}).get("max_seq_len", 2048)
+    trained = player.facts.get("args", {}).get("max_seq_len")
+    trained = trained if isinstance(trained, int) else 2048
     width = max(2, min(args.max_seq_len or trained, player.context))
     texts = defaultdict(list)
     for row in rows:
@@ -382,7 +402,9 @@ def score_bits(player, rows, args):
             raise ValueError(f"found a row with the keys [{', '.join(row)}]; bits per byte need text, a string; write "
                              'every row as {"text": "..."}')
         if row["text"]:
-            texts[row.get("lang") or "all"].append(row["text"])
+            texts[str(row.get("lang") or "all")].append(row["text"])
+    if not texts:
+        raise ValueError(f"{len(rows)} rows without any text; bits per byte need a byte; give other files")
     by_lang, every, variance = {}, [], 0.0
     for lang, group in sorted(texts.items()):
         parts = [metrics.heldout_loss(
@@ -394,8 +416,9 @@ def score_bits(player, rows, args):
         # languages apart: their rates differ, and that difference is no error
         every, variance = every + parts, variance + (error * sum(sizes)) ** 2
     nll, tokens, size = (sum(part[name] for part in every) for name in ("nll", "tokens", "bytes"))
-    return {"bits_per_byte": nll / math.log(2) / max(size, 1), "standard_error": math.sqrt(variance) / max(size, 1),
-            "perplexity": math.exp(nll / max(tokens, 1)), "n": len(rows), "bytes": size, "by_lang": by_lang}
+    bits = nll / math.log(2)
+    return {"bits_per_byte": bits / size, "standard_error": math.sqrt(variance) / size,
+            "perplexity": tasks.power(bits / tokens), "n": len(rows), "bytes": size, "by_lang": by_lang}
 
 
 def score_questions(player, items, args):
@@ -488,6 +511,9 @@ def score(args, runtime):
             keep(rows[-1:], args)
             print(f"{player.name} {group.replace('_', ' ')}: {result['n']} items, {rows[-1]['seconds']:.1f} s",
                   flush=True)
+    if not rows:
+        raise ValueError(f"nothing was measured of --weight {args.weight or 'all'}; reward models need preferences, "
+                         "others texts or questions; give other weights, or files with rows in them")
     show(*results.held_out(rows))
     return {"results": rows}
 
@@ -507,8 +533,13 @@ def row_of(player, group, numbers, args, start):
 
 def keep(rows, args):
     """Put new rows into eval_results.jsonl: at once, for what comes next may take hours."""
-    path = Path(args.save_dir) / "eval_results.jsonl"
-    results.write(path, report.read_rows(path), rows)
+    results.write(Path(args.save_dir) / "eval_results.jsonl", kept(args), rows)
+
+
+def kept(args):
+    """The rows of eval_results.jsonl, without what others may have written there."""
+    rows = report.read_rows(Path(args.save_dir) / "eval_results.jsonl")
+    return [row for row in rows if isinstance(row.get("weight"), str) and isinstance(row.get("group"), str)]
 
 
 def show(tables, lines):
@@ -562,7 +593,11 @@ def score_tasks(args, runtime):
 
 def speakers(args, runtime):
     """The weights to measure, loaded one after another; reward models are passed over."""
-    for folder in checkpoint.chosen(args.save_dir, args.weight):
+    folders = checkpoint.chosen(args.save_dir, args.weight)
+    if all(map(is_reward, folders)):
+        raise ValueError(f"--weight {args.weight or 'all'} is nothing but reward models; they score answers and cannot "
+                         "give any; name another checkpoint")
+    for folder in folders:
         if is_reward(folder):
             print(f"{folder} is a reward model: it scores answers and cannot give any")
         else:
@@ -642,6 +677,9 @@ def written_answers(player, prompts, count, args):
 # 5. References, fixed prompts, one checkpoint against another
 def score_references(args, runtime):
     """BLEU, chrF and ROUGE-L of greedy answers to the questions in --references. Returns {"results": rows}."""
+    if not args.references:
+        raise ValueError("--mode references without a file; it holds questions and their answers; give --references "
+                         "FILE")
     items, wanted = [], []
     for row, where in islice(read_rows(args.references), args.limit if args.limit > 0 else None):
         messages, text = question(row, where)
@@ -686,19 +724,25 @@ def score_regression(args, runtime):
 def compare(args, runtime):
     """Answers of several checkpoints side by side, and how often the first wins against each other one. Returns
     {"answers": {name: texts}, "results": rows}."""
+    check_decoding(args)
+    names = [name.strip() for name in args.compare.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--mode compare without names; it puts the answers of checkpoints side by side; give "
+                         "--compare NAME,NAME")
     if args.prompts:
-        items, styles = [{"messages": messages} for messages, _ in read_prompts(args)], None
+        items, styles = [{"messages": messages, "where": where} for messages, where in read_prompts(args)], None
     else:
         items, styles = held_out(args, ["preference"])["preference"], read_styles(args)
-    names, texts, start, first = [name.strip() for name in args.compare.split(",")], [], time.perf_counter(), None
+    texts, start, first = [], time.perf_counter(), None
     for name in names:
         folder = checkpoint.find(args.save_dir, name)
         if is_reward(folder):
             raise ValueError(f"--compare {name} is a reward model; it gives no answers; name it in --judge")
         player = load(folder, args, runtime)
         first = first or player
-        found = answers(player, items, args, args.temperature, top_p=args.top_p, longest=args.max_new_tokens)
-        texts.append([completion.text for completion in found])
+        fitted = chat.fit_all(player, [(item["messages"], item["where"]) for item in items], args.max_new_tokens)
+        found = chat.decode_rows(player, [prompt for prompt, _, _ in fitted], args, range(len(items)))
+        texts.append([chat.row_answer(player, ids, args)["answer"] for ids in found])
     rows = []
     for by, sides in judged(texts, items, styles, args, runtime).items():
         for name, scores in zip(names[1:], sides[1:], strict=True):
@@ -712,7 +756,7 @@ def compare(args, runtime):
     table = results.markdown(["prompt", *names], zip(asked, *texts, strict=True))
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(table, encoding="utf-8")
+        Path(args.output).write_text(table, encoding="utf-8", errors="replace")
     print(f"{len(items)} prompts side by side in {args.output}" if args.output else table)
     return {"answers": dict(zip(names, texts, strict=True)), "results": rows}
 
@@ -738,10 +782,10 @@ def judged(texts, items, styles, args, runtime):
 # 6. Summary, samples, report
 def summary(args):
     """Print the last scores of all weights again, and last what every stage changed."""
-    path = Path(args.save_dir) / "eval_results.jsonl"
-    rows = [row for row in report.read_rows(path) if not row["group"].endswith(":files")]
+    rows = [row for row in kept(args) if not row["group"].endswith(":files")]
     if not rows:
-        raise FileNotFoundError(f"no scores in {path}; a summary repeats them; make them: python eval.py --mode score")
+        raise FileNotFoundError(f"no scores in {args.save_dir}/eval_results.jsonl; a summary repeats them; make them: "
+                                "python eval.py --mode score")
     rows.sort(key=lambda row: checkpoint.stage_order(row["weight"]))
     show(*results.held_out(rows))
     show(*results.benchmarks(rows))
@@ -754,9 +798,10 @@ def show_samples(player, args):
     """Print fixed held-out conversations, one a kind and language, with --samples answers each."""
     found = defaultdict(list)
     for row, where in read_rows(Path(args.data_dir) / "sft.heldout.jsonl"):
-        kind = next((kind for kind, skills in SAMPLE_KINDS.items() if row.get("skill") in skills), None)
+        item = heldout_item(row, where)
+        kind = next((kind for kind, skills in SAMPLE_KINDS.items() if item.get("skill") in skills), None)
         if kind:
-            found[kind, row.get("lang")].append(heldout_item(row, where))
+            found[kind, item.get("lang")].append(item)
     order = list(SAMPLE_KINDS)
     items = {key: random.Random(f"{args.seed} {key}").choice(found[key])
              for key in sorted(found, key=lambda key: (order.index(key[0]), str(key[1])))}
@@ -792,13 +837,13 @@ def write_report(args, runtime):
     for name in checkpoint.names(out) if places else ():
         try:
             folder = checkpoint.find(out, out / name)
-        except ValueError as error:
-            print(error)  # damaged: named, and the others still answer
-            continue
-        if is_reward(folder):
+            if is_reward(folder):
+                continue
+            player = load(folder, args, runtime)
+        except (OSError, ValueError) as error:
+            print(error)  # damaged, or its base is gone: named, and the others still answer
             continue
         args.data_dir = places[0]
-        player = load(folder, args, runtime)
         print(f"report: {player.name} answers", flush=True)
         with contextlib.redirect_stdout(None):  # they are to be read on the page
             answered = show_samples(player, args)["samples"]
@@ -815,7 +860,7 @@ def compression(tokenizer, data_dir):
     """{language: UTF-8 bytes per token} of held-out pretraining text, {} where there is none."""
     path, texts = Path(data_dir) / "pretrain.heldout.jsonl", defaultdict(list)
     for row, _ in islice(read_rows(path), CAPS["pretrain"]) if path.is_file() else ():
-        texts[row.get("lang") or "all"].append(row["text"])
+        texts[str(row.get("lang") or "all")].append(str(row.get("text") or ""))
     rates = {lang: bytes_per_token(tokenizer, texts[lang]) for lang in sorted(texts)}
     return {lang: rate for lang, rate in rates.items() if math.isfinite(rate)}
 
@@ -828,9 +873,10 @@ def main(args):
             stream.reconfigure(errors="replace")
     args.stop = [stop for stop in args.stop if stop]
     if args.mode == "summary":
-        return summary(args)
+        return summary(args) | (write_report(args, common.setup(args)) if args.report else {})
     # answers on standard output are for another program to read: nothing else may stand between them
-    with contextlib.redirect_stdout(sys.stderr if args.mode == "batch" and not args.output else sys.stdout):
+    aside = sys.stderr if args.mode == "batch" and not args.output else sys.stdout
+    with contextlib.redirect_stdout(aside):
         runtime = common.setup(args)
         measures = {"score": score, "tasks": score_tasks, "references": score_references,
                     "regression": score_regression, "compare": compare}
@@ -844,7 +890,8 @@ def main(args):
         talk = {"chat": chat.converse, "single": chat.single, "samples": show_samples,
                 "batch": lambda player, args: chat.batch(player, args, read_prompts(args))}
         result = talk[args.mode](player, args)
-    return result | write_report(args, runtime) if args.report else result
+    with contextlib.redirect_stdout(aside):
+        return result | write_report(args, runtime) if args.report else result
 
 
 if __name__ == "__main__":

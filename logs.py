@@ -421,17 +421,17 @@ def _short(value):
 
 
 def read_metrics(folder, waiting=b""):
-    """The rows of a metrics.jsonl, without a half-written last line (kill -9 can leave one). waiting: what a full disk
-    has not taken yet."""
+    """The rows of a metrics.jsonl, without a half-written last line (kill -9 can leave one) and others without a step.
+    waiting: what a full disk has not taken yet."""
     path = Path(folder) / "metrics.jsonl"
     rows = []
     content = (path.read_bytes() if path.is_file() else b"") + waiting
     for line in content.decode("utf-8", "replace").split("\n"):
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 class Bar(tqdm):
@@ -640,7 +640,7 @@ def make_curve(runs):
         runs: folders out/logs/<save_weight>. Raises ValueError where one is not finished, or differs.
     """
     facts = [_read_facts(folder) for folder in runs]
-    conditions, steps = facts[0]["conditions"], facts[0]["conditions"]["steps"]
+    conditions, steps = facts[0]["conditions"], facts[0]["conditions"].get("steps")
     logged = [read_metrics(folder) for folder in runs]
     for folder, fact, rows in zip(runs, facts, logged, strict=True):
         other = [key for key in conditions if fact["conditions"].get(key) != conditions[key]]
@@ -655,17 +655,17 @@ def make_curve(runs):
         series = [{row["step"]: row[key] for row in rows if isinstance(row.get(key), (int, float))} for rows in logged]
         if all(series):
             bands[key] = _band_points(series, key in SHARES)
-    made = [{"command": fact["command"], "seed": fact["seed"], "dtype": fact["dtype"], "torch": fact["torch"]}
-            for fact in facts]
+    made = [{key: fact.get(key) for key in ("command", "seed", "dtype", "torch")} for fact in facts]
     return {"conditions": conditions, "runs": made, "bands": bands}
 
 
 def _read_facts(folder):
     """conditions.json and args.json of a log folder as one dict."""
     try:
-        return {**json.loads((Path(folder) / "args.json").read_text(encoding="utf-8")),
-                **json.loads((Path(folder) / "conditions.json").read_text(encoding="utf-8"))}
-    except (OSError, ValueError) as error:
+        facts = {**json.loads((Path(folder) / "args.json").read_text(encoding="utf-8")),
+                 **json.loads((Path(folder) / "conditions.json").read_text(encoding="utf-8"))}
+        return facts | {"conditions": dict(facts["conditions"])}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{folder} is no log of a training run ({error}); it holds metrics.jsonl, args.json and "
                          "conditions.json; give out/logs/<save_weight>") from None
 

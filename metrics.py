@@ -14,6 +14,7 @@ Commands: used by every train_*.py and eval.py.
 
 import contextlib
 import importlib
+import json
 import math
 import os
 import re
@@ -21,6 +22,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +36,9 @@ STYLE_SCORES = {"polite": 1.0, "curt": 0.0, "rambling": -0.5, "impolite": -1.0} 
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"  # scripts written without spaces between words
 LETTER = rf"[^\W{CJK}]"  # a character of a word that has spaces around it
 # A minus behind a digit is no sign ("10-5" ends with 5); a comma joins only groups of three digits.
-NUMBER = re.compile(r"(?<!\d)(?<!\d\.)-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?!\d)|[0-9]+)(?:\.[0-9]+)?")
+# ".5" is a number, unless the point ends a word.
+NUMBER = re.compile(r"(?<!\d)(?<!\d\.)-?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?!\d)|[0-9]+)(?:\.[0-9]+)?"
+                    r"|(?<![a-z\d.])\.[0-9]+)")
 PUNCTUATION = " \t\n.,;:!?'\"`()[]{}<>*_~。，、；：！？…—「」『』《》“”‘’"
 
 
@@ -273,6 +277,9 @@ def _read_targets(model, states, sources, targets):
         right[right.clone()] = logits[row[right]].argmax(-1) == wanted[right]  # of equal ones the first counts
         norm = logits.sub_(top[:, None]).exp_().sum(-1).log_()  # [n]
         logprobs[here], best[here] = gold - norm[row], right
+    if not logprobs.isfinite().all():  # of options that are all nan the first would be taken, as if it were a choice
+        raise ValueError("the model gives log-probabilities that are not finite; they say nothing about any answer; "
+                         "give --dtype float32, and if that is no cure train it again at a lower rate")
     return logprobs.tolist(), best.tolist()
 
 
@@ -352,7 +359,7 @@ def _same_set(text: str, answer: str) -> bool:
     wanted = set(_items(normalise(answer)))
     words = [set(" ".join(_items(normalise(side))).split()) for side in (text, answer)]
     if words[0] == words[1]:
-        return True
+        return bool(wanted)  # nothing is no answer, as in the other checks
     sentence = re.split(r"[!?:！？：\n]", text.strip(PUNCTUATION))[-1]
     first, *rest = _items(normalise(sentence)) or [""]
     starts = [item for item in wanted if first.endswith(item) and _contains(first, item)]
@@ -398,13 +405,13 @@ def exact_match(completions: Sequence[Completion], items: Sequence[dict]) -> dic
     counted = []
     for completion, item in judged:
         right = check_answer(item["check"], item["answer"], completion.text)
-        skill = item.get("skill") or "all"
+        skill = str(item.get("skill") or "all")
         if skill in APART:
             groups["apart"][skill].append(right)
             continue
         counted.append(right)
         groups["by_skill"][skill].append(right)
-        groups["by_lang"][item.get("lang") or "all"].append(right)
+        groups["by_lang"][str(item.get("lang") or "all")].append(right)
     tables = {name: {key: {"exact_match": share(values), "n": len(values)} for key, values in sorted(group.items())}
               for name, group in groups.items()}
     return {"total": share(counted), "n": len(counted), "stop_rate": share([c.stopped for c, _ in judged]), **tables}
@@ -413,6 +420,20 @@ def exact_match(completions: Sequence[Completion], items: Sequence[dict]) -> dic
 def share(values: Sequence[bool]) -> float:
     """Mean of truth values; nan for none, so that an empty group cannot pass for a bad one."""
     return sum(map(bool, values)) / len(values) if values else math.nan
+
+
+def read_styles(path) -> dict:
+    """The content of styles.json, for style(). Raises ValueError naming the file where it is something else."""
+    try:
+        styles = json.loads(Path(path).read_text(encoding="utf-8"))
+        markers = [] + styles["rude"] + styles["polite_openers"]  # to a list nothing but lists can be added
+        whole = all(isinstance(marker, str) for marker in markers) and styles["max_characters"] > 0
+    except (ValueError, TypeError, LookupError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is no file of styles; it has rude and polite_openers, lists of texts, and "
+                         "max_characters, a number; write it again with make_data.py")
+    return styles
 
 
 def style(text: str, styles: dict) -> str:

@@ -52,16 +52,35 @@ SCORES = [("bits_per_byte", "bits per byte", "standard_error"), ("exact_match", 
           ("win_rate", "win rate", "win_rate_error"), ("pass_at_1", "pass@1", "standard_error"),
           ("accuracy", "pair accuracy", "standard_error")]
 GROUPS = ("bits_per_byte", "exact_match", "preference", "pass_at_1", "pair_accuracy")  # of eval.py's own scores
+# What the fields that are looked into must be; one of another kind is as good as missing
+KINDS = {**dict.fromkeys(("answers", "apart", "args", "bands", "by_lang", "by_skill", "compression", "conditions",
+                          "metrics", "model", "progress", "runtime"), dict),
+         **dict.fromkeys(("data", "load", "messages", "parents", "samples"), list),
+         **dict.fromkeys(("command", "stage", "torch", "written"), str),
+         **dict.fromkeys(("batch_tokens", "beta", "max_seq_len", "ppo_epochs", "seconds", "tokens",
+                          "updates_per_rollout"), (int, float))}
 
 
 # -- What is there -----------------------------------------------------------------------------------------------------
+def fields(value):
+    """A JSON object without the fields that KINDS rules out; {} for anything else."""
+    found = value if isinstance(value, dict) else {}
+    # other objects have names of the user's own in them, such as those of skills
+    return {key: fields(entry) if key in ("args", "conditions", "progress") else entry for key, entry in found.items()
+            if isinstance(entry, KINDS.get(key, object))}
+
+
+def members(value):
+    """The fields of a JSON object that are objects themselves."""
+    return {key: entry for key, entry in value.items() if isinstance(entry, dict)}
+
+
 def read_json(path):
-    """A JSON object as a dict; {} where the file is missing, broken or something else."""
+    """A JSON object as fields(); {} where the file is missing, broken or something else."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return fields(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def read_rows(path):
@@ -71,7 +90,7 @@ def read_rows(path):
         for line in file:
             try:
                 rows.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
     return [row for row in rows if isinstance(row, dict)]
 
@@ -100,6 +119,7 @@ def read_stages(folder):
         part = {file: read_json(log / f"{file}.json")
                 for file in ("args", "dataset_stats", "machine", "expert_load", "reference")}
         part["args"] = part["args"] or facts.get("args", {})
+        part["dataset_stats"] = members(part["dataset_stats"])
         conditions["conditions"] = conditions.get("conditions") or facts.get("conditions") or {}
         rows = [row for row in read_rows(log / "metrics.jsonl") if isinstance(row.get("step"), int)]
         stages.append({"name": name, "facts": facts, "rows": rows, "conditions": conditions, **part,
@@ -169,8 +189,8 @@ def thin(points, most=POINTS):
 
 
 def big(value, unit=""):
-    """A large number for people: 3.07M, 1.2T; "-" for None."""
-    if value is None:
+    """A large number for people: 3.07M, 1.2T; "-" for anything else."""
+    if not isinstance(value, (int, float)):
         return "-"
     power = 0
     while abs(value) >= 999.5 and power < 6:
@@ -367,7 +387,7 @@ def score_blocks(scores):
     """Held-out scores of all checkpoints, exact match by skill, and whatever else was measured."""
     table = defaultdict(dict)  # weight -> everything that was measured of it
     skills, others = defaultdict(dict), []
-    for row in scores:
+    for row in map(fields, scores):
         weight, group = str(row.get("weight")), str(row.get("group"))
         if group not in GROUPS:
             others.append(row)
@@ -376,10 +396,10 @@ def score_blocks(scores):
             # a score belongs to the group that bears its name; the preference group repeats exact_match, as sampled
             if key in row and not (key == "exact_match" and group != "exact_match"):
                 table[weight].setdefault(key, with_error(row, key, error))
-        for lang, part in (row.get("by_lang") or {}).items() if group in GROUPS[:2] else ():
+        for lang, part in members(row.get("by_lang", {})).items() if group in GROUPS[:2] else ():
             table[weight][f"{group} {lang}"] = short(part.get(group))
         for part in ("by_skill", "apart") if group == "exact_match" else ():
-            skills[weight] |= {skill: entry.get("exact_match") for skill, entry in (row.get(part) or {}).items()}
+            skills[weight] |= {skill: entry.get("exact_match") for skill, entry in members(row.get(part, {})).items()}
     columns = []
     for key, title, _ in SCORES:
         langs = sorted({name for row in table.values() for name in row if name.startswith(f"{key} ")})
@@ -412,7 +432,7 @@ def other_scores(rows):
 
 def sample_blocks(found):
     """What every checkpoint says to the same held-out questions."""
-    samples = [sample for sample in found.get("samples") or [] if isinstance(sample, dict)]
+    samples = [fields(sample) for sample in found.get("samples", ()) if isinstance(sample, dict)]
     note = [("text", f"Fixed held-out questions, the likeliest answer of each checkpoint (greedy), "
                      f"seed {found.get('seed', '-')}.")]
     return note + [("sample", sample) for sample in samples] if samples else []
@@ -421,10 +441,11 @@ def sample_blocks(found):
 def data_blocks(stages, found):
     """Compression of the tokenizer, and what became of the rows of every data set."""
     blocks, rows = [], []
-    compression = [[lang, short(value, 2)] for lang, value in (found.get("compression") or {}).items()]
+    compression = [[lang, short(value, 2)] for lang, value in found.get("compression", {}).items()]
     for stage in stages:
         for part, stats in stage["dataset_stats"].items():
-            ratio = stats["bytes"] / stats["tokens"] if stats.get("bytes") and stats.get("tokens") else None
+            sizes = [stats.get(key) for key in ("bytes", "tokens")]
+            ratio = sizes[0] / sizes[1] if all(size and short(size) != "-" for size in sizes) else None
             if ratio and stage["kind"] == "pretrain":
                 compression.append([f"all of the {part.replace('_', '-')} text of {stage['name']}", short(ratio, 2)])
             rows.append([stage["name"], part.replace("_", "-"), *(big(stats.get(key)) for key in (
@@ -442,7 +463,7 @@ def expert_blocks(stages):
     """Share of the visits that each expert got, a line a layer; 1 is an even share."""
     blocks = []
     for stage in stages:
-        load = stage["expert_load"].get("load") or []
+        load = [line for line in stage["expert_load"].get("load", ()) if isinstance(line, list)]
         if load:
             rows = [[f"layer {layer}", *(short(value, 2) for value in line)] for layer, line in enumerate(load)]
             blocks += [("heading", f"{stage['name']}, step {stage['expert_load'].get('step')}"),
@@ -522,9 +543,10 @@ def markdown_table(header, rows):
 
 def conversation(sample):
     """[(speaker, text)] of a sample: the turns, what was expected, every checkpoint's answer."""
-    turns = [(message.get("role", ""), message.get("content", "")) for message in sample.get("messages") or []]
-    answers = [(weight, text or "(nothing)") for weight, text in (sample.get("answers") or {}).items()]
-    return turns, [("expected", sample["expected"])] * bool(sample.get("expected")) + answers
+    turns = [(message.get("role", ""), message.get("content", "")) for message in sample.get("messages", ())
+             if isinstance(message, dict)]
+    answers = [(weight, text or "(nothing)") for weight, text in sample.get("answers", {}).items()]
+    return turns, [("expected", sample.get("expected"))] * bool(sample.get("expected")) + answers
 
 
 def markdown_block(kind, content):

@@ -30,7 +30,7 @@ def write(path, earlier, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in [*kept, *rows]]
-    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.write_text("".join(lines), encoding="utf-8", errors="replace")
     os.replace(temporary, path)  # as a whole: an interrupted run leaves the old scores
 
 
@@ -38,23 +38,29 @@ def write(path, earlier, rows):
 # 2. Cells
 def cell(row, name, error=""):
     """A number for a table, with its standard error in brackets; "-" where there is none."""
-    value, spread = finite(row.get(name)), finite(row.get(error))
+    value, spread = (entry if isinstance(entry, (int, float)) and math.isfinite(entry) else None
+                     for entry in (row.get(name), row.get(error)))
     if value is None:
         return "-"
     return f"{value:.3f}" + ("" if spread is None else f" ({spread:.3f})")
 
 
-def number(value):
+def part(row, name):
+    """What stands in a row under a name, where it is a dict as it should be; else {}."""
+    return row[name] if isinstance(row.get(name), dict) else {}
+
+
+def number(value, digits=4):
     """Four decimals, as lm-evaluation-harness prints; "-" for what is not there."""
-    if value is None or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
         return "-"
-    return f"{value:.4f}" if value < 1e6 else f"{value:.4g}"
+    return f"{value:.{digits}f}" if value < 1e6 else f"{value:.4g}"
 
 
 def pass_line(row):
     """What metrics.pass_rates() found as text: pass@1 0.120 (0.011), pass@2 ..."""
-    return ", ".join(f"pass@{k} {cell({'rate': rate, 'error': row['pass_at_k_error'][k]}, 'rate', 'error')}"
-                     for k, rate in row["pass_at_k"].items())
+    return ", ".join(f"pass@{k} {cell({'rate': rate, 'error': part(row, 'pass_at_k_error').get(k)}, 'rate', 'error')}"
+                     for k, rate in part(row, "pass_at_k").items())
 
 
 def markdown(header, rows):
@@ -80,21 +86,22 @@ def held_out(rows):
     asked = {name: groups["exact_match"] for name, groups in speakers.items() if groups["exact_match"]}
     tables = [score_table(speakers)] * bool(speakers) + [skill_table(asked)] * bool(asked)
     lines = [f"{name}: {pass_line(groups['pass_at_1'])}" for name, groups in speakers.items()
-             if len(groups["pass_at_1"].get("pass_at_k", {})) > 1]
+             if len(part(groups["pass_at_1"], "pass_at_k")) > 1]
     for name, row in sorted(judges.items()):
-        kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in row["accuracy_by_kind"].items())
+        by_kind = part(row, "accuracy_by_kind")
+        kinds = ", ".join(f"{kind} {cell(by_kind, kind)}" for kind in by_kind)
         lines.append(f"{name}: pair accuracy {cell(row, 'accuracy', 'standard_error')}: {kinds}; correlation of score "
-                     f"and length {row['length_correlation']:.2f}; n {row['n']}")
+                     f"and length {cell(row, 'length_correlation')}; n {row.get('n', '-')}")
     return tables, lines
 
 
 def score_table(speakers):
     """All scores of models that speak, {weight: {group: row}}."""
-    langs = sorted({lang for groups in speakers.values() for row in groups.values() for lang in row.get("by_lang", {})})
+    langs = sorted({lang for groups in speakers.values() for row in groups.values() for lang in part(row, "by_lang")})
 
     def with_langs(row, key):
-        split = row.get("by_lang", {})
-        return [cell(row, key, "standard_error"), *(cell(split.get(lang, {}), key) for lang in langs)]
+        split = part(row, "by_lang")
+        return [cell(row, key, "standard_error"), *(cell(part(split, lang), key) for lang in langs)]
 
     lines = []
     for name, groups in speakers.items():
@@ -111,9 +118,9 @@ def score_table(speakers):
 def skill_table(asked):
     """Exact match of every skill (lines) and weight (columns), {weight: row}."""
     lines = []
-    for part in ("by_skill", "apart"):
-        for skill in sorted({skill for row in asked.values() for skill in row[part]}):
-            cells = [row[part].get(skill, {}) for row in asked.values()]
+    for half in ("by_skill", "apart"):
+        for skill in sorted({skill for row in asked.values() for skill in part(row, half)}):
+            cells = [part(part(row, half), skill) for row in asked.values()]
             lines.append([skill, max(c.get("n", 0) for c in cells), *(cell(c, "exact_match") for c in cells)])
     return ("exact match by skill; the last ones are held out by wording only and not part of the total",
             ["skill", "n", *asked], lines)
@@ -124,14 +131,15 @@ def benchmarks(rows):
     pass@k. Returns (tables, lines)."""
     rows, cells = [row for row in rows if "task" in row], []
     for row in rows:
-        facts = [number(row["chance"]), number(row["majority"]), row.get("verdict") or "-", f"{row['seconds']:.1f}"]
-        for metric, score in row["scores"].items():
-            shown = [metric, number(score), number(row["errors"][metric])]
-            first = metric == row["metric"]
-            cells.append([row["weight"], row["task"], row["few_shot"], row["n"], *shown, *facts] if first else
-                         ["", "", "", "", *shown, *[""] * len(facts)])
+        facts = [number(row.get("chance")), number(row.get("majority")), row.get("verdict") or "-",
+                 number(row.get("seconds"), 1)]
+        for metric, score in part(row, "scores").items():
+            shown = [metric, number(score), number(part(row, "errors").get(metric))]
+            about = [row["weight"], row["task"], row.get("few_shot", "-"), row.get("n", "-")]
+            first = metric == row.get("metric")
+            cells.append([*about, *shown, *facts] if first else ["", "", "", "", *shown, *[""] * len(facts)])
     header = ["weight", "task", "shots", "n", "metric", "score", "error", "chance", "majority", "in words", "seconds"]
-    lines = [f"{row['weight']} {row['task']}, {row['drawn']['samples']} answers at temperature "
-             f"{row['drawn']['temperature']:g}, {metric}: {pass_line(rates)}"
-             for row in rows if "drawn" in row for metric, rates in row["drawn"]["rates"].items()]
+    lines = [f"{row['weight']} {row['task']}, {row['drawn'].get('samples')} answers at temperature "
+             f"{row['drawn'].get('temperature', math.nan):g}, {metric}: {pass_line(rates)}"
+             for row in rows for metric, rates in part(part(row, "drawn"), "rates").items()]
     return [("benchmarks; majority: always the commonest right answer", header, cells)] * bool(cells), lines

@@ -49,6 +49,17 @@ def written(tmp_path, *contents):
     return tmp_path / "run"
 
 
+@pytest.mark.parametrize("value", [None, 5, "x", [5], {"metric": "loss", "before": "x"}], ids=str)
+def test_fields_of_another_type_are_as_good_as_missing(tmp_path, value):
+    path = written(tmp_path, "first")
+    for name in ("args", "metrics", "parents", "progress", "runtime", "seconds", "written"):
+        (path / "minillm.json").write_text(json.dumps({"stage": "sft", "finished": True, name: value}))
+        facts = checkpoint.read_minillm(checkpoint.find(tmp_path, "run"))
+        assert (name in facts) == isinstance(value, checkpoint.KINDS[name]), name
+        assert checkpoint.chat_parent(facts, tmp_path) is None
+        assert all(row[1:5] == ["loss", "-", "-", "0"] for row in checkpoint.stage_rows(tmp_path))
+
+
 def test_save_keeps_the_one_before_as_previous(tmp_path):
     path = written(tmp_path, "first", "second", "third")
     assert content_of(path) == "third"

@@ -20,12 +20,14 @@ import checkpoint
 import common
 import eval as evaluation
 import logs
+import lora
 import metrics
 import tasks
 from dataset import SFTData, question
 from model import ScalarHead, Transformer, token_logprobs
 
 ROOT = Path(__file__).parent.parent
+FILES = ROOT / "tests" / "data" / "tasks"
 MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]
 
 
@@ -317,6 +319,48 @@ def test_unknown_weight_ends_with_code_2_and_a_list(stage, tmp_path):
     assert b"error: checkpoint 'nope' not found" in done.stderr and b"there are: dpo, sft" in done.stderr
 
 
+def test_a_reader_who_leaves_is_no_error(stage, tmp_path):
+    """eval.py ... | true: the exit code of any program that SIGPIPE ends, and not a word."""
+    stage("sft")
+    (tmp_path / "p.txt").write_text("question\n" * 20)
+    command = [sys.executable, ROOT / "eval.py", "--save_dir", tmp_path / "out", "--prompts", tmp_path / "p.txt",
+               "--max_new_tokens", "4", "--device", "cpu", "--dtype", "float32", "--threads", "1"]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 128 + 13 and "rror" not in said and "pipe" not in said
+
+
+# -- What is refused ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags, message", [
+    (["--mode", "score", "--weight", ","], "--weight , names nothing; .*; give one, or all"),
+    (["--bpb", "empty.jsonl"], "nothing was measured of --weight all; .*; give other weights, or files with rows"),
+    (["--bpb", "blank.jsonl"], "1 rows without any text; .*; give other files"),
+    (["--bpb", "rows.jsonl", "--weight", "reward"], "nothing was measured of --weight reward; .*; give other weights"),
+    (["--tasks", "piqa", "--task_dir", FILES, "--weight", "reward"], "reward models; .*; name another checkpoint"),
+    (["--prompts", "p.txt", "--output", "./p.txt"], "--output .* is a file of --prompts; .*; give another --output"),
+    (["--prompts", "latin.txt"], "latin.txt: 'utf-8' codec .*; .*; convert it"),
+    (["--mode", "compare"], "--mode compare without names; .*; give --compare"),
+    (["--mode", "references"], "--mode references without a file; .*; give --references"),
+    *[(["--prompt", "x", "--num_beams", 2, *flags], "--num_beams 2 with .*; .*; leave the others out")
+      for flags in (["--speculate", 2], ["--min_new_tokens", 2], ["--repetition_penalty", 2])],
+    (["--prompts", "p.txt", "--compare", "sft", "--speculate", 2], "--speculate 2 with .*; .*; give --temperature 0"),
+    (["--prompts", "long.txt", "--compare", "sft"], "long.txt:2: the prompt has .* tokens; .*; shorten"),
+], ids=str)
+def test_what_cannot_be_done_is_said_and_nothing_is_written(stage, parse, tmp_path, monkeypatch, flags, message):
+    stage("sft")
+    stage("reward")
+    monkeypatch.chdir(tmp_path)
+    files = {"empty.jsonl": b"", "blank.jsonl": b'{"text": ""}\n', "rows.jsonl": b'{"text": "x"}\n', "p.txt": b"a\n",
+             "latin.txt": "für\n".encode("latin-1"), "long.txt": b"a\n" + b"z" * 600}
+    for name, content in files.items():
+        Path(name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        evaluation.main(parse("--max_new_tokens", 4, *flags))
+    assert {name: Path(name).read_bytes() for name in files} == files
+    assert not (tmp_path / "out" / "eval_results.jsonl").exists()
+
+
 # -- Batches -----------------------------------------------------------------------------------------------------------
 def test_batch_answers_in_order(stage, parse, tmp_path, capsys):
     folder = stage("sft")
@@ -352,6 +396,30 @@ def test_answers_that_ended_are_rows_of_sft_data(stage, parse, tmp_path, scripte
     assert data.stats["used"] == 2
     ids, mask = tokenizer.render(rows[2]["conversations"])
     assert {tokenizer.think_ids[0], tokenizer.think_ids[1]} <= {i for i, m in zip(ids, mask, strict=True) if m}
+
+
+def test_half_a_character_costs_no_finished_work(stage, parse, tmp_path, tokenizer, monkeypatch):
+    """JSON may hold a lone surrogate, which no file in UTF-8 can: a question mark stands in its place."""
+    stage("sft")
+    row = {"prompt": "\ud800 a", "answer": "7", "check": "number"}
+    (tmp_path / "s.jsonl").write_text(json.dumps(row) + "\n")
+    echo(monkeypatch, tokenizer, lambda text: "no")
+    asked, answers = tmp_path / "s.jsonl", tmp_path / "a.txt"
+    for flags, file in ((["--prompts", asked, "--output", answers], answers),
+                        (["--prompts", asked, "--output", answers, "--compare", "sft"], answers),
+                        (["--regression", 1, "--regression_path", asked], tmp_path / "out" / "eval_results.jsonl")):
+        evaluation.main(parse(*flags))
+        assert "? a" in file.read_text(encoding="utf-8")
+
+
+def test_prompts_of_several_files_are_answered_and_only_answers_are_on_the_screen(stage, parse, tmp_path, capsys):
+    stage("sft")
+    for i in range(2):
+        (tmp_path / f"p{i}.txt").write_text(f"question {i}\n")
+    evaluation.main(parse("--prompts", tmp_path / "p*.txt", "--report", tmp_path / "out", "--max_new_tokens", 4))
+    shown = capsys.readouterr()
+    assert [json.loads(line)["prompt"] for line in shown.out.splitlines()] == ["question 0", "question 1"]
+    assert "report: " in shown.err and (tmp_path / "out" / "report.html").is_file()
 
 
 def test_batch_names_the_line_that_is_too_long(stage, parse, tmp_path):
@@ -517,10 +585,54 @@ def test_missing_held_out_data_is_said(stage, parse, data, tmp_path, capsys):
         evaluation.main(parse("--mode", "score", "--data_dir", data))
 
 
+def test_rows_and_files_of_other_types_end_no_measurement(stage, parse, data, tmp_path, capsys, monkeypatch):
+    """Languages and skills that are no text, foreign rows among the results, odd fields in minillm.json."""
+    monkeypatch.setattr(metrics, "ANSWER_TOKENS", 6)
+    stage("sft", args={"max_seq_len": "x"}, parents=[5], metrics={"metric": "loss"})
+    stage("dpo", args=None, progress=None, parents=5, metrics=7, seconds="x")
+    for path in data.glob("*.heldout.jsonl"):
+        row = json.loads(path.read_text(encoding="utf-8").split("\n")[0])
+        odd = [row | {"lang": lang, "skill": skill} for lang, skill in ((5, ["add"]), (["en"], 7), ({}, None))]
+        with open(path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in odd)
+    foreign = [{}, {"weight": 5, "group": []}, {"weight": "a", "group": "exact_match", "by_lang": 5},
+               {"weight": "b", "group": "pair_accuracy", "accuracy_by_kind": {"curt": None}},
+               {"weight": "c", "group": "exact_match", "by_skill": {"add": 1}, "exact_match": "x"},
+               {"weight": "d", "group": "task:piqa", "task": "piqa", "metric": "acc", "scores": {"acc": 1}, "drawn": 5}]
+    (tmp_path / "out" / "eval_results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in foreign))
+    evaluation.main(parse("--mode", "score", "--data_dir", data, "--samples", 1))
+    row = results_of(tmp_path)["sft", "bits_per_byte"]
+    assert set(row["by_lang"]) == {"en", "zh", "5", "['en']", "all"}
+    evaluation.main(parse("--mode", "summary", "--report", tmp_path / "out", "--data_dir", data))
+    shown = capsys.readouterr().out
+    assert "b: pair accuracy -: curt -; correlation of score and length -; n -" in shown and "piqa" in shown
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "{",
+                                     '{"rude": "ab", "polite_openers": "cd", "max_characters": 72}',
+                                     '{"rude": [], "polite_openers": ["a", 3], "max_characters": 72}'])
+def test_a_damaged_file_of_styles_is_named(stage, parse, data, content):
+    stage("sft")
+    (data / "styles.json").write_text(content)
+    with pytest.raises(ValueError, match="styles.json is no file of styles; .*; write it again with make_data.py"):
+        evaluation.main(parse("--mode", "score", "--data_dir", data))
+
+
+def test_a_model_without_finite_weights_gets_no_accuracy_and_a_bad_one_no_overflow(player, tmp_path, capsys):
+    sft, args = player("sft", "--tasks", "piqa", "--task_dir", FILES, "--weight", "sft")
+    with torch.no_grad():
+        sft.model.model.norm.weight *= 1e5
+    found = evaluation.score_bits(sft, TEXTS, args)
+    assert found["perplexity"] == math.inf and 1024 < found["bits_per_byte"] < math.inf
+    torch.nn.init.constant_(sft.model.model.norm.weight, math.nan)
+    sft.model.save_pretrained(sft.folder)
+    checkpoint.write_minillm(sft.folder, {"stage": "sft", "finished": True})
+    with pytest.raises(ValueError, match="log-probabilities that are not finite; .*; give --dtype float32"):
+        evaluation.main(args)
+
+
 # -- Benchmarks --------------------------------------------------------------------------------------------------------
-FILES = ROOT / "tests" / "data" / "tasks"
-
-
 def test_tasks_are_scored_said_in_words_and_kept(stage, parse, tmp_path, capsys):
     stage("sft")
     stage("reward")
@@ -791,6 +903,41 @@ def test_compare_writes_a_table_and_says_who_wins(stage, parse, data, tmp_path, 
         evaluation.main(parse("--prompts", tmp_path / "p.txt", "--compare", "sft,reward"))
     with pytest.raises(ValueError, match="--judge sft is no reward model"):
         evaluation.main(parse("--prompts", tmp_path / "p.txt", "--compare", "sft,dpo", "--judge", "sft"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--top_k", 1], ["--min_new_tokens", 12], ["--num_beams", 2],
+                                   ["--repetition_penalty", 1.5], ["--temperature", 0, "--speculate", 3],
+                                   ["--max_new_tokens", 256, "--top_k", 1]], ids=str)
+def test_compared_answers_are_those_of_single_prompts(stage, parse, tmp_path, flags):
+    stage("sft")
+    (tmp_path / "p.txt").write_text("hello\n")
+    flags = ["--prompts", tmp_path / "p.txt", "--max_new_tokens", 12, "--temperature", 1, "--decoder", "plain", *flags]
+    evaluation.main(parse(*flags, "--weight", "sft", "--output", tmp_path / "a.jsonl"))
+    alone = json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))["answer"]
+    assert evaluation.main(parse(*flags, "--compare", "sft"))["answers"] == {"sft": [alone]}
+
+
+def test_adapters_without_their_model_are_told_apart_and_end_no_report(model_folder, tokenizer, parse, data, tmp_path,
+                                                                       capsys):
+    """Two checkpoints of --merge 0: neither has weights of its own beside adapter/."""
+    base, hashes = tmp_path / "base", []
+    shutil.copytree(model_folder("dense"), base)
+    for name in ("a", "b"):
+        torch.manual_seed(ord(name))
+        adapters = lora.Adapters(Transformer.from_pretrained(base), 2, 4, base=base, merge=False)
+        adapters.save_pretrained(tmp_path / "out" / name)
+        tokenizer.save_pretrained(tmp_path / "out" / name)
+        loaded = evaluation.load(tmp_path / "out" / name, parse(), common.Runtime(torch.device("cpu"), torch.float32))
+        hashes.append(loaded.weights_hash)
+    assert hashes[0] != hashes[1]
+    (tmp_path / "out" / "a").rename(tmp_path / "out" / "c")
+    loaded = evaluation.load(tmp_path / "out" / "c", parse(), loaded.runtime)
+    assert loaded.weights_hash == hashes[0]
+    shutil.rmtree(base)
+    shutil.copytree(model_folder("dense"), tmp_path / "out" / "whole")
+    evaluation.main(parse("--mode", "report", "--data_dir", data))
+    shown = capsys.readouterr().out
+    assert shown.count("is not there; adapters are no model without their base") == 2 and "whole answers" in shown
 
 
 def test_the_judge_reads_an_answer_as_training_did(stage, parse, data, tmp_path, player):

@@ -56,7 +56,7 @@ def test_a_new_run_starts_an_empty_log(tmp_path):
 def test_half_written_last_line_is_ignored(tmp_path):
     write(tmp_path, [1, 2], loss=1.0).file.close()
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"step": 3, "lo')  # what kill -9 can leave
+        file.write('{}\n[1]\n{"step": "x"}\n{"step": 3, "lo')  # what others, and what kill -9 can leave
     assert [row["step"] for row in logs.read_metrics(tmp_path)] == [1, 2]
     log = logs.MetricLog(tmp_path, resume_step=3)
     log.log(3, loss=0.5)
@@ -705,3 +705,15 @@ def test_every_stage_is_judged_and_passes_its_conditions_on(name, stage, tmp_pat
     run = str(tmp_path / "out" / "logs" / "run")
     assert logs.main(logs.parse_args([run, "--reference", str(curves / "x.json")])) == 0
     assert logs.find_curve(kept)
+
+
+@pytest.mark.parametrize("args, conditions", [("[]", '{"conditions": {}}'), ("{}", "{}"), ("{}", '{"conditions": 5}')])
+def test_files_of_another_kind_make_no_curve_and_harm_no_verdict(tmp_path, capsys, args, conditions):
+    log = write(tmp_path, [1, 2, 3], loss=1.0, val_loss=2.0)
+    log.close()
+    (tmp_path / "args.json").write_text(args)
+    (tmp_path / "conditions.json").write_text(conditions)
+    with pytest.raises(ValueError, match="is no log of a training run .*; it holds .*; give out/logs"):
+        logs.make_curve([tmp_path])
+    logs.review(tmp_path)
+    assert "held-out loss" in capsys.readouterr().out

@@ -173,7 +173,9 @@ def test_a_sampled_answer_does_not_depend_on_batch_or_neighbours(model, tokenize
                       "it is 42, I think", "042", "…42", "第42个", "42.0"],
      ["", "41", "142", "42 or 43", "4.2", "3.42", "-42", "42.5", "forty-two", "42 1"]),
     ("number", "-5", ["-5", "The answer is −5.", "3 - 8 = -5"], ["5", "10-5", "10 - 5"]),
-    ("number", "5", ["10-5", "x = 5", "1,5"], ["-5", "1.5"]),
+    ("number", "5", ["10-5", "x = 5", "1,5", "It is.5", "...5"], ["-5", "1.5", "It is .5", "-.5"]),
+    ("number", "0.5", [".5", "It is .5", "($.5)", "答案是.5。", "10-.5"], ["5", "-.5", "1.5", "It is.5", "1..5"]),
+    ("number", "-.5", ["-0.5", "−.5"], [".5", "1-.5"]),
     ("number", "1234", ["1,234", "1234", "Sure! 1,234."], ["234", "1,2345", "1 234"]),
     ("exact", "cat", ["cat", "Cat!", "Sure! It is a cat.", "ＣＡＴ", "答案是cat。", "the  cat"],
      ["", "cats", "concatenate", "cat_1", "a dog", "cat " + "and other animals " * 4]),
@@ -189,6 +191,7 @@ def test_a_sampled_answer_does_not_depend_on_batch_or_neighbours(model, tokenize
      ["red, blue", "red, blue, green, grey", "", "red, blue, grey", "grey, red, blue, green", "redd, blue, green"]),
     ("set", "红、绿、蓝", ["红、绿、蓝", "蓝，红和绿", "好的！答案是：绿、蓝和红。", "红 绿 蓝"],
      ["红、绿", "红绿蓝", "红、绿、蓝、黄"]),
+    ("set", "", [], ["", "...", "red"]),
     ("set", "2, 4, 6", ["6, 4, 2", "Sure! It is 2, 4 and 6."], ["12, 4, 6", "2, 4", "246"]),
 ])
 def test_checks_on_hand_made_answers(check, answer, right, wrong):

@@ -135,6 +135,26 @@ def test_any_part_may_be_missing_or_broken(out, gone, how):
         assert lacks in parsed.text
 
 
+@pytest.mark.parametrize("name, content", [
+    ("logs/sft/dataset_stats.json", {"train": 5}),
+    ("logs/sft/dataset_stats.json", {"train": {"bytes": "x", "tokens": [], "samples": {}}}),
+    ("logs/sft/conditions.json", {"conditions": 5, "command": 5}),
+    ("logs/sft/conditions.json", {"conditions": {"model": 5, "data": 5, "batch_tokens": "x"}}),
+    ("logs/sft/expert_load.json", {"load": 5}), ("logs/sft/expert_load.json", {"load": [5]}),
+    ("logs/sft/args.json", {"max_seq_len": "x"}), ("logs/sft/reference.json", {"bands": 5}),
+    ("logs/sft/metrics.jsonl", [{}]), ("report.json", {"samples": 5, "compression": 5}),
+    ("report.json", {"samples": [{"messages": [5], "answers": 5}, {"messages": 5}]}),
+    ("eval_results.jsonl", {"weight": "sft", "group": "exact_match", "by_skill": 5, "by_lang": 5, "apart": {"a": 5}}),
+    *(("sft/minillm.json", dict.fromkeys(("args", "conditions", "data", "metrics", "parents", "progress", "runtime",
+                                          "seconds", "torch", "written"), value) | {"stage": "sft", "finished": True})
+      for value in (None, 5, "x", [5], {"step": [], "tokens": "x"})),
+], ids=str)
+def test_fields_of_another_type_are_as_good_as_missing(out, name, content):
+    (out / name).write_text(json.dumps(content))
+    parsed, text = page(out)
+    assert "Overview" in parsed.text and "held-out bits per byte" in text and "train_pretrain.py" in text
+
+
 def test_empty_folder_and_single_stage(tmp_path):
     assert "There is no stage" in page(tmp_path)[0].text
     stage_files(tmp_path, "mine", "dpo", METRICS, [{"step": 1, "loss": 0.7}], finished=False)
