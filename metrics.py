@@ -103,7 +103,7 @@ def text_batches(tokenizer, texts: Iterable[str], width: int, vocab_size: int) -
         starts = range(0, len(ids) - 1, width - 1)
         windows += [ids[i:i + width] for i in starts]
         # the bytes of a document are counted with its first window: only their sum is used
-        sizes += [len(text.encode("utf-8", "replace")) if i == 0 else 0 for i in starts]
+        sizes += [len(text.encode("utf-8", "surrogatepass")) if i == 0 else 0 for i in starts]
     rows = max(1, 2**26 // (width * vocab_size))  # logits [B,T,V] of 256 MB in fp32
     for i in range(0, len(windows), rows):
         part = windows[i:i + rows]
