@@ -338,7 +338,7 @@ def setup(args, earlier=None):
     runtime.print(f"device {runtime.device} ({why_device}), dtype {str(runtime.dtype)[6:]} ({why_dtype}), "
                   f"{world} process(es) x {threads} thread(s)")
     if not (getattr(args, "val_path", True) or args.val_ratio):
-        runtime.print("--val_ratio 0 without --val_path: nothing is held out, \"held-out\" numbers are of training data")
+        runtime.print("--val_ratio 0 without --val_path: nothing is held out; held-out numbers are of training data")
     return runtime
 
 

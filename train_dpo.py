@@ -23,7 +23,6 @@ Letters: B pairs, T tokens, V vocabulary, N pairs of a data set.
 """
 import contextlib
 import copy
-import json
 import math
 from pathlib import Path
 
@@ -187,7 +186,7 @@ def heldout_prompts(args, tokenizer):
         # the same split as PreferenceData's, by the hash of the first question
         if len(ids) < args.max_seq_len and (not ratio or split_heldout(question, ratio)):
             items.append({"ids": ids} | {name: row.get(name) for name in ("answer", "check", "lang", "skill")})
-    return items, json.loads(rule.read_text(encoding="utf-8"))
+    return items, metrics.read_styles(rule)
 
 
 def play(model, reference, tokenizer, items, styles, args, runtime):

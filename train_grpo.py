@@ -23,7 +23,6 @@ Letters: G groups, K answers of a group, N = G K answers of a step, B answers of
 entry t belongs to token t+1), V vocabulary.
 """
 import contextlib
-import json
 import math
 import re
 import time
@@ -380,7 +379,7 @@ def main(args):
     if polite and not rule.is_file():
         raise ValueError(f"--format_weight {args.format_weight:g}, but there is no {rule}; it holds the rule of a "
                          "polite answer; use --format_weight 0, or --format think")
-    styles = json.loads(rule.read_text(encoding="utf-8")) if polite else None
+    styles = metrics.read_styles(rule) if polite else None
     suite = metrics.fixed_prompts(read_rows(args.regression_path)) if args.regression_interval else []
     runtime.print(data.summary())
 

@@ -25,7 +25,6 @@ V vocabulary.
 import contextlib
 import copy
 import itertools
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -519,7 +518,7 @@ def main(args):
     held_out = PromptData(args.val_path or args.data_path, part="val" if ratio else "all", val_ratio=ratio, **shared)
     items = metrics.pick(held_out.items, args.eval_prompts)
     rule = files[0].with_name("styles.json")  # written by make_data.py; own data has none, and no polite rate
-    styles = json.loads(rule.read_text(encoding="utf-8")) if rule.is_file() else None
+    styles = metrics.read_styles(rule) if rule.is_file() else None
     if args.rule and not styles:
         raise ValueError(f"--rule 1, but there is no {rule}; it holds the markers of the preferred style; put one "
                          "beside the data (make_data.py writes it), or train a reward model")
