@@ -343,7 +343,7 @@ def test_several_processes_equal_one_with_the_same_global_batch(world, run, tmp_
     """Groups, scores and update are shared by the ranks; what comes out must not depend on their number. A script of
     three lines brings the reward rule of this file along."""
     flags = ["--dtype=float64", "--beta=0.1", "--updates_per_rollout=2"]
-    run(*flags, "--save_weight", "one", "--batch_size", "4")
+    run(*flags, "--save_weight", "one", "--batch_size", "8")
     own = ("dtype", "beta", "updates_per_rollout", "batch_size", "save_weight")
     flags += [f"--{name}={value}" for name, value in vars(run.arguments()).items()
               if isinstance(value, (int, float, str)) and name not in own]
@@ -353,7 +353,7 @@ def test_several_processes_equal_one_with_the_same_global_batch(world, run, tmp_
                       "train_grpo.main(train_grpo.parse_args())\n")
     monkeypatch.setenv("PYTHONPATH", str(Path(train_grpo.__file__).parent))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world),
-                    script, *flags, f"--batch_size={4 // world}", "--save_weight=two"], check=True)
+                    script, *flags, f"--batch_size={8 // world}", "--save_weight=two"], check=True)
     one, two = weights(run, "one"), weights(run, "two")
     for name, value in one.items():
         assert (value - two[name]).abs().max() < 1e-9, name
