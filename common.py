@@ -537,6 +537,13 @@ def _saved_bytes(runtime, parameters, forward, ids):
     return sum(size for address, size in sizes.items() if address not in known)
 
 
+def check_vocabulary(config, tokenizer, source):
+    """ValueError when the tokenizer has ids for which the model from `source` has no row."""
+    if config.vocab_size <= tokenizer.max_id:
+        raise ValueError(f"token id {tokenizer.max_id} >= vocabulary {config.vocab_size} of {source}; tokenizer and "
+                         "model do not match; use the tokenizer saved with the model")
+
+
 def check_ratio(name, deviation, step, runtime):
     """Two forwards of the same policy must agree: ratios of their probabilities are 1, off by at most 1e-5 in fp32 and
     fp64, or the run ends. Other dtypes round: a warning above 0.05, in the first step. deviation: the largest |q - 1|.

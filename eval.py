@@ -273,9 +273,7 @@ def load(folder, args, runtime):
                                  dtype=torch.float64 if runtime.dtype == torch.float64 else torch.float32)
     if adapter:
         model = lora.Adapters.from_pretrained(model, adapter).merged()
-    if model.config.vocab_size <= tokenizer.max_id:
-        raise ValueError(f"token id {tokenizer.max_id} >= vocabulary {model.config.vocab_size} in {folder}; tokenizer "
-                         "and model do not match; use the tokenizer saved with the model")
+    common.check_vocabulary(model.config, tokenizer, folder)
     # a short name where it is enough: two folders elsewhere may share their last part
     name = folder.name.removesuffix(".previous") if folder.parent == Path(args.save_dir) else str(folder)
     return Player(name, folder, facts, model, tokenizer, is_chat(facts, tokenizer, args.eval_mode), runtime)
@@ -867,10 +865,8 @@ def compression(tokenizer, data_dir):
 
 def main(args):
     """Do what --mode says. Returns its facts as a dict."""
-    for stream in (sys.stdin, sys.stdout):
-        with contextlib.suppress(AttributeError):
-            # a terminal in another encoding, or half a character typed, must not end a conversation
-            stream.reconfigure(errors="replace")
+    with contextlib.suppress(AttributeError):
+        sys.stdin.reconfigure(errors="replace")  # half a character typed must not end a conversation
     args.stop = [stop for stop in args.stop if stop]
     if args.mode == "summary":
         return summary(args) | (write_report(args, common.setup(args)) if args.report else {})

@@ -246,11 +246,11 @@ class ModelConfig:
         need(isinstance(rope, dict), f"rope_parameters={rope!r} in {where}", "it is an object", "correct the file")
         values["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
         # edited by hand in one place only? Which of the two was meant nobody can know
-        for key, there in (("rope_theta", values["rope_theta"]), ("rope_scaling", rope)):
-            own = raw.get(key)
-            same = own == there if key == "rope_theta" else isinstance(own, dict) and rope | own == rope
-            need(not own or same, f"{key}={own!r} in {where}", f"rope_parameters beside it says {there!r}",
-                 "change both")
+        theta, scaling = raw.get("rope_theta"), raw.get("rope_scaling")
+        need(not theta or theta == values["rope_theta"], f"rope_theta={theta!r} in {where}",
+             f"rope_parameters beside it says {values['rope_theta']!r}", "change both")
+        same = not scaling or isinstance(scaling, dict) and rope | scaling == rope
+        need(same, f"rope_scaling={scaling!r} in {where}", f"rope_parameters beside it says {rope!r}", "change both")
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             values["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         if kind in ("qwen3_moe", "dots1"):

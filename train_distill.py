@@ -207,9 +207,7 @@ def main(args):
     # -- 3. Student and teacher ----------------------------------------------------------------------------------------
     dtype = torch.float64 if runtime.dtype == torch.float64 else torch.float32
     teacher = Transformer.from_pretrained(parent)
-    if teacher.config.vocab_size <= tokenizer.max_id:
-        raise ValueError(f"token id {tokenizer.max_id} >= vocabulary {teacher.config.vocab_size} of {args.teacher}; "
-                         "tokenizer and teacher do not match; use the tokenizer saved with the model")
+    common.check_vocabulary(teacher.config, tokenizer, args.teacher)
     model = build_student(args, teacher, origin).to(runtime.device, dtype)
     teacher = teacher.to(runtime.device, dtype).eval().requires_grad_(False)
     model.gradient_checkpointing = bool(args.gradient_checkpointing)

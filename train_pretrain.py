@@ -188,9 +188,7 @@ def main(args):
     # -- 3. Model ------------------------------------------------------------------------------------------------------
     model = Transformer.from_pretrained(parent) if parent else Transformer(build_config(args, tokenizer))
     check_shape(args, model.config)
-    if model.config.vocab_size <= tokenizer.max_id:
-        raise ValueError(f"token id {tokenizer.max_id} >= vocabulary {model.config.vocab_size} of {args.from_weight}; "
-                         f"tokenizer and model do not match; use the tokenizer saved with the model")
+    common.check_vocabulary(model.config, tokenizer, args.from_weight)
     model.gradient_checkpointing = bool(args.gradient_checkpointing)
     zero, fsdp = sharding.modes(args, runtime)
     # FSDP takes the model from main memory block by block: as a whole it need not fit the card

@@ -148,9 +148,7 @@ def main(args):
 
     # -- 3. Model ------------------------------------------------------------------------------------------------------
     model = ScalarHead.from_pretrained(parent)  # refuses a backbone with shared experts, and says what to do
-    if model.config.vocab_size <= tokenizer.max_id:
-        raise ValueError(f"token id {tokenizer.max_id} >= vocabulary {model.config.vocab_size} of {args.from_weight}; "
-                         "tokenizer and model do not match; use the tokenizer saved with the model")
+    common.check_vocabulary(model.config, tokenizer, args.from_weight)
     if args.max_seq_len > model.config.max_position_embeddings:
         raise ValueError(f"--max_seq_len {args.max_seq_len} is above the model's max_position_embeddings "
                          f"{model.config.max_position_embeddings}; rows must fit the context; shorten the rows")

@@ -109,16 +109,18 @@ def heldout_questions(args, part, shared, runtime):
     not to train."""
     if not args.eval_prompts:
         return []
-    paths, why = args.val_path or args.data_path, ""
-    if runtime.is_main:  # alone and without the barrier, at which the other ranks would wait for one that failed
+    # without the barrier, at which the other ranks would wait for one that failed: they wait for its word instead
+    paths, options, prompts, why = args.val_path or args.data_path, part | shared | {"barrier": None}, None, ""
+    if runtime.is_main:
         try:
-            PromptData(paths, **part, **shared | {"barrier": None})
+            prompts = PromptData(paths, **options)
         except ValueError as error:
             why = str(error)
     why = runtime.gather(why)[0]
     if why:
         runtime.print(f"no exact match will be measured: {why}")
-    return [] if why else PromptData(paths, **part, **shared)
+        return []
+    return prompts or PromptData(paths, **options)
 
 
 def evaluate_loss(model, data, args, runtime):
@@ -194,9 +196,7 @@ def main(args):
 
     # -- 3. Model ------------------------------------------------------------------------------------------------------
     model = Transformer.from_pretrained(parent)
-    if model.config.vocab_size <= tokenizer.max_id:
-        raise ValueError(f"token id {tokenizer.max_id} >= vocabulary {model.config.vocab_size} of {args.from_weight}; "
-                         "tokenizer and model do not match; use the tokenizer saved with the model")
+    common.check_vocabulary(model.config, tokenizer, args.from_weight)
     if args.max_seq_len > model.config.max_position_embeddings:
         raise ValueError(f"--max_seq_len {args.max_seq_len} is above the model's max_position_embeddings "
                          f"{model.config.max_position_embeddings}; rows must fit the context; shorten the rows")
