@@ -59,30 +59,27 @@ const NONE: u32 = u32::MAX;
 // --------------------------------------------------------------------------------------------------------------------
 // The trie: which tokens does a text begin with?
 
-/// One node of the trie, that is, one prefix of a token; or a free cell.
-#[derive(Clone, Copy)]
-struct Node {
-    /// The node it hangs on; NONE for a free cell
-    parent: u32,
-    /// The child for byte `b` is cell `base ^ b`, if the parent noted there is this node. The bit ENDS is set where a
-    /// token ends here; its rank is in `Trie::tokens`
-    base: u32,
-}
-
-const FREE: Node = Node { parent: NONE, base: 0 };
-const ENDS: u32 = 1 << 31;
-const ROOT: u32 = 0;
-
-/// All tokens as a trie in one array ("double array", Aoe 1989): a step is one look at one cell, and the 60,000 nodes
-/// of a vocabulary of 32,768 take half a megabyte. A hash table from (node, byte) to node takes as many steps and three
-/// times the memory.
+/// All tokens as a trie in one array ("double array", Aoe 1989): a step is one look at one cell. A hash table from
+/// (node, byte) to node takes as many steps, and several times the memory: what matters here is how much of the trie
+/// stays in the caches near the core, so a node is four bytes, and the 60,000 of a vocabulary of 32,768 are 240 kB.
+///
+/// The children of a node share a `base`: the child for byte `b` is cell `base ^ b`. Each node with children has a base
+/// of its own, so whether that cell is a child of this node is seen from the byte it is labelled with.
 struct Trie {
-    nodes: Vec<Node>,
+    /// Base times BASE, plus ENDS where a token ends, plus TAKEN, plus the label; 0 for a free cell
+    nodes: Vec<u32>,
     tokens: Vec<u32>, // [nodes] rank of the token that ends there
+    root: u32,        // base of the root's children
 }
+
+const TAKEN: u32 = 1 << 8;
+const ENDS: u32 = 1 << 9;
+const BASE: u32 = 1 << 10;
+/// The base of nodes without children. Nobody else has it, so no cell under it has the label that is asked for.
+const CHILDLESS: u32 = 0;
 
 impl Trie {
-    /// Time: about linear in the bytes of the tokens. Error: a token that occurs twice.
+    /// Time: about linear in the bytes of the tokens. Errors: a token that occurs twice; more than four million nodes.
     fn new(tokens: &[&[u8]]) -> Result<Self, String> {
         let mut order: Vec<u32> = (0..tokens.len() as u32).collect();
         order.sort_unstable_by_key(|&rank| tokens[rank as usize]);
@@ -90,17 +87,17 @@ impl Trie {
             let (first, second) = (pair[0].min(pair[1]), pair[0].max(pair[1]));
             return Err(format!("tokens {first} and {second} are equal; each occurs once"));
         }
-        let mut trie = Trie { nodes: vec![FREE; 256], tokens: vec![NONE; 256] };
-        trie.nodes[ROOT as usize].parent = NONE - 1; // none, but the cell is taken
-        let mut lowest_free = 1;
-        // (node, its depth, the run of sorted tokens that begin with it)
-        let mut waiting = vec![(ROOT, 0, 0..order.len())];
+        let mut trie = Trie { nodes: vec![0; 256], tokens: vec![NONE; 256], root: 0 };
+        let mut rooms = Rooms { taken: vec![false; 256], tried: 0 };
+        rooms.taken[CHILDLESS as usize] = true;
+        // (cell of a node, NONE for the root; its depth; the run of sorted tokens that begin with it)
+        let mut waiting = vec![(NONE, 0, 0..order.len())];
         let mut children: Vec<(u8, Range<usize>)> = Vec::new();
-        while let Some((node, depth, mut run)) = waiting.pop() {
+        while let Some((cell, depth, mut run)) = waiting.pop() {
             let first = order[run.start];
-            let ends = tokens[first as usize].len() == depth;
-            if ends {
-                trie.tokens[node as usize] = first;
+            if tokens[first as usize].len() == depth {
+                trie.nodes[cell as usize] |= ENDS;
+                trie.tokens[cell as usize] = first;
                 run.start += 1;
             }
             children.clear();
@@ -111,33 +108,41 @@ impl Trie {
                     _ => children.push((byte, index..index + 1)),
                 }
             }
-            let base = trie.room(&children, &mut lowest_free);
-            trie.nodes[node as usize].base = base | if ends { ENDS } else { 0 };
+            let base = trie.room(&children, &mut rooms);
+            if base > u32::MAX / BASE {
+                return Err(format!("the tokens have more than {} beginnings; a smaller vocabulary", u32::MAX / BASE));
+            }
+            match cell {
+                NONE => trie.root = base,
+                _ => trie.nodes[cell as usize] |= base * BASE,
+            }
             for (byte, run) in &children {
                 let child = base ^ *byte as u32;
-                trie.nodes[child as usize].parent = node;
+                trie.nodes[child as usize] = TAKEN | *byte as u32;
                 waiting.push((child, depth + 1, run.clone()));
             }
         }
+
         Ok(trie)
     }
 
-    /// A base under which the cells of all children are free. Cells only fill up, so the search starts at the lowest
-    /// free one; the array grows by blocks of 256, within which `base ^ byte` stays.
-    fn room(&mut self, children: &[(u8, Range<usize>)], lowest_free: &mut usize) -> u32 {
-        let Some((first, _)) = children.first() else { return 0 };
-        while self.nodes.get(*lowest_free).is_some_and(|node| node.parent != NONE) {
-            *lowest_free += 1;
-        }
-        // A single child fits everywhere and fills the holes; for families a search of all that is crowded is too long
-        let near = if children.len() == 1 { 0 } else { self.nodes.len().saturating_sub(512) };
-        for cell in near.max(*lowest_free).. {
+    /// A base that no other node has, under which the cells of all children are free. The array grows by blocks of 256,
+    /// within which `base ^ byte` stays.
+    fn room(&mut self, children: &[(u8, Range<usize>)], rooms: &mut Rooms) -> u32 {
+        let Some((first, _)) = children.first() else { return CHILDLESS };
+        // A single child fits nearly everywhere, and fills the holes that families leave. A family is looked a place for
+        // near the end only: a search of all that is crowded is too long
+        let alone = children.len() == 1;
+        for cell in if alone { rooms.tried } else { self.nodes.len().saturating_sub(512) }.. {
             if cell >= self.nodes.len() {
-                self.nodes.resize(self.nodes.len() + 256, FREE);
+                self.nodes.resize(self.nodes.len() + 256, 0);
                 self.tokens.resize(self.nodes.len(), NONE);
+                rooms.taken.resize(self.nodes.len(), false);
             }
             let base = cell ^ *first as usize;
-            if children.iter().all(|(byte, _)| self.nodes[base ^ *byte as usize].parent == NONE) {
+            if !rooms.taken[base] && children.iter().all(|(byte, _)| self.nodes[base ^ *byte as usize] == 0) {
+                rooms.taken[base] = true;
+                rooms.tried = if alone { cell + 1 } else { rooms.tried };
                 return base as u32;
             }
         }
@@ -148,22 +153,27 @@ impl Trie {
     /// empty text the rank is NONE.
     #[inline]
     fn longest(&self, text: &[u8]) -> (u32, usize) {
-        let mut node = ROOT;
-        let (mut found, mut length) = (ROOT, 0);
+        let mut base = self.root;
+        let (mut found, mut length) = (NONE, 0);
         for (index, &byte) in text.iter().enumerate() {
-            let base = self.nodes[node as usize].base;
-            let child = (base & !ENDS) ^ byte as u32;
-            let Node { parent, base } = self.nodes[child as usize];
-            if parent != node {
+            let cell = base ^ byte as u32;
+            let node = self.nodes[cell as usize];
+            if node % ENDS != TAKEN | byte as u32 {
                 break;
             }
-            if base & ENDS != 0 {
-                (found, length) = (child, index + 1);
+            if node & ENDS != 0 {
+                (found, length) = (cell, index + 1);
             }
-            node = child;
+            base = node / BASE;
         }
-        (self.tokens[found as usize], length)
+        (self.tokens.get(found as usize).copied().unwrap_or(NONE), length)
     }
+}
+
+/// What is known of the cells while a trie is built.
+struct Rooms {
+    taken: Vec<bool>, // [cells] whether some node has this base
+    tried: usize,     // cells before this one were tried for single children
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -217,15 +227,25 @@ impl<T: TokenId> PairTable<T> {
     }
 }
 
+/// What encoding wants to know of a token, side by side: whoever asks for one thing soon asks for another.
+#[derive(Clone, Copy)]
+struct Token<T> {
+    id: T,
+    left: T, // ranks of the two tokens that it was joined from; of no use for the 256 bytes
+    right: T,
+    shorter: T,  // rank of the longest other token that it begins with; its own for a single byte
+    length: u32, // in bytes
+}
+
 /// A vocabulary, ready to encode.
 pub struct Encoder<T> {
-    ids: Vec<T>,         // [ranks]
-    lengths: Vec<u32>,   // [ranks] in bytes
-    halves: Vec<(T, T)>, // [ranks] the two tokens that each was joined from; of no use for the 256 bytes
-    shorter: Vec<u32>,   // [ranks] the longest other token that each begins with; NONE for a single byte
-    bytes: [u32; 256],   // rank of each single byte
+    tokens: Vec<Token<T>>, // [ranks]
+    bytes: [u32; 256],     // rank of each single byte
     trie: Trie,
     pairs: PairTable<T>,
+    /// [256 * last byte of the left + first byte of the right] the lowest rank of all tokens joined from two halves
+    /// that meet in these bytes
+    seams: Vec<u32>,
     /// Whether the bytes come first and every other token is reached by joins of lower ranks, as in every trained
     /// vocabulary: only then is `walk` right
     regular: bool,
@@ -256,14 +276,20 @@ impl<T: TokenId> Encoder<T> {
             return Err(format!("byte 0x{byte:02x} has no token; all 256 must"));
         }
         let trie = Trie::new(tokens)?;
+        let known = tokens.iter().zip(ids).enumerate().map(|(rank, (token, &id))| {
+            let shorter = match trie.longest(&token[..token.len() - 1]) {
+                (NONE, _) => rank as u32,
+                (shorter, _) => shorter,
+            };
+            let (left, right) = (T::new(0), T::new(0));
+            Token { id: T::new(id), left, right, shorter: T::new(shorter), length: token.len() as u32 }
+        });
         let mut encoder = Encoder {
-            ids: ids.iter().map(|&id| T::new(id)).collect(),
-            lengths: tokens.iter().map(|token| token.len() as u32).collect(),
-            halves: vec![(T::new(0), T::new(0)); tokens.len()],
-            shorter: tokens.iter().map(|token| trie.longest(&token[..token.len() - 1]).0).collect(),
+            tokens: known.collect(),
             bytes,
             trie,
             pairs: PairTable::new(tokens.len()),
+            seams: vec![NONE; 1 << 16],
             regular: true,
             idle: Mutex::default(),
         };
@@ -276,25 +302,28 @@ impl<T: TokenId> Encoder<T> {
     fn learn_pairs(&mut self, tokens: &[&[u8]]) {
         self.regular = self.bytes.iter().all(|&rank| rank < 256);
         for (rank, token) in tokens.iter().enumerate().skip(256) {
-            let mut left = self.shorter[rank];
-            let right = loop {
-                if left == NONE || !self.regular {
-                    break NONE;
+            let mut whole = rank;
+            let halves = loop {
+                let left = self.tokens[whole].shorter.get();
+                if left as usize == whole || !self.regular {
+                    break None;
                 }
-                let cut = self.lengths[left as usize] as usize;
+                let cut = self.tokens[left as usize].length as usize;
                 let (right, length) = self.trie.longest(&token[cut..]);
                 let below = left.max(right) < rank as u32 && cut + length == token.len();
-                if below && self.stay_apart(left, right) {
-                    break right;
+                let seam = seam_of(token, cut);
+                if below && self.stay_apart(left, right, seam) {
+                    break Some((left, right, seam));
                 }
-                left = self.shorter[left as usize];
+                whole = left as usize;
             };
-            if right == NONE {
+            let Some((left, right, seam)) = halves else {
                 self.regular = false;
                 break;
-            }
-            self.halves[rank] = (T::new(left), T::new(right));
+            };
+            (self.tokens[rank].left, self.tokens[rank].right) = (T::new(left), T::new(right));
             self.pairs.insert(left, right, rank as u32);
+            self.seams[seam] = self.seams[seam].min(rank as u32);
         }
         if self.regular {
             return;
@@ -359,9 +388,15 @@ impl<T: TokenId> Encoder<T> {
     /// Time runs backwards here: of the two, the one of higher rank was made last, so it is taken apart first, and
     /// only its half at the seam matters. If the two that face each other at some moment make a token of a rank below
     /// what was joined instead, the rule would have joined across the seam.
-    fn stay_apart(&self, mut left: u32, mut right: u32) -> bool {
+    ///
+    /// `seam`: of the bytes that meet, see [`seam_of`].
+    fn stay_apart(&self, mut left: u32, mut right: u32, seam: usize) -> bool {
+        let first = self.seams[seam]; // no join at the seam is of lower rank
         let mut bound = NONE; // a join at the seam would have to be below this rank to come in time
         loop {
+            if bound <= first {
+                return true;
+            }
             if self.pairs.get(left, right) < bound {
                 return false;
             }
@@ -373,10 +408,17 @@ impl<T: TokenId> Encoder<T> {
             // to come in time; in the right token equal rank will do
             let open_left = left > right;
             bound = if open_left { left } else { right + 1 };
-            let inner = if open_left { self.halves[left as usize].1 } else { self.halves[right as usize].0 }.get();
+            let inner =
+                if open_left { self.tokens[left as usize].right } else { self.tokens[right as usize].left }.get();
             (left, right) = if open_left { (inner, right) } else { (left, inner) };
         }
     }
+}
+
+/// The place in `Encoder::seams` for two tokens that meet at `cut`.
+#[inline]
+fn seam_of(text: &[u8], cut: usize) -> usize {
+    (text[cut - 1] as usize) << 8 | text[cut] as usize
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -399,21 +441,34 @@ struct Word<T> {
     ids: [T; WORD_IDS],
 }
 
-/// Two words share a place, and a cache line: the one asked for last is the first.
+/// Two words share a place, and a cache line: the newer one is the first.
 #[derive(Clone, Copy, Default)]
 #[repr(align(64))]
 struct Words<T>([Word<T>; 2]);
 
+impl<T: TokenId> Words<T> {
+    /// Put a newcomer before the newer word, if it is not too long.
+    fn keep(&mut self, key: u128, found: &[T]) {
+        let mut ids = [T::default(); WORD_IDS];
+        if let Some(room) = ids.get_mut(..found.len()) {
+            room.copy_from_slice(found);
+            self.0 = [Word { key, number: found.len() as u32, ids }, self.0[0]];
+        }
+    }
+}
+
 /// What a thread keeps from one document to the next.
 struct Scratch<T> {
-    words: Vec<Words<T>>, // [WORDS]
-    parts: Vec<u32>,      // ranks of the piece at work
-    dead: Vec<u64>,       // one bit for each position of the piece: no encoding passes here
+    words: Box<[Words<T>; WORDS]>,
+    parts: Vec<u32>, // ranks of the piece at work
+    dead: Vec<u64>,  // one bit for each position of the piece: no encoding passes here
 }
 
 impl<T: TokenId> Scratch<T> {
     fn new() -> Self {
-        Scratch { words: vec![Words::default(); WORDS], parts: Vec::new(), dead: Vec::new() }
+        let words =
+            vec![Words::default(); WORDS].try_into().unwrap_or_else(|_| unreachable!("there are WORDS of them"));
+        Scratch { words, parts: Vec::new(), dead: Vec::new() }
     }
 }
 
@@ -454,53 +509,51 @@ impl<T: TokenId> Encoder<T> {
     fn encode_text(&self, text: &str, scratch: &mut Scratch<T>, out: &mut Vec<T>) {
         let bytes = text.as_bytes();
         let mut splitter = Splitter::new(text);
-        let mut batch = Vec::with_capacity(BATCH); // (piece, its key, its place)
+        let (mut ends, mut keys, mut places) = ([0; BATCH], [0; BATCH], [0; BATCH]);
+        let mut start = 0; // of the next piece
         loop {
-            batch.clear();
-            while batch.len() < BATCH {
-                let Some(range) = splitter.next_range() else { break };
-                let key = if range.len() > KEY_BYTES { NO_KEY } else { key_of(bytes, range.start, range.len()) };
-                let place = slot_of(key, WORDS);
-                prefetch(&scratch.words[place]);
-                batch.push((range, key, place));
-            }
-            if batch.is_empty() {
+            let count = splitter.next_ends(&mut ends);
+            if count == 0 {
                 return;
             }
-            for (range, key, place) in batch.drain(..) {
-                let pair = &mut scratch.words[place].0;
-                if pair[0].key != key {
-                    pair.swap(0, 1);
-                }
-                let word = &pair[0];
-                let before = out.len();
+            let mut from = start;
+            for ((&end, key), place) in ends[..count].iter().zip(&mut keys).zip(&mut places) {
+                *key = if end - from > KEY_BYTES { NO_KEY } else { key_of(bytes, from, end - from) };
+                *place = slot_of(*key, WORDS);
+                prefetch(&scratch.words[*place]);
+                from = end;
+            }
+            for ((&end, &key), &place) in ends[..count].iter().zip(&keys).zip(&places) {
+                let pair = &scratch.words[place].0;
+                let word = &pair[(pair[0].key != key) as usize]; // no branch: which of the two, nobody foresees
                 if word.key == key {
                     // a copy of fixed length is a few instructions, one of unknown length a function call
+                    let length = out.len() + word.number as usize;
                     out.extend_from_slice(&word.ids);
-                    out.truncate(before + word.number as usize);
-                    continue;
+                    out.truncate(length);
+                } else {
+                    let before = out.len();
+                    self.encode_piece(&bytes[start..end], scratch, out);
+                    if key != NO_KEY {
+                        scratch.words[place].keep(key, &out[before..]);
+                    }
                 }
-                self.encode_piece(&bytes[range], scratch, out);
-                let number = out.len() - before;
-                if number <= WORD_IDS && key != NO_KEY {
-                    let mut ids = [T::default(); WORD_IDS];
-                    ids[..number].copy_from_slice(&out[before..]);
-                    scratch.words[place].0[0] = Word { key, number: number as u32, ids };
-                }
+                start = end;
             }
         }
     }
 
+    #[inline(never)] // keeps the loop above short, so that its variables stay in registers
     fn encode_piece(&self, piece: &[u8], scratch: &mut Scratch<T>, out: &mut Vec<T>) {
         let first = self.trie.longest(piece);
         if first.1 == piece.len() {
-            return out.push(self.ids[first.0 as usize]);
+            return out.push(self.tokens[first.0 as usize].id);
         }
         match self.regular {
             true => self.walk(piece, first, scratch),
             false => self.join(piece, &mut scratch.parts),
         }
-        out.extend(scratch.parts.iter().map(|&rank| self.ids[rank as usize]));
+        out.extend(scratch.parts.iter().map(|&rank| self.tokens[rank as usize].id));
     }
 
     /// What [`Encoder::join`] does, from left to right: the longest token that fits its left neighbour, and back a step
@@ -522,7 +575,7 @@ impl<T: TokenId> Encoder<T> {
         loop {
             let end = at + length;
             let open = dead[end / 64] >> (end % 64) & 1 == 0;
-            if open && parts.last().is_none_or(|&left| self.stay_apart(left, token)) {
+            if open && parts.last().is_none_or(|&left| self.stay_apart(left, token, seam_of(piece, at))) {
                 parts.push(token);
                 if end == piece.len() {
                     return;
@@ -531,14 +584,13 @@ impl<T: TokenId> Encoder<T> {
                 (token, length) = self.trie.longest(&piece[at..]);
                 continue;
             }
-            token = self.shorter[token as usize];
-            while token == NONE {
-                dead[at / 64] |= 1 << (at % 64);
-                let last = parts.pop().expect("every text has an encoding");
-                at -= self.lengths[last as usize] as usize;
-                token = self.shorter[last as usize];
+            while self.tokens[token as usize].length == 1 {
+                dead[at / 64] |= 1 << (at % 64); // nothing shorter: give up this position, and the token before it
+                token = parts.pop().expect("every text has an encoding");
+                at -= self.tokens[token as usize].length as usize;
             }
-            length = self.lengths[token as usize] as usize;
+            token = self.tokens[token as usize].shorter.get();
+            length = self.tokens[token as usize].length as usize;
         }
     }
 }
