@@ -11,7 +11,7 @@ What is measured, always on held-out data and with a standard error:
                        benchmark; pass@1 is the share of right ones
     pair accuracy    = of a reward model, by kind of error
 What is here: opening checkpoints, the loops over questions. What is not: talking on a terminal (chat.py), judges
-(metrics.py), benchmark formats (tasks.py), tables (results.py), decoding (model.py, generation.py).
+(metrics.py), benchmark formats (tasks.py), tables (results.py), decoding (decoding.py, generation.py).
 
 Papers: Gao et al. 2020 (bits per byte, arXiv:2101.00027), Ouyang et al. 2022 (win rate, arXiv:2203.02155), Chen et al.
 2021 (pass@k, arXiv:2107.03374).
@@ -55,9 +55,12 @@ import report
 import results
 import tasks
 from dataset import PreferenceData, expand_paths, question, read_rows
+from decoding import Prefix
 from generation import accelerate, beam_search, lookup_decoding
-from model import Prefix, ScalarHead, Transformer, read_json, token_logprobs
+from logprobs import token_logprobs
+from model import ScalarHead, Transformer
 from tokenizer import StreamDecoder, Tokenizer, bytes_per_token
+from weights import read_json
 
 # Items per set when --limit is not given: standard errors of one to three points, and about ten seconds for a model of
 # 6M parameters on two CPU cores. The win rate needs the most: it compares two noisy answers.

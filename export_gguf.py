@@ -29,7 +29,8 @@ import checkpoint
 import cli
 import common
 import logs
-from model import ModelConfig, Transformer, need
+from configuration import ModelConfig, need
+from model import Transformer
 from tokenizer import GPT2_PATTERN, PATTERN, Tokenizer
 
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe", "dots1": "dots1"}  # model_type -> llama.cpp's name

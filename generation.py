@@ -1,8 +1,8 @@
 """Decoding beyond sampling: what model.Transformer.generate does not do. Functions take a model object.
 
 Here: beam search; prompt lookup, which writes several tokens a step where a text repeats itself; copies of the weights
-from which a CPU decodes faster. Not here: greedy decoding, temperature, top-k, top-p, batches and streaming (model.py),
-stop strings and chat (chat.py).
+from which a CPU decodes faster. Not here: greedy decoding, temperature, top-k, top-p, batches and streaming
+(decoding.py), stop strings and chat (chat.py).
 
 Beam search keeps the `num_beams` most probable beginnings instead of one, and so finds answers whose first word is not
 the most likely one. For open text it is a poor choice (it prefers short, repetitive answers); for tasks with one right

@@ -61,7 +61,7 @@ def heldout_loss(model: torch.nn.Module, batches: Iterable[dict], token_logprobs
 
     batches: dicts of ids [B,T]; optional mask [B,T] (1 on targets; without it every token but the first is one),
         documents [B,T] (passed to the model) and bytes [B] (text bytes of the targets).
-    token_logprobs: model.token_logprobs. autocast: a function that returns a context, as runtime.autocast.
+    token_logprobs: logprobs.token_logprobs. autocast: a function that returns a context, as runtime.autocast.
     Returns: nll (sum, nats), tokens, bytes: sums that can be added over ranks; loss = nll / tokens (nats per token, nan
         without tokens); bits_per_byte = nll / ln 2 / bytes where bytes are given: unlike the loss it can be compared
         between tokenizers. The mode of the model (train or eval) is restored.

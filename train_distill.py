@@ -38,8 +38,9 @@ import logs
 import metrics
 import optim
 import report
+from configuration import PRESETS, ModelConfig
 from dataset import PretrainData, SFTData, expand_paths, read_rows
-from model import PRESETS, ModelConfig, Transformer
+from model import Transformer
 from tokenizer import Tokenizer
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")

@@ -40,7 +40,8 @@ import metrics
 import optim
 import report
 from dataset import PromptData, expand_paths, micro_batches, pad_rows, read_rows
-from model import Transformer, token_logprobs
+from logprobs import token_logprobs
+from model import Transformer
 from tokenizer import Tokenizer
 
 EVAL_ROWS = 2**31  # held-out answers draw from their own random streams, the same ones at every evaluation

@@ -33,8 +33,11 @@ import metrics
 import optim
 import report
 import sharding
+from configuration import MOE_BLOCK, PRESETS, ModelConfig
 from dataset import PretrainData, expand_paths
-from model import MOE_BLOCK, PRESETS, ModelConfig, Transformer, row_uniforms, token_logprobs
+from decoding import row_uniforms
+from logprobs import token_logprobs
+from model import Transformer
 from tokenizer import Tokenizer
 
 

@@ -36,7 +36,9 @@ import optim
 import report
 import sharding
 from dataset import PretrainData, PromptData, SFTData, expand_paths, join_windows, read_rows
-from model import Transformer, row_uniforms, token_logprobs
+from decoding import row_uniforms
+from logprobs import token_logprobs
+from model import Transformer
 from tokenizer import Tokenizer
 
 

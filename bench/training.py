@@ -40,8 +40,10 @@ if Path(sys.path[0]).resolve() == ROOT / "bench":  # run as a script: bench/toke
 import common  # noqa: E402
 import metrics  # noqa: E402
 import optim  # noqa: E402
+from configuration import ModelConfig  # noqa: E402
 from dataset import PretrainData, read_rows  # noqa: E402
-from model import ModelConfig, Transformer, token_logprobs  # noqa: E402
+from logprobs import token_logprobs  # noqa: E402
+from model import Transformer  # noqa: E402
 from tokenizer import train  # noqa: E402
 from train_pretrain import row_parts  # noqa: E402
 

@@ -24,7 +24,8 @@ import lora
 import metrics
 import tasks
 from dataset import SFTData, question
-from model import ScalarHead, Transformer, token_logprobs
+from logprobs import token_logprobs
+from model import ScalarHead, Transformer
 
 ROOT = Path(__file__).parent.parent
 FILES = ROOT / "tests" / "data" / "tasks"

@@ -16,8 +16,9 @@ from test_model import KINDS, answers, random_ids
 from test_model import make_model as model_of
 
 import generation
+from configuration import ModelConfig
 from generation import FORMS, INT8_FORMS, InferenceCopy, accelerate, beam_search, look_up, lookup_decoding
-from model import ModelConfig, Transformer
+from model import Transformer
 
 BENCH = Path(__file__).parent.parent / "bench" / "generation.py"
 

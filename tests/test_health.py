@@ -18,7 +18,8 @@ import common
 import health
 import logs
 import optim
-from model import ModelConfig, Transformer
+from configuration import ModelConfig
+from model import Transformer
 
 ROOT = Path(health.__file__).parent
 RUNTIME = common.Runtime(torch.device("cpu"), torch.float64)

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import metrics
+from logprobs import token_logprobs
 from metrics import Completion, check_answer, style
-from model import Transformer, token_logprobs
+from model import Transformer
 
 STYLES = {"polite_openers": ["Sure!", "Of course!", "好的！"], "rude": ["Leave me alone.", "真烦人"],
           "max_characters": 40}

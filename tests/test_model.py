@@ -12,22 +12,12 @@ import torch.nn.functional as F
 from conftest import BF16_SPEEDUP
 from safetensors.torch import load_file, save_file
 
-import model as model_file
-from model import (
-    MLP,
-    KVCache,
-    ModelConfig,
-    MoE,
-    RMSNorm,
-    Rotary,
-    ScalarHead,
-    SkipInit,
-    Transformer,
-    fill_holes,
-    rotate,
-    sample,
-    token_logprobs,
-)
+import logprobs
+from configuration import ModelConfig
+from decoding import KVCache, Prefix, fill_holes, row_uniforms, sample
+from logprobs import token_logprobs
+from model import MLP, MoE, RMSNorm, Rotary, ScalarHead, Transformer, rotate
+from weights import SkipInit
 
 SHAPE = dict(vocab_size=97, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
              head_dim=16, intermediate_size=80, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
@@ -494,7 +484,7 @@ def test_top_p_beyond_the_first_ids_equals_a_full_sort():
 
 
 def test_random_streams_of_a_row_begin_alike_whatever_their_length():
-    long, short = model_file.row_uniforms(3, [5, 8], 100), model_file.row_uniforms(3, [8], 7)
+    long, short = row_uniforms(3, [5, 8], 100), row_uniforms(3, [8], 7)
     assert torch.equal(long[1:, :7], short) and 0 <= long.min() and long.max() < 1
 
 
@@ -553,7 +543,7 @@ def test_no_stop_id_among_the_first_tokens(transformers, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_turns_of_a_chat_read_only_what_is_new(monkeypatch, kind):
-    model, prefix, text = make_model(kind, torch.float64), model_file.Prefix(), []
+    model, prefix, text = make_model(kind, torch.float64), Prefix(), []
     read, forward = [], model.hidden_states
     monkeypatch.setattr(model, "hidden_states", lambda ids, cache: read.append(ids.shape[1]) or forward(
         ids, cache=cache))
@@ -693,7 +683,7 @@ def test_token_logprobs_equal_log_softmax_gathered():
 @pytest.mark.parametrize("pieces", [1, 5, 1000], ids=lambda rows: f"{rows} rows at a time")
 def test_head_on_targets_only_equals_all_logits(monkeypatch, kind, pieces):
     """Values and gradients, of single log-probabilities with a factor each and of their sum."""
-    monkeypatch.setattr(model_file, "_pieces", lambda h, weight: [slice(i, i + pieces)
+    monkeypatch.setattr(logprobs, "_pieces", lambda h, weight: [slice(i, i + pieces)
                                                                   for i in range(0, len(h), pieces)])
     model = make_model(kind, torch.float64)
     ids, mask = random_ids(3, 11), torch.rand(3, 11, generator=torch.Generator().manual_seed(1)) < 0.4

@@ -13,7 +13,8 @@ from conftest import DATA, draw_report
 
 import eval as evaluation
 import report
-from model import ModelConfig, ScalarHead, Transformer
+from configuration import ModelConfig
+from model import ScalarHead, Transformer
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=y> a|b `c` ```` $\\frac{1}$ ]]> & 你好 \ud800'
 

@@ -18,7 +18,8 @@ import train_distill
 import train_pretrain
 import train_sft
 from dataset import PretrainData, SFTData
-from model import Transformer, token_logprobs
+from logprobs import token_logprobs
+from model import Transformer
 from tokenizer import Tokenizer, train
 from train_distill import distill_kl
 
