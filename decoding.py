@@ -221,8 +221,8 @@ def check_prompts(prompts: list[list[int]], config):
     room, size = config.max_position_embeddings, config.vocab_size
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {row} is empty; the model continues at least one token, and this one has no "
-                             "bos_token_id to start from; give a prompt")
+            raise ValueError(f"prompt {row} is empty, and no bos_token_id stands in for it; a model continues at least "
+                             "one token; give a prompt")
         if len(prompt) >= room:
             raise ValueError(f"prompt {row} has {len(prompt)} tokens; max_position_embeddings {room} must leave room "
                              "for an answer; shorten the prompt")

@@ -82,7 +82,7 @@ def test_search_stops_at_the_context_limit():
     assert len(ids) == 2  # 62 of 64 positions are the prompt's
 
 
-@pytest.mark.parametrize("prompt, fields", [([], {}), ([5] * 64, {}), ([5], {"num_beams": 0}),
+@pytest.mark.parametrize("prompt, fields", [([], {}), ([5] * 64, {}), ([40], {}), ([5], {"num_beams": 0}),
                                             ([5], {"max_new_tokens": 0}), ([5], {"num_return": 9})])
 def test_impossible_requests_are_named(prompt, fields):
     with pytest.raises(ValueError, match="; .*; "):
@@ -128,7 +128,7 @@ def test_lookup_takes_the_longest_and_latest_place(text, count, expected):
 def test_lookup_fills_the_context_and_names_what_is_impossible():
     model = model_of()
     assert len(list(lookup_decoding(model, [5] * 120, 50))) == 8  # prompt and answer fill the 128 positions
-    for prompt, lookahead in (([], 4), ([5] * 128, 4), ([5], 0)):
+    for prompt, lookahead in (([], 4), ([5] * 128, 4), ([97], 4), ([5], 0)):
         with pytest.raises(ValueError, match="; .*; "):
             lookup_decoding(model, prompt, 5, lookahead)
 
