@@ -51,6 +51,7 @@ import common
 import logs
 import lora
 import metrics
+import records
 import report
 import results
 import tasks
@@ -539,7 +540,7 @@ def keep(rows, args):
 
 def kept(args):
     """The rows of eval_results.jsonl, without what others may have written there."""
-    rows = report.read_rows(Path(args.save_dir) / "eval_results.jsonl")
+    rows = records.read_rows(Path(args.save_dir) / "eval_results.jsonl")
     return [row for row in rows if isinstance(row.get("weight"), str) and isinstance(row.get("group"), str)]
 
 
@@ -579,7 +580,7 @@ def score_tasks(args, runtime):
             outcomes, drawn = task_outcomes(player, name, items, args)
             result = tasks.score(name, items, outcomes) | drawn_rates(name, items, drawn, args)
             metric = tasks.TASKS[name].metrics[0]
-            score, error = result["scores"][metric], results.finite(result["errors"][metric])
+            score, error = result["scores"][metric], records.finite(result["errors"][metric])
             facts = {"task": name, "metric": metric, "score": score, "standard_error": error, **result, "data": source,
                      "verdict": tasks.verdict(score, error, result["chance"], result["majority"], result["n"]),
                      "few_shot": tasks.shots(tasks.TASKS[name], args.few_shot)}

@@ -22,6 +22,7 @@ from conftest import cut, flip, run_args
 
 import checkpoint
 import common
+import records
 import weights
 from configuration import ModelConfig
 from model import Transformer
@@ -57,7 +58,7 @@ def test_fields_of_another_type_are_as_good_as_missing(tmp_path, value):
     for name in ("args", "metrics", "parents", "progress", "runtime", "seconds", "written"):
         (path / "minillm.json").write_text(json.dumps({"stage": "sft", "finished": True, name: value}))
         facts = checkpoint.read_minillm(checkpoint.find(tmp_path, "run"))
-        assert (name in facts) == isinstance(value, checkpoint.KINDS[name]), name
+        assert (name in facts) == isinstance(value, records.KINDS[name]), name
         assert checkpoint.chat_parent(facts, tmp_path) is None
         assert all(row[1:5] == ["loss", "-", "-", "0"] for row in checkpoint.stage_rows(tmp_path))
 
