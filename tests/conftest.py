@@ -49,6 +49,11 @@ def unwritten_slots_are_nan(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def transformers():
+    return pytest.importorskip("transformers", reason="the oracle, transformers, is not installed")
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     """320 ids, learnt by the Python trainer, so that no test needs the Rust one."""
     return train(SENTENCES, vocab_size=320, backend="python", progress=False)

@@ -38,8 +38,7 @@ def make_model(vocab_size=40, **fields):
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-def test_beam_search_equals_transformers(tmp_path, length_penalty):
-    transformers = pytest.importorskip("transformers", reason="the oracle, transformers, is not installed")
+def test_beam_search_equals_transformers(transformers, tmp_path, length_penalty):
     model = make_model()
     model.save_pretrained(tmp_path)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
