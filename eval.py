@@ -58,7 +58,6 @@ import tasks
 from dataset import PreferenceData, expand_paths, question, read_rows
 from decoding import Prefix
 from generation import accelerate, beam_search, lookup_decoding
-from logprobs import token_logprobs
 from model import ScalarHead, Transformer
 from tokenizer import StreamDecoder, Tokenizer, bytes_per_token
 from weights import read_json
@@ -411,7 +410,7 @@ def score_bits(player, rows, args):
     for lang, group in sorted(texts.items()):
         parts = [metrics.heldout_loss(
             player.model, metrics.text_batches(player.tokenizer, group[i:i + 8], width, player.model.config.vocab_size),
-            token_logprobs, player.runtime.device, player.runtime.autocast) for i in range(0, len(group), 8)]
+            player.runtime.device, player.runtime.autocast) for i in range(0, len(group), 8)]
         sizes = [part["bytes"] for part in parts]
         rate, error = tasks.ratio([part["nll"] / math.log(2) for part in parts], sizes)
         by_lang[lang] = {"bits_per_byte": rate, "standard_error": error, "bytes": sum(sizes)}
