@@ -54,9 +54,10 @@ import metrics
 import report
 import results
 import tasks
-from dataset import PreferenceData, expand_paths, question, read_rows
+from dataset import PreferenceData
 from generation import accelerate, beam_search, lookup_decoding
 from model import Prefix, ScalarHead, Transformer, read_json, token_logprobs
+from rows import expand_paths, question, read_rows
 from tokenizer import StreamDecoder, Tokenizer, bytes_per_token
 
 # Items per set when --limit is not given: standard errors of one to three points, and about ten seconds for a model of

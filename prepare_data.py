@@ -33,8 +33,8 @@ import common
 import dataset
 import logs
 import tensors
-from dataset import conversation, document_hash, expand_paths, first_question, preference, read_rows
 from download import GITHUB, GROUPS, MIRRORS, SETS, get_set, mirror_list
+from rows import conversation, document_hash, expand_paths, first_question, preference, read_rows
 from selection import Contamination, Fingerprints, Source, language, plan, read_config
 from tokenizer import ROLES, Tokenizer
 
@@ -117,7 +117,7 @@ def text_of(row):
 
 
 def question_of(row):
-    """What decides whether a standard row is held out, as in dataset.py: the document, or the first question."""
+    """What decides whether a standard row is held out, as in training: the document, or the first question."""
     return row["text"] if "text" in row else first_question(turns_of(row)[0])
 
 

@@ -23,8 +23,9 @@ import logs
 import lora
 import metrics
 import tasks
-from dataset import SFTData, question
+from dataset import SFTData
 from model import ScalarHead, Transformer, token_logprobs
+from rows import question
 
 ROOT = Path(__file__).parent.parent
 FILES = ROOT / "tests" / "data" / "tasks"

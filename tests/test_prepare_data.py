@@ -29,8 +29,9 @@ import torch
 import download
 import prepare_data
 import selection
-from dataset import PreferenceData, PretrainData, PromptData, SFTData, read_rows
+from dataset import PreferenceData, PretrainData, PromptData, SFTData
 from prepare_data import main, parse_args, standard_row
+from rows import read_rows
 from selection import language, signature
 from tokenizer import Tokenizer, iter_texts
 
