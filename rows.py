@@ -124,6 +124,12 @@ def _decoded(path: Path, decode: Callable, skip_bad: bool, bad: list[str]) -> It
         yield number, value, len(raw)
 
 
+def text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(line without its end, "file:line") of a text file that holds something else than documents."""
+    for number, line, _ in _decoded(path, _decode, False, []):
+        yield line, f"{path}:{number}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Formats
 
