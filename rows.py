@@ -19,6 +19,7 @@ import io
 import json
 import os
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -31,6 +32,9 @@ DOCUMENT_LIMIT = 16 << 20  # a .txt file without blank lines is cut here, or it 
 END_OF_TEXT = "<|endoftext|>"  # parts the documents of TinyStories' .txt files, which hold blank lines
 FIX_LINE = "repair the line, or skip and count such lines with --skip_bad 1 (not in eval.py)"
 CHAT = '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+# fields of a row that hold its text, or a list of turns, in the shapes of every stage
+TEXT_FIELDS = ("system", "text", "conversations", "messages", "instruction", "input", "prompt", "output", "completion",
+               "response", "chosen", "rejected")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
@@ -145,6 +149,8 @@ def _decode_json(raw: bytes, number: int) -> dict | None:
         raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from None
     except RecursionError:
         raise ValueError("not valid JSON (nested too deeply)") from None
+    except ValueError:
+        raise ValueError("not valid JSON (a number with thousands of digits)") from None
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {type(row).__name__} where an object {{...}} must stand")
     return row
@@ -410,6 +416,22 @@ def question(row: dict, where: str = "row") -> tuple[list[dict], str | None]:
     bare = None if {"completion", "response", "output"} & row.keys() else _prompt(row, where)
     *turns, last = conversation(row, where) if bare is None else _with_system(row, _check_turns(bare, where), where)
     return (turns, last["content"]) if last["role"] == "assistant" else ([*turns, last], None)
+
+
+def all_texts(row: dict, where: str = "row") -> list[str]:
+    """What a vocabulary is learnt from: the texts of a row for any stage (TEXT_FIELDS), of turns what they say."""
+    found = []
+    for value in [row[field] for field in TEXT_FIELDS if field in row]:
+        for turn in value if isinstance(value, list) else [value]:
+            said = map(turn.get, ("content", "value", "reasoning_content")) if isinstance(turn, dict) else [turn]
+            found += [text for text in said if isinstance(text, str)]
+    if not found:
+        path = where.rpartition(":")[0]
+        source, target = (shlex.quote(str(name)) for name in (path, Path(path).with_suffix(".text.jsonl")))
+        raise ValueError(f"{where}: found the keys [{', '.join(map(str, row))}] and no text; a row has one of "
+                         f"{', '.join(TEXT_FIELDS)}; rename a column: python prepare_data.py export --format jsonl "
+                         f"--map text=COLUMN --data_path {source} --output {target}")
+    return found
 
 
 def first_question(turns: list[dict]) -> str:

@@ -20,21 +20,16 @@ Papers: Gage 1994, A new algorithm for data compression; Sennrich et al. 2016 (a
     echo "Hello" | python tokenizer.py encode --tokenizer out/tokenizer
 """
 
-import argparse
 import codecs
 import functools
-import glob
-import gzip
 import hashlib
 import heapq
 import json
 import os
 import re
-import shlex
 import sys
 import time
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -42,6 +37,9 @@ import numpy as np
 import regex
 import tiktoken
 from tqdm import tqdm
+
+import cli
+from rows import all_texts, expand_paths, read_rows
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -68,11 +66,6 @@ SPECIALS = [
     "</tool_response>",
 ]
 ROLES = ("system", "user", "assistant", "tool")
-
-ENDINGS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")  # of files to learn from
-# fields of a row that hold its text, or a list of turns, in the shapes of every stage
-TEXT_FIELDS = ("system", "text", "conversations", "messages", "instruction", "input", "prompt", "output", "completion",
-               "response", "chosen", "rejected")
 
 # The same text as render() writes. An assistant's text loses leading white space in both: a newline there would merge
 # with the newline of the header, and the model would be trained on a token that its prompt never ends with.
@@ -272,7 +265,7 @@ def rust_module():
 def train(texts_or_paths, vocab_size=6400, backend="auto", progress=True):
     """Learn a tokenizer.
 
-    texts_or_paths: iterable of documents (str) and files (pathlib.Path, of the ENDINGS), read in a stream;
+    texts_or_paths: iterable of documents (str) and files (pathlib.Path, of any format of rows.py), read in a stream;
     memory grows with the number of distinct words only. vocab_size counts the special tokens; when the text has too
     few pairs, the ids left over are padding, and vocab_size stays as asked.
     backend: "rust", "python" (the slow twin, same merges) or "auto" (rust where built).
@@ -363,90 +356,18 @@ def _batches(documents):
         yield batch
 
 
-def iter_texts(sources):
-    """Documents of a mix of strings (each a document) and Paths (files), in order, one file at a time."""
+def iter_texts(sources, skip_bad=False, bad=None):
+    """Documents of a mix of strings (each a document) and Paths (files, read as by read_rows()), in order."""
     if isinstance(sources, (str, Path)):
         sources = [sources]
     for source in sources:
         if isinstance(source, Path):
-            yield from _read_file(source)
+            for row, where in read_rows(source, skip_bad, bad):
+                yield from all_texts(row, where)
         elif isinstance(source, str):
             yield source
         else:
             raise ValueError(f"a {type(source).__name__} among the texts; texts are str, files Path; convert it")
-
-
-def _read_file(path):
-    """Texts of one file. Raises FileNotFoundError, and ValueError for other files than those of the ENDINGS."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; training text is {', '.join(ENDINGS)}; check --data_path")
-    if not path.name.endswith(ENDINGS):
-        raise ValueError(f"{path}: unknown ending; training text is {', '.join(ENDINGS)}; {_conversion(path)}")
-    if path.name.removesuffix(".gz").endswith(".txt"):
-        yield from _paragraphs(line for _, line in _lines(path))
-        return
-    for number, line in _lines(path):
-        if line.strip():
-            yield from _row_texts(line, f"{path}:{number}")
-
-
-def _lines(path):
-    """(number from 1, line) of a file. Lines end at "\\n" only: U+2028 and its like occur inside real JSON rows."""
-    number = 0
-    try:
-        # broken bytes become U+FFFD here: a vocabulary does not suffer from one, and dataset.py reports bad rows
-        with (gzip.open if path.name.endswith(".gz") else open)(
-                path, "rt", encoding="utf-8-sig", errors="replace", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                if "\0" in line:
-                    raise ValueError(f"{path}:{number}: a NUL byte (UTF-16, or a damaged file); text is UTF-8; convert "
-                                     "the file")
-                yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}:{number + 1}: broken gzip data ({error}); the file must be whole; copy or download "
-                         "it again") from None
-
-
-def _conversion(path):
-    """What to do with a file that is not read here: everything else is prepare_data.py's work."""
-    path, target = (shlex.quote(str(name)) for name in (path, Path(path).with_suffix(".text.jsonl")))
-    return (f"convert it: python prepare_data.py export --format jsonl --data_path {path} --output {target} (with "
-            "--map text=COLUMN where the column has another name)")
-
-
-def _paragraphs(lines):
-    """Texts of a .txt file: runs of lines between blank lines. The lines with which TinyStories parts its documents are
-    no text."""
-    document = []
-    for line in lines:
-        if line.strip() not in ("", "<|endoftext|>"):
-            document.append(line)
-        elif document:
-            yield "".join(document)
-            document = []
-    if document:
-        yield "".join(document)
-
-
-def _row_texts(line, where):
-    """Every text of a JSONL row, whatever its stage (TEXT_FIELDS); of turns what they say."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}); each line is one object; repair or drop the line") from None
-    if not isinstance(row, dict):
-        raise ValueError(f'{where}: a {type(row).__name__}; each line is one JSON object; write {{"text": ...}}')
-    texts = []
-    for field in TEXT_FIELDS:
-        value = row.get(field)
-        for turn in value if isinstance(value, list) else [value]:
-            said = [turn.get(key) for key in ("content", "value", "reasoning_content")] if isinstance(turn, dict) else [
-                turn]
-            texts += [text for text in said if isinstance(text, str)]
-    if not texts:
-        raise ValueError(f"{where}: no text in the fields {sorted(row)}; a row has one of {', '.join(TEXT_FIELDS)}; "
-                         f"{_conversion(where.rpartition(':')[0])}")
-    return texts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -930,12 +851,13 @@ class StreamDecoder:
 # Command line
 
 
-def sample_texts(paths, sample_mb):
+def sample_texts(paths, sample_mb, skip_bad=False):
     """The first sample_mb megabytes (UTF-8) of documents, taken from the files in turns by size, so that each file has
-    an equal share while it lasts. 0 = everything."""
+    an equal share while it lasts. 0 = everything. skip_bad: unreadable lines are skipped and counted."""
     if not sample_mb >= 0:  # nor nan
         raise ValueError(f"--sample_mb is {sample_mb}; it must be 0 (all) or more megabytes; 2 is usual")
-    readers = [[0, number, _read_file(path)] for number, path in enumerate(paths)]
+    bad = []
+    readers = [[0, number, iter_texts(path, skip_bad, bad)] for number, path in enumerate(dict.fromkeys(paths))]
     total = 0
     while readers and (not sample_mb or total < sample_mb * 1_000_000):
         reader = min(readers)  # the file that gave least so far
@@ -947,39 +869,30 @@ def sample_texts(paths, sample_mb):
         reader[0] += size
         total += size
         yield text
-
-
-def expand(patterns):
-    """Files named by paths and globs, each once, sorted within a glob."""
-    paths = []
-    for pattern in patterns:
-        # a name that exists is taken as it is: "data[1].jsonl" is a file name as well as a pattern
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        if not found:
-            raise FileNotFoundError(f"--data_path {pattern}: nothing there; it takes files and globs; check the path")
-        paths += [Path(path) for path in found if Path(path) not in paths]
-    return paths
+    if bad:
+        print(f"skipped {len(bad)} bad lines; the first: {bad[0]}", flush=True)
 
 
 def parse_args(argv=None):
-    """Flags of the four commands. Hyphens are accepted for underscores, abbreviations are not."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """Flags of the four commands."""
+    parser = cli.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,encode,decode,inspect}")
 
     def command(name, text):
-        style = argparse.ArgumentDefaultsHelpFormatter
-        return commands.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=style)
+        return commands.add_parser(name, help=text, description=text)
+
+    def reading(sub, sample_mb, text, **needed):
+        sub.add_argument("--data_path", nargs="+", help=f"files or globs{text}", **needed)
+        sub.add_argument("--sample_mb", type=float, default=sample_mb, help="megabytes of that text, 0 = all")
+        cli.switch(sub, "--skip_bad", 0, "skip and count unreadable lines instead of stopping at the first")
 
     sub = command("train", "learn a vocabulary from text and write a tokenizer folder")
-    sub.add_argument("--data_path", nargs="+", required=True, help=f"files or globs: {', '.join(ENDINGS)}")
+    reading(sub, 2.0, " of rows for any stage (docs/data.md); every text in them is learnt from", required=True)
     sub.add_argument("--vocab_size", type=int, default=6400, help="tokens, special ones included")
     sub.add_argument("--output", default="out/tokenizer", help="folder to write")
-    sub.add_argument("--sample_mb", type=float, default=2.0, help="megabytes of text to learn from, 0 = all")
     sub.add_argument("--backend", default="auto", choices=["auto", "rust", "python"], help="auto = rust where built")
-    sub.add_argument("--retrain_tokenizer", type=int, choices=[0, 1], nargs="?", const=1, default=0,
-                     help="train although --output was made from the same text with the same settings")
+    cli.switch(sub, "--retrain_tokenizer", 0,
+               "train although --output was made from the same text with the same settings")
     for name, text in [
         ("encode", "print the ids of a text"),
         ("decode", "print the text of ids"),
@@ -994,12 +907,8 @@ def parse_args(argv=None):
         sub.add_argument("--file", help="a UTF-8 file with the text")
         if name == "inspect":
             sub.add_argument("--compare", nargs="+", default=[], help="folders of other tokenizers, to stand beside it")
-            sub.add_argument("--data_path", nargs="+", help="files or globs whose text is encoded for the comparison")
-            sub.add_argument("--sample_mb", type=float, default=10.0, help="megabytes of that text, 0 = all")
+            reading(sub, 10.0, " whose text is encoded for the comparison")
             sub.add_argument("--merges", type=int, default=20, help="how many merges to list")
-    argv = sys.argv[1:] if argv is None else argv
-    # hyphens are accepted in flag names: --vocab-size means --vocab_size
-    argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
     return parser.parse_args(argv)
 
 
@@ -1022,8 +931,10 @@ def _require_text(documents, where):
 
 
 def training_key(args, paths):
-    """16 hex digits that change with anything a training depends on: the text, the settings, this file."""
-    digest = hashlib.sha256(f"{args.vocab_size} {args.sample_mb}".encode() + Path(__file__).read_bytes())
+    """16 hex digits that change with anything a training depends on: the text, the settings, this code."""
+    digest = hashlib.sha256(f"{args.vocab_size} {args.sample_mb}".encode())
+    for code in ("tokenizer", "rows"):
+        digest.update(Path(__file__).with_name(f"{code}.py").read_bytes())
     for path in paths:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
@@ -1035,14 +946,14 @@ def training_key(args, paths):
 def command_train(args):
     """Train on a sample of files and save, unless the folder already holds just that. Raises ValueError when there is
     no text at all."""
-    paths = expand(args.data_path)
+    paths = expand_paths(args.data_path)
     key = training_key(args, paths)
     mark = Path(args.output) / "trained_from.txt"
     if not args.retrain_tokenizer and mark.is_file() and mark.read_text() == key:
         tokenizer = Tokenizer.from_pretrained(args.output)
         print(f"tokenizer: {args.output} was made from this text with these settings; --retrain_tokenizer 1 redoes it")
         return {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
-    texts = _require_text(sample_texts(paths, args.sample_mb), args.data_path)
+    texts = _require_text(sample_texts(paths, args.sample_mb, args.skip_bad), args.data_path)
     tokenizer = train(texts, args.vocab_size, args.backend)
     mark.unlink(missing_ok=True)  # first, and written last: an interrupted save must not look whole
     tokenizer.save_pretrained(args.output)
@@ -1119,7 +1030,8 @@ def command_inspect(args):
         for name, other in others:
             tokens = [_spelled(other.token_bytes[index]) for index in other.encode(sentence[:400])]
             print(f"{name:>{width}}  {'|'.join(tokens)}")
-    groups = by_language(SENTENCES if not args.data_path else sample_texts(expand(args.data_path), args.sample_mb))
+    files = expand_paths(args.data_path)
+    groups = by_language(sample_texts(files, args.sample_mb, args.skip_bad) if files else SENTENCES)
     print("\nUTF-8 bytes per token (more is better); text: " + (" ".join(args.data_path or ["these sentences"])))
     print(f"{'':>{width}}  {'vocabulary':>10}" + "".join(f"{language:>9}" for language in groups))
     facts["bytes per token"] = {}

@@ -369,7 +369,7 @@ def test_batch_answers_in_order(stage, parse, tmp_path, capsys):
     flags = ["--weight", folder, "--batch_size", 2, "--max_new_tokens", 5, "--temperature", 1]
     text = "short\na much longer question about Anna\n\n你好\n"
     (tmp_path / "p.txt.gz").write_bytes(gzip.compress(text.encode()))
-    result = evaluation.main(parse("--prompts", tmp_path / "p.txt.gz", "--output", tmp_path / "new" / "a.jsonl", *flags))
+    result = evaluation.main(parse("--prompts", tmp_path / "p.txt.gz", "--output", tmp_path / "new/a.jsonl", *flags))
     lines = [json.loads(line) for line in (tmp_path / "new" / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert result["prompts"] == 3 and [line["index"] for line in lines] == [0, 1, 2]
     assert [line["prompt"] for line in lines] == ["short", "a much longer question about Anna", "你好"]

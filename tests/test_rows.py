@@ -75,6 +75,7 @@ BROKEN = {
     "array": (b'{"text": "ok"}\n[1, 2]\n', "a.jsonl:2: a JSON list"),
     "nul": (b'{"text": "ok"}\n{"text": "a\0b"}\n', "a.jsonl:2: a NUL byte"),
     "latin": ('{"text": "ok"}\n{"text": "é"}\n'.encode("latin-1"), "a.jsonl:2: not UTF-8"),
+    "digits": (b'{"text": "ok"}\n{"text": ' + b"1" * 5000 + b"}\n", "a.jsonl:2: not valid JSON (a number"),
     "deep": (b'{"text": "ok"}\n' + b"[" * 100000 + b"\n", "a.jsonl:2: not valid JSON (nested too deeply)"),
 }
 

@@ -281,26 +281,28 @@ def test_training_reads_every_row_format(tmp_path, capsys):
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (tmp_path / "c.txt").write_text("one\ntwo\n\n\nthree\n<|endoftext|>\n", encoding="utf-8-sig")
+    (tmp_path / "c.txt").write_text("one\ntwo\n\n\nthree\n", encoding="utf-8-sig")
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"one\n<|endoftext|>\ntwo"))
+    (tmp_path / "e.csv").write_text('lang,prompt,response\nen,"five, six",seven\n')
     expected = ["alpha\u2028beta", "gamma", "delta", "eps", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
     assert sorted(tokenizer_file.iter_texts([tmp_path / "a.jsonl"])) == sorted(expected)
     assert sorted(tokenizer_file.iter_texts([tmp_path / "b.jsonl.gz"])) == sorted(expected)
-    assert list(tokenizer_file.iter_texts([tmp_path / "c.txt", "four"])) == ["one\ntwo\n", "three\n", "four"]
-    assert list(tokenizer_file.iter_texts([tmp_path / "d.txt.gz"])) == ["one\n", "two"]
+    assert list(tokenizer_file.iter_texts([tmp_path / "c.txt", "four"])) == ["one\ntwo", "three", "four"]
+    assert list(tokenizer_file.iter_texts([tmp_path / "d.txt.gz"])) == ["one", "two"]
+    assert list(tokenizer_file.iter_texts([tmp_path / "e.csv"])) == ["five, six", "seven"]
     train([tmp_path / "a.jsonl", "x\ud800"], vocab_size=280, backend="python")
     assert "1 lone surrogates became U+FFFD" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.csv", b"text\nx\n", "unknown ending; .*; convert it: python prepare_data.py export --format jsonl"),
-    ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1: no text in the fields \['body'\]; .*; convert it: .*a.text.jsonl"),
-    ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, "a.jsonl:2: not JSON .*; .*; "),
-    ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1: not JSON .*; .*; "),
-    ("a.txt", "two words".encode("utf-16"), "a.txt:1: a NUL byte .*; .*; "),
+    ("a.csv", b"body\nx\n", r"a.csv:2: found the keys \[body\] and no text; .*; rename a column: python prepare_data"),
+    ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1: found the keys \[body\] and no text; .*; rename .*a.text.jsonl"),
+    ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, "a.jsonl:2: not valid JSON .*; .*; "),
+    ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1: not valid JSON .*; .*; "),
+    ("a.txt", "two words".encode("utf-16"), "a.txt:1: the file is UTF-16.*; .*; "),
     ("a.txt.gz", gzip.compress(b"x" * 99)[:-9], "a.txt.gz:1: broken gzip data .*; .*; "),
     ("a.jsonl.gz", b"no gzip", "a.jsonl.gz:1: broken gzip data .*; .*; ")])
-def test_training_refuses_other_files_with_file_line_and_fix(tmp_path, name, content, message):
+def test_training_refuses_files_without_text_with_file_line_and_fix(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(tokenizer_file.iter_texts([tmp_path / name]))
@@ -310,13 +312,21 @@ def test_a_sample_takes_equal_shares_of_all_files(tmp_path):
     for name, letter in (("a.txt", "a"), ("b.txt", "b")):
         (tmp_path / name).write_text((letter * 99 + "\n\n") * 1000, encoding="utf-8")
     paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    (tmp_path / "c[1].txt").touch()  # a name, though it reads as a pattern
-    assert tokenizer_file.expand([str(tmp_path / "[ab].txt"), str(tmp_path / "c[1].txt")]) == [
-        *paths, tmp_path / "c[1].txt"]
     sample = "".join(tokenizer_file.sample_texts(paths, 0.05))
     assert abs(sample.count("a") - sample.count("b")) <= 200
     assert 50_000 <= len(sample) <= 50_200
-    assert len("".join(tokenizer_file.sample_texts(paths, 0))) == 200_000
+    assert len("".join(tokenizer_file.sample_texts([*paths, *paths], 0))) == 198_000  # each file once
+
+
+def test_unreadable_lines_are_skipped_and_counted_where_that_is_asked_for(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": \n\xff\n{"text": "two"}\n')
+    argv = ["train", "--data_path", tmp_path / "a.jsonl", "--vocab_size", 270, "--output", tmp_path / "tok"]
+    argv = [str(word) for word in [*argv, "--backend", "python"]]
+    with pytest.raises(ValueError, match="a.jsonl:2: not valid JSON .*--skip_bad 1"):
+        tokenizer_file.main(tokenizer_file.parse_args(argv))
+    tokenizer_file.main(tokenizer_file.parse_args([*argv, "--skip_bad"]))
+    said = capsys.readouterr().out
+    assert "skipped 2 bad lines; the first: " in said and "a.jsonl:2: not valid JSON" in said and "2 documents" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
