@@ -24,8 +24,6 @@ import copy
 import errno
 import hashlib
 import json
-import os
-import struct
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,120 +34,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from arrays import FORMAT_VERSION, ArrayFile, Ragged, content_hash, flatten, open_array, read_json, write_json
 from rows import conversation, document, expand_paths, first_question, preference, scan, split_heldout
 
 CHUNK_BYTES = 1 << 20  # text given to the tokenizer at a time: enough to amortise a call, little enough to forget
 OPEN_ROWS = 64  # rows that packing keeps open; on 28k short conversations at T = 512 rows were 98.7% full, 97.9% with 4
-FORMAT_VERSION = 1  # raise it when the meaning of the arrays changes, so that old caches are not read
-MAGIC = b"MINITOKN"
-HEADER = struct.Struct("<8sII16sQ24x")  # magic, version, item size, dtype name, count: 64 bytes keep the items aligned
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Arrays on disk
-
-
-class ArrayFile:
-    """Append-only writer of one flat array: a header, then raw items. It takes its name only when complete."""
-
-    def __init__(self, path: Path, dtype: type):
-        self.path, self.dtype, self.count = path, np.dtype(dtype), 0
-        self.temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-        self.file = open(self.temporary, "wb")
-        self.file.write(bytes(HEADER.size))  # filled in by commit()
-
-    def append(self, items: np.ndarray) -> None:
-        """Add items, converted to the dtype of the file."""
-        self.file.write(np.ascontiguousarray(items, dtype=self.dtype).tobytes())
-        self.count += len(items)
-
-    def commit(self) -> None:
-        """Write the header with the count, force all to disk, take the final name."""
-        self.file.seek(0)
-        self.file.write(HEADER.pack(MAGIC, FORMAT_VERSION, self.dtype.itemsize, self.dtype.name.encode(), self.count))
-        self.file.flush()
-        os.fsync(self.file.fileno())  # before the rename: after a power cut the name must not stand for half a file
-        self.file.close()
-        os.replace(self.temporary, self.path)
-
-    def discard(self) -> None:
-        """Remove what was not committed (nothing after commit)."""
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
-
-
-def open_array(path: Path, count: int) -> np.ndarray:
-    """Memory-map an array file, read-only. Raises ValueError with the reason if it is not whole or not `count` long."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(HEADER.size)
-    if len(head) < HEADER.size:
-        raise ValueError(f"{path.name} is cut short ({size} bytes)")
-    magic, version, itemsize, name, written = HEADER.unpack(head)
-    if magic != MAGIC or version != FORMAT_VERSION:
-        raise ValueError(f"{path.name} has no valid header")
-    # Three witnesses of one number: the header, the build's JSON, the size on disk.
-    if written != count or size != HEADER.size + count * itemsize:
-        held = (size - HEADER.size) // itemsize
-        raise ValueError(f"{path.name} holds {held} items, its header says {written}, the build counted {count}")
-    dtype = np.dtype(name.rstrip(b"\0").decode())
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype, "r", HEADER.size, (count,)) if count else np.empty(0, dtype)
-
-
-class Ragged:
-    """N pieces of different lengths, one behind the other in `items`; the offsets are all that lives in memory."""
-
-    def __init__(self, items: np.ndarray, lengths: np.ndarray):
-        self.items, self.lengths = items, lengths
-
-    @cached_property
-    def offsets(self) -> np.ndarray:
-        """Start of every piece and the end of the last, int64 [N+1]."""
-        # int64: the lengths are int32, their sum passes 2**31 at a corpus of 8 GB
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def __getitem__(self, i):
-        return self.items[self.offsets[i] : self.offsets[i + 1]]
-
-
-def _write_json(path: Path, value: dict) -> None:
-    """Write a JSON file that is always either the old or the new one, whole."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _read_json(path: Path) -> dict:
-    """A JSON object, {} where none can be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def content_hash(path: Path, known: dict) -> str:
-    """SHA-256 of a file, 16 hex digits. `known` remembers it for as long as size and modification time stay."""
-    state, name = path.stat(), str(path.resolve())
-    # A corpus is read once to be hashed; at later starts its size and time vouch for it, in microseconds.
-    if known.get(name, [])[:2] != [state.st_size, state.st_mtime_ns]:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(CHUNK_BYTES):
-                digest.update(block)
-        known[name] = [state.st_size, state.st_mtime_ns, digest.hexdigest()[:16]]
-    return known[name][2]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Order, packing, padding
+# 1. Order, packing, padding
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -230,10 +123,8 @@ def micro_batches(rollout, rows, size):
         yield chunk, slice(int(rollout["starts"][chunk].min()) - 1, int(rollout["lengths"][chunk].max()) - 1)
 
 
-def _ragged(pieces: list[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences -> (items, lengths)."""
-    items = np.concatenate([np.asarray(piece, np.int64) for piece in pieces]) if pieces else np.empty(0, np.int64)
-    return items, np.array([len(piece) for piece in pieces], np.int64)
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. What the data sets share: the store, the counts, the order
 
 
 def _chunks(rows: Iterable[tuple[dict, str, int]]) -> Iterator[list[tuple[dict, str]]]:
@@ -269,10 +160,6 @@ def _ordered_map(function: Callable, items: Iterable, workers: int) -> Iterator:
             yield waiting.popleft().result()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. What the data sets share: the store, the counts, the order
-
-
 class Dropped(Exception):  # noqa: N818 - not an error: the sample is counted under this reason
     """Raised by encode() for a sample that cannot be used; `needed` is the max_seq_len that would keep it, or 0."""
 
@@ -284,7 +171,7 @@ class Dropped(Exception):  # noqa: N818 - not an error: the sample is counted un
 class TokenData:
     """Base class: opens the token store (and builds it first where needed) and maps positions to samples.
 
-    paths, skip_bad    see read_rows; skip_bad also skips rows with wrong keys
+    paths, skip_bad    see rows.read_rows; skip_bad also skips rows with wrong keys
     tokenizer          an object with encode_batch, render, token_bytes, special_ids, vocab_size, bos_id, pad_id,
                        eos_id, fingerprint
     max_seq_len        T, tokens in a row; for PromptData the longest prompt
@@ -342,7 +229,7 @@ class TokenData:
 
     def collect(self, samples: list[dict], counts: Counter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """The samples of a chunk -> (items, lengths) of every column."""
-        return {name: _ragged([sample[name] for sample in samples]) for name in self.columns}
+        return {name: flatten([sample[name] for sample in samples]) for name in self.columns}
 
     def prepare(self) -> None:
         """Called when the columns are open."""
@@ -384,11 +271,11 @@ class TokenData:
     def _facts(self, record: bool) -> dict:
         """All that the stored arrays depend on. With `record`, file hashes are remembered for the next start."""
         register = self.cache_dir / "files.json"
-        before = _read_json(register)
+        before = read_json(register)
         known = dict(before)
         hashes = [content_hash(path, known) for path in self.paths]
         if record and known != before:
-            _write_json(register, known)
+            write_json(register, known)
         length = self.max_seq_len if self.fits_length else None
         # Contents, not names: a file that moved is the same data, a file that was edited is not. The seed is missing on
         # purpose, the order is made anew at every start.
@@ -436,7 +323,7 @@ class TokenData:
     def _explain(self, facts: dict) -> None:
         """Print in what the newest earlier store of the same files and part differs."""
         stores = sorted(self.cache_dir.glob(f"{self.kind}-*.json"), key=lambda path: path.stat().st_mtime_ns)
-        records = [(path, _read_json(path)) for path in reversed(stores)]
+        records = [(path, read_json(path)) for path in reversed(stores)]
         for path, record in records:
             old = record.get("facts", {})
             if record.get("paths") == self._sources() and old.get("part") == self.part:
@@ -475,7 +362,7 @@ class TokenData:
                 file.discard()
         sizes = {name: file.count for name, file in files.items()}
         record = {"facts": facts, "paths": self._sources(), "counts": sizes, "stats": self._structured(counts)}
-        _write_json(self.cache_dir / f"{base}.json", record)
+        write_json(self.cache_dir / f"{base}.json", record)
 
     def _convert(self, rows: list[tuple[dict, str]]) -> tuple[dict, Counter, int]:
         """A chunk of rows -> ((items, lengths) of every column, counts, smallest max_seq_len that would help or 0)."""
@@ -548,7 +435,7 @@ class TokenData:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. The four data sets
+# 3. The four data sets
 
 
 class PretrainData(TokenData):

@@ -17,6 +17,7 @@ import torch
 from test_rows import chat
 
 import dataset
+from arrays import ArrayFile
 from dataset import PreferenceData, PretrainData, PromptData, SFTData, join_windows, pack, pad_rows
 
 BOS, START, END, PAD = 256, 257, 258, 259
@@ -536,12 +537,12 @@ def test_an_interrupted_build_leaves_nothing_that_looks_complete(make, tmp_path,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset.ArrayFile, "append", fail)
+        patch.setattr(ArrayFile, "append", fail)
         with pytest.raises(OSError, match="the disk is full.*--cache_dir"):
             make(PretrainData, rows)
     assert not list((tmp_path / "cache").glob("pretrain*"))
     with monkeypatch.context() as patch:  # killed after the arrays, before the file that vouches for them
-        patch.setattr(dataset, "_write_json", lambda path, value: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(dataset, "write_json", lambda path, value: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             make(PretrainData, rows)
     assert make(PretrainData, rows).stats["used"] == 30
