@@ -271,7 +271,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict, int]]:
 
 
 def scan(paths: Sequence[Path], skip_bad: bool, bad: list[str]) -> Iterator[tuple[dict, str, int]]:
-    """(row, "file:line", bytes) over all files."""
+    """(row, "file:line", bytes) of every row of the files: what read_rows() yields, with the size of the row's text."""
     for path in paths:
         kind = Path(path.name.removesuffix(".gz")).suffix
         if kind == ".parquet":

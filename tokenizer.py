@@ -206,22 +206,34 @@ def _batches(documents):
         yield batch
 
 
-def iter_texts(sources, skip_bad=False, bad=None):
-    """Documents of a mix of strings (each a document) and Paths (files, read as by read_rows()), in order."""
+def iter_texts(sources, bad=None):
+    """Documents of a mix of strings (each a document) and Paths (files, read as by read_rows()), in order. bad: a list
+    for the messages of unreadable lines and rows without text, which are skipped then, and errors without it."""
     if isinstance(sources, (str, Path)):
         sources = [sources]
     for source in sources:
         if isinstance(source, Path):
-            for row, where in read_rows(source, skip_bad, bad):
-                yield from all_texts(row, where)
+            yield from _file_texts(source, bad)
         elif isinstance(source, str):
             yield source
         else:
             raise ValueError(f"a {type(source).__name__} among the texts; texts are str, files Path; convert it")
 
 
+def _file_texts(path, bad):
+    for row, where in read_rows(path, bad is not None, bad):
+        try:
+            found = all_texts(row, where)
+        except ValueError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+        else:
+            yield from found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. A folder, written
+# 2. The texts of a folder
 
 
 def folder_files(merges, vocab_size):
@@ -566,11 +578,11 @@ class StreamDecoder:
 
 def sample_texts(paths, sample_mb, skip_bad=False):
     """The first sample_mb megabytes (UTF-8) of documents, taken from the files in turns by size, so that each file has
-    an equal share while it lasts. 0 = everything. skip_bad: unreadable lines are skipped and counted."""
+    an equal share while it lasts. 0 = everything. skip_bad: lines without readable text are skipped and counted."""
     if not sample_mb >= 0:  # nor nan
         raise ValueError(f"--sample_mb is {sample_mb}; it must be 0 (all) or more megabytes; 2 is usual")
-    bad = []
-    readers = [[0, number, iter_texts(path, skip_bad, bad)] for number, path in enumerate(dict.fromkeys(paths))]
+    bad = [] if skip_bad else None
+    readers = [[0, number, iter_texts(path, bad)] for number, path in enumerate(dict.fromkeys(paths))]
     total = 0
     while readers and (not sample_mb or total < sample_mb * 1_000_000):
         reader = min(readers)  # the file that gave least so far
@@ -597,7 +609,7 @@ def parse_args(argv=None):
     def reading(sub, sample_mb, text, **needed):
         sub.add_argument("--data_path", nargs="+", help=f"files or globs{text}", **needed)
         sub.add_argument("--sample_mb", type=float, default=sample_mb, help="megabytes of that text, 0 = all")
-        cli.switch(sub, "--skip_bad", 0, "skip and count unreadable lines instead of stopping at the first")
+        cli.switch(sub, "--skip_bad", 0, "skip and count lines without readable text instead of stopping at the first")
 
     sub = command("train", "learn a vocabulary from text and write a tokenizer folder")
     reading(sub, 2.0, " of rows for any stage (docs/data.md); every text in them is learnt from", required=True)

@@ -239,14 +239,14 @@ def test_a_sample_takes_equal_shares_of_all_files(tmp_path):
 
 
 def test_unreadable_lines_are_skipped_and_counted_where_that_is_asked_for(tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": \n\xff\n{"text": "two"}\n')
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": \n\xff\n{"body": "x"}\n{"text": "two"}\n')
     argv = ["train", "--data_path", tmp_path / "a.jsonl", "--vocab_size", 270, "--output", tmp_path / "tok"]
     argv = [str(word) for word in [*argv, "--backend", "python"]]
     with pytest.raises(ValueError, match="a.jsonl:2: not valid JSON .*--skip_bad 1"):
         tokenizer_file.main(tokenizer_file.parse_args(argv))
     tokenizer_file.main(tokenizer_file.parse_args([*argv, "--skip_bad"]))
     said = capsys.readouterr().out
-    assert "skipped 2 bad lines; the first: " in said and "a.jsonl:2: not valid JSON" in said and "2 documents" in said
+    assert "skipped 3 bad lines; the first: " in said and "a.jsonl:2: not valid JSON" in said and "2 documents" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
