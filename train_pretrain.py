@@ -34,10 +34,11 @@ import optim
 import report
 import sharding
 from configuration import MOE_BLOCK, PRESETS, ModelConfig
-from dataset import PretrainData, expand_paths
+from dataset import PretrainData
 from decoding import row_uniforms
 from logprobs import token_logprobs
 from model import Transformer
+from rows import expand_paths
 from tokenizer import Tokenizer
 
 

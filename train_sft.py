@@ -35,10 +35,11 @@ import metrics
 import optim
 import report
 import sharding
-from dataset import PretrainData, PromptData, SFTData, expand_paths, join_windows, read_rows
+from dataset import PretrainData, PromptData, SFTData, join_windows
 from decoding import row_uniforms
 from logprobs import token_logprobs
 from model import Transformer
+from rows import expand_paths, read_rows
 from tokenizer import Tokenizer
 
 

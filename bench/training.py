@@ -41,8 +41,9 @@ import common  # noqa: E402
 import metrics  # noqa: E402
 import optim  # noqa: E402
 from configuration import ModelConfig  # noqa: E402
-from dataset import PretrainData, read_rows  # noqa: E402
+from dataset import PretrainData  # noqa: E402
 from model import Transformer  # noqa: E402
+from rows import read_rows  # noqa: E402
 from tokenizer import train  # noqa: E402
 from train_pretrain import row_parts  # noqa: E402
 

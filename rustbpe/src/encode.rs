@@ -5,28 +5,35 @@
 //!
 //! Following the rule step by step ([`Encoder::join`]) costs a look at every pair for every join. Two shortcuts give
 //! the same ids:
-//! * Most words were seen a moment ago. A table of fixed size keeps the ids of short pieces; a newcomer evicts the
-//!   older of two. This carries English, where 24 of 25 words are found.
+//! * Most words were seen a moment ago. A table of fixed size, one for all threads, keeps the ids of short pieces; a
+//!   newcomer evicts the older of two. This carries English, where 24 of 25 words are found.
 //! * What is new goes by longest match and a check of neighbours ([`Encoder::walk`]). This carries Chinese, whose
 //!   pieces are clauses: as long as a sentence, and hardly ever the same twice.
 //!
-//! What was tried and lost, on 20 MB of English and 10 of Chinese: the best pair by a scan (half the speed on
-//! clauses); a hash map of whole tokens beside the trie; keeping the answers of [`Encoder::stay_apart`] (one in eight
-//! was asked again in Chinese); one word a place instead of two (9% slower), a table of an eighth of the size (20%),
-//! two tables, by length (5%); looking words up one at a time (10%).
+//! What was tried and lost, on 20 MB of English and 10 of Chinese: the best pair by a scan (half the speed on clauses;
+//! for short words alone, with all ranks in one vector, 6% slower); a hash map of whole tokens beside the trie, or a
+//! table for their first two bytes; keeping the answers of [`Encoder::stay_apart`] (one in eight was asked again in
+//! Chinese, one in three in English); one word a place instead of two (9% slower), a table of an eighth of the size
+//! (20%), two tables, by length (5%), a table for each thread (the second thread added 7% less); looking words up one
+//! at a time (10%); huge pages for the table (1% faster, by a call outside of Rust).
 
-use crate::parallel::{parallel, Interrupted};
+use crate::parallel::{parallel, Interrupted, Texts};
 use crate::split::Splitter;
 use crate::{hash_pair, key_of, prefetch, slot_of, KEY_BYTES};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{fence, AtomicU64};
 
 /// The integer that holds an id: `u16` for vocabularies up to 65,536, else `u32`.
 pub trait TokenId: Copy + Default + PartialEq + Send + Sync {
     /// The largest id it can hold.
     const LARGEST: u32;
+    /// As many ids as twelve bytes hold.
+    type Few: AsRef<[Self]>;
+    /// Ids of a number of eight bytes and one of four, the lowest bits first.
+    fn unpack(eight: u64, four: u32) -> Self::Few;
     /// Convert; the caller has checked the range.
     fn new(id: u32) -> Self;
     /// Convert back.
@@ -35,6 +42,12 @@ pub trait TokenId: Copy + Default + PartialEq + Send + Sync {
 
 impl TokenId for u16 {
     const LARGEST: u32 = u16::MAX as u32;
+    type Few = [u16; 6];
+    #[inline]
+    fn unpack(eight: u64, four: u32) -> [u16; 6] {
+        let part = |n: u32| (eight >> (16 * n)) as u16;
+        [part(0), part(1), part(2), part(3), four as u16, (four >> 16) as u16]
+    }
     fn new(id: u32) -> Self {
         id as u16
     }
@@ -45,6 +58,11 @@ impl TokenId for u16 {
 
 impl TokenId for u32 {
     const LARGEST: u32 = NONE - 1;
+    type Few = [u32; 3];
+    #[inline]
+    fn unpack(eight: u64, four: u32) -> [u32; 3] {
+        [eight as u32, (eight >> 32) as u32, four]
+    }
     fn new(id: u32) -> Self {
         id
     }
@@ -110,7 +128,11 @@ impl Trie {
             }
             let base = trie.room(&children, &mut rooms);
             if base > u32::MAX / BASE {
-                return Err(format!("the tokens have more than {} beginnings; a smaller vocabulary", u32::MAX / BASE));
+                let most = u32::MAX / BASE;
+                return Err(format!(
+                    "the tokens have more than {most} different beginnings; there is no room for more; \
+                     train a smaller vocabulary, or on text without runs of millions of equal characters"
+                ));
             }
             match cell {
                 NONE => trie.root = base,
@@ -122,7 +144,6 @@ impl Trie {
                 waiting.push((child, depth + 1, run.clone()));
             }
         }
-
         Ok(trie)
     }
 
@@ -130,8 +151,8 @@ impl Trie {
     /// within which `base ^ byte` stays.
     fn room(&mut self, children: &[(u8, Range<usize>)], rooms: &mut Rooms) -> u32 {
         let Some((first, _)) = children.first() else { return CHILDLESS };
-        // A single child fits nearly everywhere, and fills the holes that families leave. A family is looked a place for
-        // near the end only: a search of all that is crowded is too long
+        // A single child fits nearly everywhere, and fills the holes that families leave. For a family only the end is
+        // searched: to search all that is crowded takes too long
         let alone = children.len() == 1;
         for cell in if alone { rooms.tried } else { self.nodes.len().saturating_sub(512) }.. {
             if cell >= self.nodes.len() {
@@ -249,7 +270,7 @@ pub struct Encoder<T> {
     /// Whether the bytes come first and every other token is reached by joins of lower ranks, as in every trained
     /// vocabulary: only then is `walk` right
     regular: bool,
-    idle: Mutex<Vec<Scratch<T>>>, // of threads that are done: a warm table serves the next chunk
+    words: Vec<Place>, // [WORDS]
 }
 
 impl<T: TokenId> Encoder<T> {
@@ -260,6 +281,9 @@ impl<T: TokenId> Encoder<T> {
     pub fn new(tokens: &[&[u8]], ids: &[u32]) -> Result<Self, String> {
         if tokens.len() != ids.len() {
             return Err(format!("{} tokens with {} ids; each token needs one", tokens.len(), ids.len()));
+        }
+        if tokens.len() > T::LARGEST as usize + 1 {
+            return Err(format!("{} tokens are more than {}; ask for wide ids", tokens.len(), T::LARGEST as usize + 1));
         }
         if let Some(id) = ids.iter().find(|&&id| id > T::LARGEST) {
             return Err(format!("id {id} is above {}; ask for wide ids", T::LARGEST));
@@ -291,7 +315,7 @@ impl<T: TokenId> Encoder<T> {
             pairs: PairTable::new(tokens.len()),
             seams: vec![NONE; 1 << 16],
             regular: true,
-            idle: Mutex::default(),
+            words: std::iter::repeat_with(Place::default).take(WORDS).collect(),
         };
         encoder.learn_pairs(tokens);
         Ok(encoder)
@@ -424,67 +448,86 @@ fn seam_of(text: &[u8], cut: usize) -> usize {
 // --------------------------------------------------------------------------------------------------------------------
 // Encoding
 
-/// Places in a thread's table of words; 8 MiB with u16 ids.
+/// Places in the table of words; 8 MiB.
 const WORDS: usize = 1 << 17;
 /// Pieces looked up together: the table is too large for the caches near the core, so all are asked for first.
 const BATCH: usize = 32;
 /// Stands for the key of a piece that is too long to have one.
 const NO_KEY: u128 = u128::MAX;
-/// Pieces of more ids are not kept; an entry is 32 bytes with u16 ids.
-const WORD_IDS: usize = 6;
 
-/// Ids of a piece: `key` is its bytes, padded, with its length in the top byte; 0 = empty place.
-#[derive(Clone, Copy, Default)]
-struct Word<T> {
-    key: u128,
-    number: u32,
-    ids: [T; WORD_IDS],
-}
-
-/// Two words share a place, and a cache line: the newer one is the first.
-#[derive(Clone, Copy, Default)]
+/// The ids of words met lately. All threads share one table, so that each word is new once and not once a thread.
+///
+/// A place is a cache line and holds two words of four numbers: the key in two halves (0 = free), four ids, and a last
+/// number with what is left of the ids in its upper half, below it how often this word was replaced, and in the lowest
+/// byte the number of ids. There is no lock (a "seqlock"): who replaces a word writes BUSY into the last number first
+/// and a new last number at the end; who reads a word and finds the same last number before and after has read one
+/// word, and not half of each.
+#[derive(Default)]
 #[repr(align(64))]
-struct Words<T>([Word<T>; 2]);
+struct Place([[AtomicU64; 4]; 2]);
 
-impl<T: TokenId> Words<T> {
-    /// Put a newcomer before the newer word, if it is not too long.
-    fn keep(&mut self, key: u128, found: &[T]) {
-        let mut ids = [T::default(); WORD_IDS];
-        if let Some(room) = ids.get_mut(..found.len()) {
-            room.copy_from_slice(found);
-            self.0 = [Word { key, number: found.len() as u32, ids }, self.0[0]];
+const BUSY: u64 = 0xFF;
+const REPLACED: u64 = 1 << 8; // one more time
+
+impl Place {
+    /// The ids of a word and how many they are, if it is here.
+    #[inline]
+    fn find<T: TokenId>(&self, key: u128) -> Option<(T::Few, usize)> {
+        let is = |word: &[AtomicU64; 4]| {
+            (word[0].load(Relaxed) ^ key as u64) | (word[1].load(Relaxed) ^ (key >> 64) as u64) == 0
+        };
+        let word = &self.0[!is(&self.0[0]) as usize]; // no branch: which of the two, nobody foresees
+        let last = word[3].load(Acquire);
+        let found = is(word);
+        let ids = T::unpack(word[2].load(Relaxed), (last >> 32) as u32);
+        fence(Acquire);
+        let whole = last == word[3].load(Relaxed) && last & BUSY != BUSY;
+        (found && whole).then_some((ids, (last & BUSY) as usize))
+    }
+
+    /// Put a newcomer in the place of the word that has been here longer, if it has few ids.
+    fn keep<T: TokenId>(&self, key: u128, ids: &[T]) {
+        let width = 96 / T::unpack(0, 0).as_ref().len();
+        if ids.len() * width > 96 {
+            return;
         }
+        let packed = ids.iter().rev().fold(0, |packed, id| packed << width | id.get() as u128);
+        let [first, second] = [0, 1].map(|n| self.0[n][3].load(Relaxed));
+        let older = (second as u32 / REPLACED as u32) < first as u32 / REPLACED as u32;
+        let (word, last) = if older { (&self.0[1], second) } else { (&self.0[0], first) };
+        // whoever else is at it may go on
+        if last & BUSY == BUSY || word[3].compare_exchange(last, last | BUSY, Relaxed, Relaxed).is_err() {
+            return;
+        }
+        fence(Release);
+        word[0].store(key as u64, Relaxed);
+        word[1].store((key >> 64) as u64, Relaxed);
+        word[2].store(packed as u64, Relaxed);
+        let replaced = ((last as u32 & !(BUSY as u32)).wrapping_add(REPLACED as u32)) as u64;
+        word[3].store(((packed >> 64) as u64) << 32 | replaced | ids.len() as u64, Release);
     }
 }
 
-/// What a thread keeps from one document to the next.
-struct Scratch<T> {
-    words: Box<[Words<T>; WORDS]>,
+/// What a thread keeps from one piece to the next.
+#[derive(Default)]
+struct Scratch {
     parts: Vec<u32>, // ranks of the piece at work
     dead: Vec<u64>,  // one bit for each position of the piece: no encoding passes here
-}
-
-impl<T: TokenId> Scratch<T> {
-    fn new() -> Self {
-        let words =
-            vec![Words::default(); WORDS].try_into().unwrap_or_else(|_| unreachable!("there are WORDS of them"));
-        Scratch { words, parts: Vec::new(), dead: Vec::new() }
-    }
 }
 
 impl<T: TokenId> Encoder<T> {
     /// Encode documents. `num_threads`: 0 = one per core. Returns the ids in parts, in order, and the number of ids of
     /// each document. Time: linear in the text; memory: the ids, and 8 MiB a thread (16 MiB with u32).
     ///
-    /// `interrupted` is asked about every 20 ms, on the calling thread. Error: it said yes.
+    /// `interrupted` is asked about every 20 ms, on the calling thread. Error: it said yes, or a text cannot be had.
     pub fn encode_batch(
         &self,
-        texts: &[&str],
+        texts: &(impl Texts + ?Sized),
         num_threads: usize,
         interrupted: impl FnMut() -> bool,
     ) -> Result<(Vec<Vec<T>>, Vec<usize>), Interrupted> {
         let parts = parallel(texts, num_threads, interrupted, |chunk| {
-            let mut scratch = self.idle.lock().ok().and_then(|mut idle| idle.pop()).unwrap_or_else(Scratch::new);
+            let mut scratch = Scratch::default();
             let bytes: usize = chunk.iter().map(|(_, text)| text.len()).sum();
             // room for short tokens: pages that are never written cost nothing
             let mut ids = Vec::with_capacity(bytes / 2);
@@ -494,19 +537,16 @@ impl<T: TokenId> Encoder<T> {
                 self.encode_text(text, &mut scratch, &mut ids);
                 counts.push((*document, ids.len() - before));
             }
-            if let Ok(mut idle) = self.idle.lock() {
-                idle.push(scratch);
-            }
             (ids, counts)
         })?;
-        let mut totals = vec![0; texts.len()];
+        let mut totals = vec![0; texts.lengths().len()];
         for (document, count) in parts.iter().flat_map(|(_, counts)| counts) {
             totals[*document] += count;
         }
         Ok((parts.into_iter().map(|(ids, _)| ids).collect(), totals))
     }
 
-    fn encode_text(&self, text: &str, scratch: &mut Scratch<T>, out: &mut Vec<T>) {
+    fn encode_text(&self, text: &str, scratch: &mut Scratch, out: &mut Vec<T>) {
         let bytes = text.as_bytes();
         let mut splitter = Splitter::new(text);
         let (mut ends, mut keys, mut places) = ([0; BATCH], [0; BATCH], [0; BATCH]);
@@ -520,22 +560,20 @@ impl<T: TokenId> Encoder<T> {
             for ((&end, key), place) in ends[..count].iter().zip(&mut keys).zip(&mut places) {
                 *key = if end - from > KEY_BYTES { NO_KEY } else { key_of(bytes, from, end - from) };
                 *place = slot_of(*key, WORDS);
-                prefetch(&scratch.words[*place]);
+                prefetch(&self.words[*place]);
                 from = end;
             }
             for ((&end, &key), &place) in ends[..count].iter().zip(&keys).zip(&places) {
-                let pair = &scratch.words[place].0;
-                let word = &pair[(pair[0].key != key) as usize]; // no branch: which of the two, nobody foresees
-                if word.key == key {
+                if let Some((ids, number)) = self.words[place].find::<T>(key) {
                     // a copy of fixed length is a few instructions, one of unknown length a function call
-                    let length = out.len() + word.number as usize;
-                    out.extend_from_slice(&word.ids);
+                    let length = out.len() + number;
+                    out.extend_from_slice(ids.as_ref());
                     out.truncate(length);
                 } else {
                     let before = out.len();
                     self.encode_piece(&bytes[start..end], scratch, out);
                     if key != NO_KEY {
-                        scratch.words[place].keep(key, &out[before..]);
+                        self.words[place].keep(key, &out[before..]);
                     }
                 }
                 start = end;
@@ -544,7 +582,7 @@ impl<T: TokenId> Encoder<T> {
     }
 
     #[inline(never)] // keeps the loop above short, so that its variables stay in registers
-    fn encode_piece(&self, piece: &[u8], scratch: &mut Scratch<T>, out: &mut Vec<T>) {
+    fn encode_piece(&self, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<T>) {
         let first = self.trie.longest(piece);
         if first.1 == piece.len() {
             return out.push(self.tokens[first.0 as usize].id);
@@ -565,7 +603,7 @@ impl<T: TokenId> Encoder<T> {
     /// at that seam developed as they do alone, and alone they are not joined there. So there is none, and these
     /// tokens are the result. It follows that what leads to a position is unique, which is why a position that once
     /// proved a dead end stays one.
-    fn walk(&self, piece: &[u8], first: (u32, usize), scratch: &mut Scratch<T>) {
+    fn walk(&self, piece: &[u8], first: (u32, usize), scratch: &mut Scratch) {
         let Scratch { parts, dead, .. } = scratch;
         parts.clear();
         dead.clear();
@@ -676,7 +714,7 @@ mod tests {
                 let texts: Vec<String> = (1..20).map(&mut word).collect();
                 let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
                 let encoder = encoder::<u32>(&vocabulary(&texts, 50));
-                let mut scratch = Scratch::new();
+                let mut scratch = Scratch::default();
                 let mut parts = Vec::new();
                 for length in (1..100).step_by(7) {
                     let piece: String = word(length);
@@ -725,13 +763,52 @@ mod tests {
     }
 
     #[test]
+    fn who_reads_while_others_write_finds_whole_words_only() {
+        let place = Place::default();
+        // the ids of a word repeat its key, so half a word would be seen
+        let ids_of = |key: u128| [key as u32, key as u32 * 3, !(key as u32)];
+        let found = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for thread in 0..3 {
+                let (place, found, ids_of) = (&place, &found, &ids_of);
+                scope.spawn(move || {
+                    for turn in 0..200_000u128 {
+                        let key = 1 + (turn * 7 + thread) % 5;
+                        place.keep(key << 70 | key, &ids_of(key));
+                        let asked = 1 + turn % 5;
+                        if let Some((ids, number)) = place.find::<u32>(asked << 70 | asked) {
+                            assert_eq!((ids, number), (ids_of(asked), 3));
+                            found.fetch_add(1, Relaxed);
+                        }
+                    }
+                });
+            }
+        });
+        assert!(found.into_inner() > 1000);
+    }
+
+    #[test]
+    fn a_place_keeps_two_words_of_few_ids() {
+        let place = Place::default();
+        for key in 1..5u128 {
+            place.keep(key, &[key as u16; 6]);
+        }
+        let found: Vec<_> = (1..5).map(|key| place.find::<u16>(key)).collect();
+        assert_eq!(found, [None, None, Some(([3; 6], 6)), Some(([4; 6], 6))]);
+        place.keep(9, &[9u16; 7]);
+        assert_eq!(place.find::<u16>(9), None, "too many ids");
+        place.keep(10, &[10u16]);
+        assert_eq!(place.find::<u16>(10), Some(([10, 0, 0, 0, 0, 0], 1)));
+    }
+
+    #[test]
     fn threads_do_not_matter() {
         let encoder = encoder::<u32>(&vocabulary(&TEXTS, 60));
         let texts: Vec<String> = (0..3000).map(|n| format!("{} {n} {}", TEXTS[n % 4], TEXTS[n / 7 % 4])).collect();
         let long = texts.concat().repeat(9);
         let texts: Vec<&str> = texts.iter().map(String::as_str).chain([long.as_str(), ""]).collect();
         assert_eq!(encode(&encoder, &texts, 1), encode(&encoder, &texts, 3));
-        assert_eq!(encoder.encode_batch(&texts, 2, || true), Err(Interrupted));
+        assert_eq!(encoder.encode_batch(&texts[..], 2, || true), Err(Interrupted));
     }
 
     #[test]
@@ -745,5 +822,9 @@ mod tests {
         assert!(Encoder::<u16>::new(&[all.clone(), vec![b"a"]].concat(), &[0; 257]).is_err(), "a token twice");
         assert!(Encoder::<u16>::new(&[all.clone(), vec![b""]].concat(), &[0; 257]).is_err(), "an empty token");
         assert!(Encoder::<u16>::new(&all, &[70_000; 256]).is_err(), "an id too large");
+        let many: Vec<Vec<u8>> = (0..70_000u32).map(|n| n.to_be_bytes()[1..].to_vec()).chain(bytes.clone()).collect();
+        let many: Vec<&[u8]> = many.iter().map(Vec::as_slice).collect();
+        let Err(message) = Encoder::<u16>::new(&many, &vec![0; many.len()]) else { panic!("ranks too large") };
+        assert!(message.contains("wide"), "{message}");
     }
 }

@@ -7,7 +7,7 @@
 //! [`parallel`] shares the work among threads. None of these knows Python: `py` is the border, where texts are
 //! converted, the GIL is released and Ctrl-C is looked for.
 //!
-//! The slow twin of `train` is in `tokenizer.py`; the tests hold one against the other.
+//! The slow twin of `train` is in `bpe.py`; the tests hold one against the other.
 
 #![warn(missing_docs)]
 #![deny(unsafe_code)] // but for the two places that say why

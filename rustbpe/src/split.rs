@@ -126,7 +126,7 @@ impl<'a> Splitter<'a> {
         }
     }
 
-    /// Fill `ends` with where the next pieces end; each begins where the one before it ends. Returns how many there are:
+    /// Fill `ends` with where the next pieces end; each begins where the last one ended. Returns how many there are:
     /// fewer than asked for only at the end of the text.
     pub fn next_ends(&mut self, ends: &mut [usize]) -> usize {
         let mut count = 0;
