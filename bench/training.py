@@ -64,7 +64,7 @@ class Recipe:
     betas: tuple = (0.9, 0.95)
     momentum: float = 0.95
     momentum_warmup: int = 300
-    ns_steps: int = 5
+    fast: bool = True  # Muon in three Newton-Schulz iterations; False: in Jordan's five
     weight_decay: float = 0.0  # on matrices; with decay_all on everything
     decay_all: bool = False
     schedule: str = "linear"
@@ -158,7 +158,8 @@ def build_optimizer(recipe, model, dtype):
     for group in optimizer.param_groups:
         group["weight_decay"] = recipe.weight_decay if recipe.decay_all else group["weight_decay"]
         # only Muon reads these
-        group |= {"momentum": recipe.momentum, "momentum_warmup": recipe.momentum_warmup, "ns_steps": recipe.ns_steps}
+        group |= {"momentum": recipe.momentum, "momentum_warmup": recipe.momentum_warmup}
+    optimizer.fast = recipe.fast
     return optimizer
 
 
