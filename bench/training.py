@@ -43,7 +43,7 @@ import optim  # noqa: E402
 from dataset import PretrainData, read_rows  # noqa: E402
 from model import ModelConfig, Transformer, token_logprobs  # noqa: E402
 from tokenizer import train  # noqa: E402
-from train_pretrain import row_parts  # noqa: E402
+from train_pretrain import row_parts, trained_blocks  # noqa: E402
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -75,6 +75,7 @@ class Recipe:
     # but the other matrices of the blocks from their width
     init: str = "ours"
     length_warmup: float = 0.0  # rows are shorter in this share of the run, as train_pretrain.row_parts() says
+    depth_warmup: float = 0.0  # fewer blocks are trained in this share of the run, train_pretrain.trained_blocks()
 
 
 RECIPES = {
@@ -189,6 +190,7 @@ def run_recipe(recipe, config, data, held_out, limit, timed, evaluations, seed, 
                     "seconds": round(seconds, 2), "bits_per_byte": curve[-1][2], "curve": curve}
         begin = time.perf_counter()
         optim.set_lr(optimizer, common.lr_scale(done * 1e6, 1e6, recipe.warmup, recipe.schedule, recipe.floor))
+        model.model.depth = trained_blocks(done, recipe.depth_warmup, config.num_hidden_layers)
         parts = row_parts(done, recipe.length_warmup)
         length, count = 256 // parts, recipe.batch_size * parts
         batches = [rows.batch(count, length) for _ in range(recipe.accumulation_steps)]
