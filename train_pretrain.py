@@ -72,6 +72,8 @@ def parse_args(argv=None):
                "recompute activations in the backward pass: less memory, about 30%% slower")
     cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.01, warmup_steps=0.1,
                     unserved=())
+    parser.add_argument("--adam_beta1", type=cli.positive(float, below=1), default=0.9,
+                        help="memory of AdamW's mean gradient, beside Muon of the embedding's")
     cli.sharding_flags(parser)
     cli.run_flags(parser, save_weight="pretrain", eval_interval=250, save_interval=500,
                   watched=("val_loss", "bits_per_byte"))
@@ -225,7 +227,7 @@ def main(args):
 
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
-                            dtype=runtime.dtype, zero=zero)
+                            (args.adam_beta1, 0.95), dtype=runtime.dtype, zero=zero)
     per_step = args.batch_size * args.accumulation_steps * runtime.world_size
     max_steps = common.count_steps(args, len(data), per_step)
     budget = common.Budget(args.max_minutes)
