@@ -5,6 +5,7 @@ is. What this file does not do: read files or look at the machine (common.py, ch
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -23,18 +24,16 @@ class Parser(argparse.ArgumentParser):
     """argparse with this project's rules: no abbreviations, hyphens as good as underscores, defaults shown in the
     help."""
 
-    def __init__(self, doc):
-        super().__init__(description=doc, allow_abbrev=False, formatter_class=_HelpFormatter)
+    def __init__(self, description, prog=None):
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
         self.by_optimizer = {}  # flag -> function of the optimizer's name that gives its default
         self.unserved = ()  # optimizers that this script refuses
 
     def parse_args(self, args=None, namespace=None):
         """As argparse's, with hyphens in flags read as underscores, and defaults that depend on --optimizer."""
         args = sys.argv[1:] if args is None else list(args)
-        named = [a.split("=", 1) for a in args]
         # only the flag itself is rewritten: its value may be a path with hyphens
-        args = ["=".join([a[0].replace("-", "_").replace("__", "--", 1), *a[1:]]) if a[0].startswith("--")
-                else "=".join(a) for a in named]
+        args = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in args]
         args = super().parse_args(args, namespace)
         for name, default in self.by_optimizer.items():
             if getattr(args, name) is None:

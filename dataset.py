@@ -1,4 +1,4 @@
-"""Text and rows from files -> token files on disk -> packed batches with masks.
+"""Rows -> token files on disk -> packed batches with masks.
 
 Text is tokenised once, as a stream, into memory-mapped arrays under `cache_dir`. Afterwards a batch is a few slices of
 a file: memory does not grow with the data, and processes share one copy. Four data sets stand on that store:
@@ -8,546 +8,41 @@ a file: memory does not grow with the data, and processes share one copy. Four d
     PreferenceData  {"prompt", "chosen", "rejected"}  chosen and rejected rows in one batch; mask 1 on the completion
     PromptData      {"conversations", "answer", ...}  prompts for reinforcement learning and exact-match evaluation
 
-Files are JSON lines, JSON arrays, CSV, parquet or plain text; conversation() and preference() know the shapes that
-public collections have, so every script reads them as they are. docs/data.md lists both.
-
 A position counts samples since the start of training, and alone decides which sample comes next (a shuffle keyed by
 seed and epoch). So a run resumes, or changes its number of processes, by remembering one integer.
 
-What this file does not do: download, mix or export (prepare_data.py), know a model, use a DataLoader (a batch costs
-microseconds, worker processes would only add start-up time).
+What this file does not do: read files and know the shapes of rows (rows.py), know a model, use a DataLoader (a batch
+costs microseconds, worker processes would only add start-up time).
 Letters: B batch rows, T tokens in a row, N samples.
 
 Sources: packed windows, Radford et al. 2019 (GPT-2); best-fit packing, Ding et al. 2024 (arXiv:2404.10830);
 Philox random numbers, Salmon et al. 2011.
-Commands: used by train_*.py and eval.py. To look at rows:
-    python -c "import dataset; print(next(dataset.read_rows('out/data/sft.train.jsonl')))"
+Commands: used by train_*.py and eval.py.
 """
 
 import copy
-import csv
 import errno
-import glob
-import gzip
 import hashlib
-import importlib
-import io
 import json
-import os
-import re
-import struct
-import zlib
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".txt", ".txt.gz", ".parquet")
+from arrays import FORMAT_VERSION, ArrayFile, Ragged, content_hash, flatten, open_array, read_json, write_json
+from rows import conversation, document, expand_paths, first_question, preference, scan, split_heldout
+
 CHUNK_BYTES = 1 << 20  # text given to the tokenizer at a time: enough to amortise a call, little enough to forget
-LINE_LIMIT = 32 << 20  # no document is that long: such a line means missing line ends, and is not read into memory
-DOCUMENT_LIMIT = 16 << 20  # a .txt file without blank lines is cut here, or it would be one document as large as itself
-END_OF_TEXT = "<|endoftext|>"  # parts the documents of TinyStories' .txt files, which hold blank lines
 OPEN_ROWS = 64  # rows that packing keeps open; on 28k short conversations at T = 512 rows were 98.7% full, 97.9% with 4
-FORMAT_VERSION = 1  # raise it when the meaning of the arrays changes, so that old caches are not read
-MAGIC = b"MINITOKN"
-HEADER = struct.Struct("<8sII16sQ24x")  # magic, version, item size, dtype name, count: 64 bytes keep the items aligned
-FIX_LINE = "repair the line, or skip and count such lines with --skip_bad 1 (not in eval.py)"
-CHAT = '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Files and rows
-
-
-def expand_paths(data_path: str | Path | Sequence[str | Path] | None) -> list[Path]:
-    """Turn paths and globs into a list of files, in the given order (the matches of one glob are sorted).
-
-    Raises FileNotFoundError for a path or glob without a match, ValueError for a folder or an unknown ending.
-    """
-    entries = [data_path] if isinstance(data_path, (str, Path)) else data_path or []
-    files = []
-    for entry in map(str, entries):
-        # A name that exists is taken as it is: "data[1].jsonl" is a file name as well as a pattern.
-        matches = [entry] if os.path.exists(entry) else sorted(glob.glob(entry, recursive=True))
-        if not matches:
-            raise FileNotFoundError(f"data file {entry} not found (looked from {os.getcwd()}); paths are relative to "
-                                    "the working directory; check it, or write the embedded data: python make_data.py")
-        files += [Path(match) for match in matches]
-    for path in files:
-        if path.is_dir():
-            raise ValueError(f"data path {path} is a folder; files or globs are read; give '{path}/*.jsonl'")
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"data file {path} has an unknown ending; it is one of {', '.join(SUFFIXES)}; convert it")
-    return files
-
-
-def document_hash(key: str) -> int:
-    """The first 64 bits of the SHA-1 of a text: equal on every machine and in every run."""
-    # JSON may hold lone surrogates, which plain UTF-8 refuses. Not a secret: some systems forbid SHA-1 for those only.
-    digest = hashlib.sha1(key.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
-    return int.from_bytes(digest[:8], "big")
-
-
-def split_heldout(key: str, ratio: float) -> bool:
-    """True if the document is held out: its hash, read as a fraction of 1, is below `ratio`.
-
-    The text alone decides: files may be reordered, and equal documents never lie on both sides.
-    """
-    return document_hash(key) < ratio * 2**64
-
-
-def _open(path: Path) -> io.BufferedIOBase:
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes without the line end). Only b"\\n" ends a line: U+2028 occurs inside real rows.
-
-    Of a line beyond LINE_LIMIT come the first LINE_LIMIT bytes, which _decode refuses.
-    """
-    number = 0
-    try:
-        with _open(path) as file:
-            while line := file.readline(LINE_LIMIT):
-                number += 1
-                ended = len(line) < LINE_LIMIT or line.endswith(b"\n")
-                yield number, line.rstrip(b"\r\n") if ended else line
-                while not ended:
-                    rest = file.readline(CHUNK_BYTES)
-                    ended = len(rest) < CHUNK_BYTES or rest.endswith(b"\n")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _broken_gzip(f"{path}:{number + 1}", error) from None
-
-
-def _broken_gzip(where: str, error: Exception) -> ValueError:
-    return ValueError(f"{where}: broken gzip data ({error}); the file must be whole; copy or download it again")
-
-
-def _decode(raw: bytes, number: int) -> str:
-    """One line as text. Raises ValueError with the reason alone; the caller knows file and line."""
-    if len(raw) >= LINE_LIMIT:
-        raise ValueError(f"a line of more than {LINE_LIMIT >> 20} MB (its line ends are missing)")
-    if number == 1:
-        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise ValueError("the file is UTF-16, not UTF-8")
-        raw = raw.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of Windows editors
-    # JSON writes NUL as an escape; a raw one says that the encoding is another, and every later error would mislead.
-    if b"\0" in raw:
-        raise ValueError("a NUL byte (UTF-16 without its mark, or a damaged file)")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start} of the line: {error.reason})") from None
-
-
-def _decode_json(raw: bytes, number: int) -> dict | None:
-    """One JSONL line as a dict, None for a blank line; errors as in _decode."""
-    text = _decode(raw, number)
-    if not text.strip():
-        return None
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("not valid JSON (nested too deeply)") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON {type(row).__name__} where an object {{...}} must stand")
-    return row
-
-
-def _refuse(where: str, reason: object, start: str, skip_bad: bool, bad: list[str]) -> None:
-    """Raise the error of a bad line or row; with skip_bad add it to `bad` instead. `start` is enough of its text to
-    find it in an editor."""
-    message = f"{where}: {reason}; text starts: {start[:60]!r}"
-    if not skip_bad:
-        raise ValueError(f"{message}; lines are UTF-8, in .jsonl one object each; {FIX_LINE}") from None
-    bad.append(message)
-
-
-def _decoded(path: Path, decode: Callable, skip_bad: bool, bad: list[str]) -> Iterator[tuple[int, object, int]]:
-    """(line number, decoded line, bytes). A bad line raises; with skip_bad it is added to `bad` instead."""
-    for number, raw in _lines(path):
-        try:
-            value = decode(raw, number)
-        except ValueError as error:
-            _refuse(f"{path}:{number}", error, raw[:60].decode("utf-8", "replace"), skip_bad, bad)
-            continue
-        yield number, value, len(raw)
-
-
-def _text_rows(path: Path, skip_bad: bool, bad: list[str]) -> Iterator[tuple[int, dict, int]]:
-    """The documents of a .txt file as {"text"} with their first line number: runs of lines between blank lines or, in
-    a file that has such lines early on, between END_OF_TEXT lines."""
-    marked = any(raw.strip() == END_OF_TEXT.encode() for _, raw in islice(_lines(path), 1000))
-    parts, first, size = [], 1, 0
-    for number, line, length in _decoded(path, _decode, skip_bad, bad):
-        border = line.strip() == (END_OF_TEXT if marked else "")
-        if parts and (border or size >= DOCUMENT_LIMIT):
-            yield first, {"text": "\n".join(parts).rstrip("\n")}, size
-            parts, size = [], 0
-        if not border and (parts or line.strip()):
-            first = first if parts else number
-            parts.append(line)
-            size += length + 1
-    if parts:
-        yield first, {"text": "\n".join(parts).rstrip("\n")}, size
-
-
-def _csv_rows(path: Path, skip_bad: bool, bad: list[str]) -> Iterator[tuple[int, dict, int]]:
-    """The rows of a CSV file as {column: text} with their first line number; the first row names the columns."""
-    # The limit of 128 kB that Python sets is below real documents; without any, one open quote would take the whole
-    # rest of the file into memory.
-    csv.field_size_limit(DOCUMENT_LIMIT)
-    taken = []  # numbers of the lines that the row being read is made of: a quoted text may hold line ends
-
-    def text():
-        for number, line, _ in _decoded(path, _decode, skip_bad, bad):
-            taken.append(number)
-            yield line + "\n"
-
-    rows, header = csv.reader(text(), strict=True), None
-    while True:
-        taken.clear()
-        try:
-            cells = next(rows, None)
-        except csv.Error as error:
-            _refuse(f"{path}:{taken[0]}", f"not valid CSV ({error})", "", skip_bad, bad)
-            continue
-        if cells is None:
-            return
-        where = f"{path}:{taken[0]}"
-        if header is None and any(cells):
-            header = cells
-            if len(set(header)) < len(header):
-                raise ValueError(f"{where}: found a column name twice in {header}; every column needs a name of its "
-                                 "own, in the first row; rename it")
-        elif any(cells) and len(cells) != len(header):
-            _refuse(where, f"{len(cells)} cells under {len(header)} columns", ",".join(cells), skip_bad, bad)
-        elif any(cells):
-            yield taken[0], dict(zip(header, cells, strict=True)), sum(map(len, cells))
-
-
-def _json_rows(path: Path, skip_bad: bool, bad: list[str]) -> Iterator[tuple[int, dict, int]]:
-    """The rows of a .json file: lines as in .jsonl, or one array [{...}, ...], whose objects are counted from 1."""
-    try:
-        with _open(path) as raw:
-            if raw.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                yield from _array_rows(io.TextIOWrapper(raw, encoding="utf-8-sig"), path, skip_bad, bad)
-                return
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _broken_gzip(str(path), error) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason}); text is read as UTF-8; convert the file") from None
-    yield from _decoded(path, _decode_json, skip_bad, bad)
-
-
-def _array_rows(file: io.TextIOBase, path: Path, skip_bad: bool, bad: list[str]) -> Iterator[tuple[int, dict, int]]:
-    """(number, object, characters) of a JSON array, read in pieces."""
-    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
-    text, number = file.read(CHUNK_BYTES), 1
-    at = text.index("[") + 1
-    while True:
-        at = gap.match(text, at).end()
-        if text.startswith("]", at):
-            return
-        try:
-            row, end = decode(text, at)
-        except (ValueError, RecursionError) as error:
-            # Most likely the object goes on behind what was read so far; doubling keeps the repeated work small.
-            more = file.read(max(CHUNK_BYTES, len(text) - at)) if len(text) - at < LINE_LIMIT else ""
-            if not more:
-                raise ValueError(f"{path}:{number}: not valid JSON ({error}), in object {number} of the array; behind "
-                                 "it nobody knows where the next one begins; the file must be whole; repair it, copy "
-                                 "or download it again") from None
-            text, at = text[at:] + more, 0
-            continue
-        if isinstance(row, dict):
-            yield number, row, end - at
-        else:
-            _refuse(f"{path}:{number}", f"a JSON {type(row).__name__} where an object {{...}} must stand",
-                    text[at:end], skip_bad, bad)
-        at, number = end, number + 1
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, dict, int]]:
-    """The rows of a parquet file, counted from 1; pyarrow is asked for only here."""
-    try:
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise ValueError(f"{path}: parquet is read with pyarrow, which is not installed; it is optional here; run: "
-                         "pip install pyarrow, or convert the file to .jsonl") from None
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row, batch.nbytes // batch.num_rows
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0][:200]
-        raise ValueError(f"{path}:{number + 1}: broken parquet data ({reason}); the file must be whole; copy or "
-                         "download it again") from None
-
-
-def _scan(paths: Sequence[Path], skip_bad: bool, bad: list[str]) -> Iterator[tuple[dict, str, int]]:
-    """(row, "file:line", bytes) over all files."""
-    for path in paths:
-        kind = Path(path.name.removesuffix(".gz")).suffix
-        if kind == ".parquet":
-            rows = _parquet_rows(path)
-        elif kind == ".jsonl":
-            rows = _decoded(path, _decode_json, skip_bad, bad)
-        else:
-            rows = {".txt": _text_rows, ".csv": _csv_rows, ".json": _json_rows}[kind](path, skip_bad, bad)
-        for number, row, size in rows:
-            if row is not None:
-                yield row, f"{path}:{number}", size
-
-
-def read_rows(paths: str | Path | Sequence[str | Path], skip_bad: bool = False,
-              bad: list[str] | None = None) -> Iterator[tuple[dict, str]]:
-    """Stream the rows of files (endings: SUFFIXES) as (row, "file:line"); in JSON arrays and parquet "file:row".
-
-    Raises ValueError naming file, line, reason and the start of the text for broken JSON or CSV, other encodings than
-    UTF-8, NUL bytes, lines beyond LINE_LIMIT, and damaged gzip or parquet data. With skip_bad bad lines are skipped and
-    their total is printed at the end, or the messages are added to the list `bad`; a damaged file stays an error.
-    """
-    skipped = [] if bad is None else bad
-    for row, where, _ in _scan(expand_paths(paths), skip_bad, skipped):
-        yield row, where
-    if skipped and bad is None:
-        print(f"skipped {len(skipped)} bad lines; the first: {skipped[0]}", flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Row formats. Errors say where ("file:line"), what was found, what is expected, and the fix.
-
-
-def _wrong_keys(row: dict, where: str, expected: str, example: str) -> ValueError:
-    found = ", ".join(map(str, row)) or "none"
-    return ValueError(f"{where}: found the keys [{found}]; expected {expected}; write every row as {example}")
-
-
-def _check_turns(turns: object, where: str) -> list[dict]:
-    """A non-empty list of {"role", "content"} turns; ShareGPT's {"from", "value"} are rewritten. Which roles exist is
-    the tokenizer's rule."""
-    if not isinstance(turns, list) or not turns:
-        found = f"{turns!r:.60} as the turns; expected a non-empty list"
-        raise ValueError(f"{where}: found {found}; write {CHAT}")
-    checked = []
-    for turn in turns:
-        if isinstance(turn, dict) and {"from", "value"} <= turn.keys() and "role" not in turn:
-            turn = {"role": SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"]}
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            found = f"the keys [{', '.join(map(str, turn))}]" if isinstance(turn, dict) else f"{turn!r:.60}"
-            raise ValueError(f"{where}: found a turn with {found}; expected role and content; write {CHAT}")
-        for key in ("role", "content", "reasoning_content"):
-            if not isinstance(turn.get(key), str) and (key != "reasoning_content" or turn.get(key) is not None):
-                raise ValueError(f"{where}: found {turn[key]!r:.60} as {key}; expected a string; write {CHAT}")
-        checked.append(turn)
-    return checked
-
-
-def _as_turns(said: object, role: str) -> object:
-    """A text or a single turn as a list of turns; anything else as it is, for _check_turns to judge."""
-    if isinstance(said, str):
-        return [{"role": role, "content": said}]
-    return [said] if isinstance(said, dict) else said
-
-
-def _prompt(row: dict, where: str) -> object:
-    """What is said before the answer, in any of the shapes: turns (not checked), or None where nothing is."""
-    if row.get("prompt") is not None:
-        return _as_turns(row["prompt"], "user")
-    if isinstance(row.get("instruction"), str):
-        # Alpaca's columns: the task, what it is about, and earlier [question, answer] pairs
-        history, given = row.get("history") or [], row.get("input") or ""
-        if not isinstance(given, str) or not isinstance(history, list) or not all(
-                isinstance(pair, list) and len(pair) == 2 for pair in history):
-            raise ValueError(f"{where}: found {given!r:.60} as input and {history!r:.60} as history; expected a string "
-                             'and a list of pairs; write "input": "...", "history": [["question", "answer"]]')
-        said = [text for pair in history for text in pair]
-        said.append("\n".join(filter(None, (row["instruction"], given))))
-        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
-    return next((row[key] for key in ("conversations", "messages") if row.get(key) is not None), None)
-
-
-def _with_system(row: dict, turns: list[dict], where: str) -> list[dict]:
-    """The turns with the `system` text of the row in front, where it has one and they have none."""
-    if row.get("system") and turns[0]["role"] != "system":
-        return _check_turns(_as_turns(row["system"], "system"), where) + turns
-    return turns
-
-
-def conversation(row: dict, where: str = "row") -> list[dict]:
-    """The turns of an SFT or RL row, in any of the shapes of public collections:
-
-    `conversations` or `messages`, turns with role and content, or with from and value; `prompt` and `completion` (or
-    `response`), texts or lists of turns; `instruction`, perhaps with `input` and `history`, and `output`. A `system`
-    text is put in front. Raises ValueError with file, line, what was found and what is expected.
-    """
-    turns = next((row[key] for key in ("conversations", "messages") if row.get(key) is not None), None)
-    if turns is None:
-        answer = next((row[key] for key in ("completion", "response", "output") if row.get(key) is not None), None)
-        if answer is None or (turns := _prompt(row, where)) is None:
-            raise _wrong_keys(row, where, "conversations (or messages), prompt and completion, or instruction and "
-                              "output", f'{{"conversations": {CHAT}}}')
-        turns = _check_turns(turns, where) + _check_turns(_as_turns(answer, "assistant"), where)
-    return _with_system(row, _check_turns(turns, where), where)
-
-
-def preference(row: dict, where: str = "row") -> tuple[list[dict], dict, dict]:
-    """(prompt turns, chosen turn, rejected turn) of a preference row.
-
-    Formats: a prompt (any shape that conversation() knows, without the answer) with chosen and rejected as text, as one
-    assistant turn or as one in a list; or chosen and rejected as whole conversations that share all turns but the last.
-    A `system` text is put in front.
-    """
-    expected = "prompt, chosen, rejected (or chosen and rejected as lists of turns)"
-    error = _wrong_keys(row, where, expected, '{"prompt": "...", "chosen": "...", "rejected": "..."}')
-    if "chosen" not in row or "rejected" not in row:
-        raise error
-    sides = [_check_turns(_as_turns(row[side], "assistant"), where) for side in ("chosen", "rejected")]
-    # Only role and content are compared: collections add scores or ids to the turns of one side.
-    before = [[(turn["role"], turn["content"]) for turn in side[:-1]] for side in sides]
-    if before[0] != before[1] or {side[-1]["role"] for side in sides} != {"assistant"}:
-        raise ValueError(f"{where}: found chosen and rejected that differ before their last turn, or do not end with "
-                         "an assistant turn; expected one prompt and two answers; split the row")
-    # In whole conversations a prompt beside them only repeats their start.
-    prompt = sides[0][:-1] or _prompt(row, where)
-    if prompt is None:
-        raise error
-    return _with_system(row, _check_turns(prompt, where), where), sides[0][-1], sides[1][-1]
-
-
-def question(row: dict, where: str = "row") -> tuple[list[dict], str | None]:
-    """(turns up to the question, text of the answer behind it or None) of a row in any of the formats above, or with
-    nothing but a prompt."""
-    if "chosen" in row:
-        return preference(row, where)[0], None
-    bare = None if {"completion", "response", "output"} & row.keys() else _prompt(row, where)
-    *turns, last = conversation(row, where) if bare is None else _with_system(row, _check_turns(bare, where), where)
-    return (turns, last["content"]) if last["role"] == "assistant" else ([*turns, last], None)
-
-
-def first_question(turns: list[dict]) -> str:
-    """What the held-out split hashes: the first user turn, so that one question never lies on both sides."""
-    return next((turn["content"] for turn in turns if turn["role"] == "user"), turns[0]["content"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Arrays on disk
-
-
-class ArrayFile:
-    """Append-only writer of one flat array: a header, then raw items. It takes its name only when complete."""
-
-    def __init__(self, path: Path, dtype: type):
-        self.path, self.dtype, self.count = path, np.dtype(dtype), 0
-        self.temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-        self.file = open(self.temporary, "wb")
-        self.file.write(bytes(HEADER.size))  # filled in by commit()
-
-    def append(self, items: np.ndarray) -> None:
-        """Add items, converted to the dtype of the file."""
-        self.file.write(np.ascontiguousarray(items, dtype=self.dtype).tobytes())
-        self.count += len(items)
-
-    def commit(self) -> None:
-        """Write the header with the count, force all to disk, take the final name."""
-        self.file.seek(0)
-        self.file.write(HEADER.pack(MAGIC, FORMAT_VERSION, self.dtype.itemsize, self.dtype.name.encode(), self.count))
-        self.file.flush()
-        os.fsync(self.file.fileno())  # before the rename: after a power cut the name must not stand for half a file
-        self.file.close()
-        os.replace(self.temporary, self.path)
-
-    def discard(self) -> None:
-        """Remove what was not committed (nothing after commit)."""
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
-
-
-def open_array(path: Path, count: int) -> np.ndarray:
-    """Memory-map an array file, read-only. Raises ValueError with the reason if it is not whole or not `count` long."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(HEADER.size)
-    if len(head) < HEADER.size:
-        raise ValueError(f"{path.name} is cut short ({size} bytes)")
-    magic, version, itemsize, name, written = HEADER.unpack(head)
-    if magic != MAGIC or version != FORMAT_VERSION:
-        raise ValueError(f"{path.name} has no valid header")
-    # Three witnesses of one number: the header, the build's JSON, the size on disk.
-    if written != count or size != HEADER.size + count * itemsize:
-        held = (size - HEADER.size) // itemsize
-        raise ValueError(f"{path.name} holds {held} items, its header says {written}, the build counted {count}")
-    dtype = np.dtype(name.rstrip(b"\0").decode())
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype, "r", HEADER.size, (count,)) if count else np.empty(0, dtype)
-
-
-class Ragged:
-    """N pieces of different lengths, one behind the other in `items`; the offsets are all that lives in memory."""
-
-    def __init__(self, items: np.ndarray, lengths: np.ndarray):
-        self.items, self.lengths = items, lengths
-
-    @cached_property
-    def offsets(self) -> np.ndarray:
-        """Start of every piece and the end of the last, int64 [N+1]."""
-        # int64: the lengths are int32, their sum passes 2**31 at a corpus of 8 GB
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def __getitem__(self, i):
-        return self.items[self.offsets[i] : self.offsets[i + 1]]
-
-
-def _write_json(path: Path, value: dict) -> None:
-    """Write a JSON file that is always either the old or the new one, whole."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _read_json(path: Path) -> dict:
-    """A JSON object, {} where none can be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def content_hash(path: Path, known: dict) -> str:
-    """SHA-256 of a file, 16 hex digits. `known` remembers it for as long as size and modification time stay."""
-    state, name = path.stat(), str(path.resolve())
-    # A corpus is read once to be hashed; at later starts its size and time vouch for it, in microseconds.
-    if known.get(name, [])[:2] != [state.st_size, state.st_mtime_ns]:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(CHUNK_BYTES):
-                digest.update(block)
-        known[name] = [state.st_size, state.st_mtime_ns, digest.hexdigest()[:16]]
-    return known[name][2]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Order, packing, padding
+# 1. Order, packing, padding
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -628,10 +123,8 @@ def micro_batches(rollout, rows, size):
         yield chunk, slice(int(rollout["starts"][chunk].min()) - 1, int(rollout["lengths"][chunk].max()) - 1)
 
 
-def _ragged(pieces: list[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences -> (items, lengths)."""
-    items = np.concatenate([np.asarray(piece, np.int64) for piece in pieces]) if pieces else np.empty(0, np.int64)
-    return items, np.array([len(piece) for piece in pieces], np.int64)
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. What the data sets share: the store, the counts, the order
 
 
 def _chunks(rows: Iterable[tuple[dict, str, int]]) -> Iterator[list[tuple[dict, str]]]:
@@ -667,10 +160,6 @@ def _ordered_map(function: Callable, items: Iterable, workers: int) -> Iterator:
             yield waiting.popleft().result()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. What the data sets share: the store, the counts, the order
-
-
 class Dropped(Exception):  # noqa: N818 - not an error: the sample is counted under this reason
     """Raised by encode() for a sample that cannot be used; `needed` is the max_seq_len that would keep it, or 0."""
 
@@ -682,7 +171,7 @@ class Dropped(Exception):  # noqa: N818 - not an error: the sample is counted un
 class TokenData:
     """Base class: opens the token store (and builds it first where needed) and maps positions to samples.
 
-    paths, skip_bad    see read_rows; skip_bad also skips rows with wrong keys
+    paths, skip_bad    see rows.read_rows; skip_bad also skips rows with wrong keys
     tokenizer          an object with encode_batch, render, token_bytes, special_ids, vocab_size, bos_id, pad_id,
                        eos_id, fingerprint
     max_seq_len        T, tokens in a row; for PromptData the longest prompt
@@ -740,7 +229,7 @@ class TokenData:
 
     def collect(self, samples: list[dict], counts: Counter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """The samples of a chunk -> (items, lengths) of every column."""
-        return {name: _ragged([sample[name] for sample in samples]) for name in self.columns}
+        return {name: flatten([sample[name] for sample in samples]) for name in self.columns}
 
     def prepare(self) -> None:
         """Called when the columns are open."""
@@ -782,11 +271,11 @@ class TokenData:
     def _facts(self, record: bool) -> dict:
         """All that the stored arrays depend on. With `record`, file hashes are remembered for the next start."""
         register = self.cache_dir / "files.json"
-        before = _read_json(register)
+        before = read_json(register)
         known = dict(before)
         hashes = [content_hash(path, known) for path in self.paths]
         if record and known != before:
-            _write_json(register, known)
+            write_json(register, known)
         length = self.max_seq_len if self.fits_length else None
         # Contents, not names: a file that moved is the same data, a file that was edited is not. The seed is missing on
         # purpose, the order is made anew at every start.
@@ -834,7 +323,7 @@ class TokenData:
     def _explain(self, facts: dict) -> None:
         """Print in what the newest earlier store of the same files and part differs."""
         stores = sorted(self.cache_dir.glob(f"{self.kind}-*.json"), key=lambda path: path.stat().st_mtime_ns)
-        records = [(path, _read_json(path)) for path in reversed(stores)]
+        records = [(path, read_json(path)) for path in reversed(stores)]
         for path, record in records:
             old = record.get("facts", {})
             if record.get("paths") == self._sources() and old.get("part") == self.part:
@@ -853,7 +342,7 @@ class TokenData:
             for name, dtype in self.columns.items():
                 files[name] = ArrayFile(self.cache_dir / f"{base}.{name}.bin", dtype or self.token_dtype)
                 files[f"{name}_lengths"] = ArrayFile(self.cache_dir / f"{base}.{name}_lengths.bin", np.int32)
-            chunks = _chunks(_scan(self.paths, self.skip_bad, bad))
+            chunks = _chunks(scan(self.paths, self.skip_bad, bad))
             for pieces, new, needed in _ordered_map(self._convert, chunks, self.workers):
                 counts.update(new)
                 shortest = min(shortest or needed, needed or shortest)
@@ -873,7 +362,7 @@ class TokenData:
                 file.discard()
         sizes = {name: file.count for name, file in files.items()}
         record = {"facts": facts, "paths": self._sources(), "counts": sizes, "stats": self._structured(counts)}
-        _write_json(self.cache_dir / f"{base}.json", record)
+        write_json(self.cache_dir / f"{base}.json", record)
 
     def _convert(self, rows: list[tuple[dict, str]]) -> tuple[dict, Counter, int]:
         """A chunk of rows -> ((items, lengths) of every column, counts, smallest max_seq_len that would help or 0)."""
@@ -946,7 +435,7 @@ class TokenData:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. The four data sets
+# 3. The four data sets
 
 
 class PretrainData(TokenData):
@@ -962,9 +451,8 @@ class PretrainData(TokenData):
     fits_length = False  # the stream is the same for all window lengths
 
     def parse(self, row, where):
-        if not isinstance(row.get("text"), str):
-            raise _wrong_keys(row, where, "text, a string (pretraining reads documents)", '{"text": "..."}')
-        return row["text"], row["text"]
+        text = document(row, where)
+        return text, text
 
     def encode(self, sample, row, counts):
         if not sample.strip():

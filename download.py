@@ -4,7 +4,7 @@ A file is asked of several mirrors in turn. A broken transfer goes on where it s
 has arrived is called .part until its size, and its SHA-256 where one is known, are right. So a file that has its name
 is whole, whatever happened on the way.
 
-What this file does not do: read the files (dataset.py, tasks.py). Sizes, licences and addresses: docs/data.md.
+What this file does not do: read the files (rows.py, tasks.py). Sizes, licences and addresses: docs/data.md.
 Standards: range requests, RFC 9110, sections 13 and 14.
 Commands: used by prepare_data.py download.
 """

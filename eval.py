@@ -54,9 +54,10 @@ import metrics
 import report
 import results
 import tasks
-from dataset import PreferenceData, expand_paths, question, read_rows
+from dataset import PreferenceData
 from generation import accelerate, beam_search, lookup_decoding
 from model import Prefix, ScalarHead, Transformer, read_json, token_logprobs
+from rows import expand_paths, question, read_rows, text_lines
 from tokenizer import StreamDecoder, Tokenizer, bytes_per_token
 
 # Items per set when --limit is not given: standard errors of one to three points, and about ten seconds for a model of
@@ -323,7 +324,8 @@ def read_prompts(args):
         if args.output and path.resolve() == Path(args.output).resolve():
             raise ValueError(f"--output {args.output} is a file of --prompts; the answers would replace the questions; "
                              "give another --output")
-        for row, where in prompt_lines(path) if path.suffix == ".txt" else read_rows(path):
+        text = path.name.removesuffix(".gz").endswith(".txt")
+        for row, where in prompt_lines(path) if text else read_rows(path):
             messages, _ = question(row, where)
             if not messages:
                 raise ValueError(f"{where}: found only an answer; expected a question; add a user turn")
@@ -332,11 +334,7 @@ def read_prompts(args):
 
 def prompt_lines(path):
     """Rows of a text file with a prompt a line; read_rows() takes such a file for documents between blank lines."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {error}; a file of prompts is in UTF-8; convert it") from None
-    return [({"prompt": line.strip()}, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    return (({"prompt": line.strip()}, where) for line, where in text_lines(path) if line.strip())
 
 
 def answers(player, items, args, temperature, first_seed=0, top_p=1.0):

@@ -29,8 +29,9 @@ import checkpoint
 import cli
 import common
 import logs
+from bpe import GPT2_PATTERN, PATTERN
 from model import ModelConfig, Transformer, need
-from tokenizer import GPT2_PATTERN, PATTERN, Tokenizer
+from tokenizer import Tokenizer
 
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe", "dots1": "dots1"}  # model_type -> llama.cpp's name
 # pattern -> name of the equal one in llama.cpp. Qwen's reads digits one by one, GPT-2's runs of any length.

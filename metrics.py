@@ -502,7 +502,7 @@ def _library(name):
 
 def fixed_prompts(rows: Iterable[tuple[dict, str]]) -> list[dict]:
     """Items of a suite from its rows {"prompt", "answer", "check"}, each with the "file:line" where it stands
-    (dataset.read_rows()). Raises ValueError for a row that could not be judged, and for a suite without any."""
+    (rows.read_rows()). Raises ValueError for a row that could not be judged, and for a suite without any."""
     items = []
     for row, where in rows:
         if not {"prompt", "answer", "check"} <= row.keys():

@@ -33,8 +33,8 @@ import common
 import dataset
 import logs
 import tensors
-from dataset import conversation, document_hash, expand_paths, first_question, preference, read_rows
 from download import GITHUB, GROUPS, MIRRORS, SETS, get_set, mirror_list
+from rows import conversation, document_hash, expand_paths, first_question, preference, read_rows
 from selection import Contamination, Fingerprints, Source, language, plan, read_config
 from tokenizer import ROLES, Tokenizer
 
@@ -117,7 +117,7 @@ def text_of(row):
 
 
 def question_of(row):
-    """What decides whether a standard row is held out, as in dataset.py: the document, or the first question."""
+    """What decides whether a standard row is held out, as in training: the document, or the first question."""
     return row["text"] if "text" in row else first_question(turns_of(row)[0])
 
 
@@ -522,8 +522,8 @@ def export(args):
 
 
 def export_lines(args, path):
-    """Write the rows in the form in which training reads them as .jsonl, for programs that take no other file
-    (tokenizer.py train); returns the counts."""
+    """Write the rows in the form in which training reads them as .jsonl, for programs that take no other file;
+    returns the counts."""
     source, counts, bad = Source("rows", "rows", args.data_path, _parse_map(args.map)), Counter(), []
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -549,14 +549,7 @@ def export_lines(args, path):
 def parse_args(argv=None):
     """Flags of the four commands."""
     parser = cli.Parser(__doc__)
-
-    def command_parser(prog, description):
-        made = cli.Parser(description)
-        made.prog = prog
-        return made
-
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=command_parser,
-                                     metavar="{mix,inspect,download,export}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{mix,inspect,download,export}")
 
     def command(name, text):
         sub = commands.add_parser(name, description=text, help=text)

@@ -14,20 +14,18 @@ What this file does not do: load or know a model. It says which ids to score (re
 
     python eval.py --weight sft --tasks hellaswag,piqa --task_dir out/tasks
 """
-import csv
-import gzip
-import io
 import json
 import math
 import random
 import re
 import statistics
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from rows import read_rows, text_lines
 
 ENDINGS = (".jsonl", ".json", ".csv", ".txt")  # each also with .gz behind it
 SEED = 1234  # the harness draws its few-shot examples from random.Random(1234)
@@ -347,36 +345,17 @@ def find_files(folder, name: str, splits: Sequence[str]) -> list[Path]:
     return found
 
 
-def read_rows(path: Path) -> Iterator[tuple[dict, str]]:
-    """(row, "file:line") of a .jsonl, .json (one list), .csv or .txt file (WikiText pages), each also as .gz.
+def task_rows(path: Path) -> Iterator[tuple[dict, str]]:
+    """(row, "file:line") of a task file; a .txt file holds the pages of WikiText, and their number is its line.
 
-    A row without a subject gets the file's name, less its split. Raises ValueError naming file, line and reason.
+    A row without a subject gets the file's name, less its split. Raises ValueError as read_rows().
     """
-    kind = Path(path.name.removesuffix(".gz")).suffix
     subject = re.sub("_(test|val|dev)$", "", path.name.split(".")[0])
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-        text = raw.decode("utf-8-sig")
-        if kind == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-        elif kind == ".txt":
-            rows = [{"page": page} for page in pages(text)]
-        elif kind == ".json" and text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            # by "\n" only: str.splitlines() would also part at U+2028, which occurs inside strings
-            rows = [line for line in text.split("\n") if line.strip()]
-    except (ValueError, RecursionError, EOFError, zlib.error, csv.Error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: {error}; a task file is whole and in UTF-8; fetch it again, or convert it") from None
-    for number, row in enumerate(rows, 1):
-        where = f"{path}:{number}"
-        if isinstance(row, str):
-            try:
-                row = json.loads(row)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: {error}; every line is one JSON object; correct it") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: found {row!r:.60}; every row is a JSON object; correct it")
+    found = read_rows(path)
+    if path.name.removesuffix(".gz").endswith(".txt"):
+        text = "".join(f"{line}\n" for line, _ in text_lines(path))
+        found = (({"page": page}, f"{path}:{number}") for number, page in enumerate(pages(text), 1))
+    for row, where in found:
         yield {"subject": subject, **row}, where
 
 
@@ -430,7 +409,7 @@ def load(name: str, folder, limit: int = 0, few_shot: int = -1) -> tuple[list[It
 
 def _items(task, files):
     items = []
-    for row, where in (pair for path in files for pair in read_rows(path)):
+    for row, where in (pair for path in files for pair in task_rows(path)):
         try:
             item = task.item(row)._replace(subject=row["subject"] if task.description else "")
             options = len(item.contexts) * len(item.answers)

@@ -1,59 +1,38 @@
 """Byte-level BPE tokenizer: train, encode, decode, render conversations, and a Hugging Face folder in and out.
 
-A text is cut into pieces by a regular expression (words, runs of up to three digits, punctuation, white space), each
-piece becomes its UTF-8 bytes, and learned merges glue neighbouring bytes into longer tokens. Every byte is a token of
-its own, so every text can be encoded and decode(encode(text)) == text.
+What a token is, how merges are learnt and how tokenizer.json keeps them: bpe.py. Training runs in Rust (minillm_bpe,
+built from rustbpe/) or, where that is missing, in the slow Python twin there, which learns the same merges; encoding
+runs in tiktoken, batches in Rust where built. Every text can be encoded and decode(encode(text)) == text. The tokenizer
+*is* its folder: an object is built from the texts of tokenizer.json and its companions and writes those texts back
+unchanged, so a folder of another project keeps its own template and settings.
 
-Training runs in Rust (minillm_bpe, built from rustbpe/) or, where that is missing, in the slow Python twin below, which
-learns the same merges; encoding runs in tiktoken, batches in Rust where built. The tokenizer *is* its folder: an object
-is built from the texts of tokenizer.json and its companions and writes those texts back unchanged, so a folder of
-another project keeps its own template and settings.
-
-Not here: parsing control tokens out of text. Text is data: "<|im_end|>" typed by a user stays seven-odd plain tokens,
-and only render() writes control ids. (transformers does parse them; its split_special_tokens=True turns that off.)
-
-Papers: Gage 1994, A new algorithm for data compression; Sennrich et al. 2016 (arXiv 1508.07909); Radford et al. 2019
-(GPT-2, byte-level BPE). Pattern: GPT-4's, in the spelling of Llama 3, which every engine reads alike.
+What this file does not do: parse control tokens out of text. Text is data: "<|im_end|>" typed by a user stays seven-odd
+plain tokens, and only render() writes control ids. (transformers does parse them; its split_special_tokens=True turns
+that off.)
 
     python tokenizer.py train --data_path out/data/pretrain.train.jsonl --vocab_size 6400 --output out/tokenizer
     python tokenizer.py inspect --tokenizer out/tokenizer --compare DATA/tokenizers/minimind --data_path texts.jsonl
     echo "Hello" | python tokenizer.py encode --tokenizer out/tokenizer
 """
 
-import argparse
 import codecs
-import functools
-import glob
-import gzip
 import hashlib
-import heapq
 import json
 import os
 import re
-import shlex
 import sys
 import time
 import unicodedata
-import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import regex
 import tiktoken
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Constants
-
-# The order of alternatives matters: the first that matches wins. No possessive quantifier behind {1,3}: Hugging Face's
-# engine reads "{1,3}+" as "one or more groups" and would cut digits differently from tiktoken.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# What a ByteLevel pre-tokenizer with use_regex=true means (MiniMind and other GPT-2 descendants)
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+import cli
+from bpe import MAX_IDS, PATTERN, count_words, learn_merges, read_tokenizer_json, refusal, repair, tokenizer_json
+from rows import all_texts, expand_paths, read_rows
 
 SPECIALS = [
     "<|bos|>",
@@ -68,11 +47,6 @@ SPECIALS = [
     "</tool_response>",
 ]
 ROLES = ("system", "user", "assistant", "tool")
-
-ENDINGS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")  # of files to learn from
-# fields of a row that hold its text, or a list of turns, in the shapes of every stage
-TEXT_FIELDS = ("system", "text", "conversations", "messages", "instruction", "input", "prompt", "output", "completion",
-               "response", "chosen", "rejected")
 
 # The same text as render() writes. An assistant's text loses leading white space in both: a newline there would merge
 # with the newline of the header, and the model would be trained on a token that its prompt never ends with.
@@ -96,10 +70,6 @@ CHAT_TEMPLATE = """\
     {{- "<|im_start|>assistant\\n" -}}
 {%- endif -%}
 """
-
-# A text with every kind of character: a split pattern must not lose any of them
-PROBE = "We've 12345 x_y (z)!?  \t\r\n\n \u4f60\u597d\uff0c\u4e16\u754c\u3002 e\u0301\xa0\U0001f600\u200d\u0663 \x00 "
-MAX_IDS = 2**24  # far above any real vocabulary: what a broken file asks for must not take all memory
 
 # What inspect cuts when it is given no text
 SENTENCES = [
@@ -129,135 +99,8 @@ _LONG_SPACE = re.compile(f"[{_SPACE}]{{{LONG_RUN},}}")
 _BATCH_CHARS = 1_000_000
 
 
-def repair(text):
-    """Make a str valid Unicode: surrogate pairs become their character, lone surrogates U+FFFD.
-
-    Python strings may hold lone surrogates (broken JSON escapes, undecodable file names); UTF-8 cannot.
-    Returns (text, number of lone surrogates replaced).
-    """
-    if text.isascii():
-        return text, 0
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        # UTF-16 without a byte order mark: a U+FEFF at the start of the text must survive
-        fixed = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        return fixed, fixed.count("\ufffd") - text.count("\ufffd")
-    return text, 0
-
-
-def byte_alphabet():
-    """The printable stand-in of each byte in tokenizer.json (GPT-2's table): list of 256 one-character strings.
-
-    Printable Latin-1 bytes stand for themselves, the other 68 are moved up to U+0100 and on.
-    """
-    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = [chr(byte) for byte in range(256)]
-    for shift, byte in enumerate(sorted(set(range(256)) - set(kept))):
-        letters[byte] = chr(256 + shift)
-    return letters
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The Python twin of the Rust trainer: the same merges, 50 to 100 times slower. Read this one first.
-
-
-@functools.cache
-def class_fixes(pattern_classes=("\\p{L}", "\\p{N}")):
-    """Characters that the `regex` package classes unlike tiktoken, each with a stand-in of the class tiktoken sees.
-
-    The two carry different Unicode versions (regex knew 17,480 more letters and numbers when this was written). The
-    encoder decides what a letter is, so the trainer has to ask it: with a pattern that matches only letters, tiktoken
-    drops everything else, and what it returns is its table. Returns {code point: stand-in character}.
-    """
-    every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
-    single_bytes = {bytes([byte]): byte for byte in range(256)}
-    fixes = {}
-    for name, stand_in in zip(pattern_classes, "a1", strict=True):
-        probe = tiktoken.Encoding("probe", pat_str=name + "+", mergeable_ranks=single_bytes, special_tokens={})
-        seen = set(bytes(probe.encode_ordinary(every)).decode())
-        here = set(regex.findall(name, every))
-        fixes.update({ord(char): "\U0010fffd" for char in here - seen})  # neither letter nor number nor space
-        fixes.update({ord(char): stand_in for char in seen - here})
-    return fixes
-
-
-def count_words(documents):
-    """How often each piece occurs. A document is a boundary: no piece spans two. Returns Counter {bytes: count}."""
-    splitter = regex.compile(PATTERN)
-    fixes = class_fixes()  # empty where both packages carry the same Unicode version
-    counts = Counter()
-    for text in documents:
-        masked = text if text.isascii() else text.translate(fixes)  # same length, so positions carry over
-        counts.update(text[slice(*match.span())] for match in splitter.finditer(masked))
-    return {word.encode(): count for word, count in counts.items()}
-
-
-def learn_merges(words, num_merges, report=None):
-    """Byte-pair encoding: again and again, make the most frequent pair of neighbours a new token.
-
-    words: {bytes: count}. Returns at most num_merges pairs (left id, right id); merge i creates id 256 + i.
-    Ties go to the smallest (left, right), so the result does not depend on the order of anything.
-    Every merge only touches the words that hold the pair; the queue is lazy: a count that has sunk since it was
-    queued is queued again with its true value (counts of a waiting pair never rise, since new pairs have a new id).
-    """
-    sequences = [list(word) for word in words]  # a byte's id is its value
-    weights = list(words.values())
-    counts = Counter()
-    holders = defaultdict(set)  # pair -> indices of words that held it at some time
-    for index, ids in enumerate(sequences):
-        for pair in zip(ids, ids[1:], strict=False):
-            counts[pair] += weights[index]
-            holders[pair].add(index)
-    # heapq pops the smallest: the count is negated, and among equal counts the smaller pair comes first by itself
-    queue = [(-count, pair) for pair, count in counts.items()]
-    heapq.heapify(queue)
-    merges = []
-    while queue and len(merges) < num_merges:
-        queued, pair = heapq.heappop(queue)
-        if counts[pair] != -queued:
-            if counts[pair] > 0:
-                heapq.heappush(queue, (-counts[pair], pair))
-            continue
-        new_id = 256 + len(merges)
-        merges.append(pair)
-        changed = set()
-        for index in holders.pop(pair):
-            before = sequences[index]
-            after = _merge(before, pair, new_id)
-            if len(after) == len(before):
-                continue  # the word lost this pair to an earlier merge
-            sequences[index] = after
-            for old in zip(before, before[1:], strict=False):
-                counts[old] -= weights[index]
-            for new in zip(after, after[1:], strict=False):
-                counts[new] += weights[index]
-                if new_id in new:
-                    holders[new].add(index)
-                    changed.add(new)
-        for new in changed:
-            heapq.heappush(queue, (-counts[new], new))
-        if report and len(merges) % 100 == 0:
-            report(len(merges))
-    return merges
-
-
-def _merge(ids, pair, new_id):
-    """Replace every occurrence of pair, from left to right ("aaa" with (a, a) becomes "aa" + "a")."""
-    merged = []
-    position = 0
-    while position < len(ids):
-        if ids[position] == pair[0] and position + 1 < len(ids) and ids[position + 1] == pair[1]:
-            merged.append(new_id)
-            position += 2
-        else:
-            merged.append(ids[position])
-            position += 1
-    return merged
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# 1. Training
 
 
 def rust_module():
@@ -272,7 +115,7 @@ def rust_module():
 def train(texts_or_paths, vocab_size=6400, backend="auto", progress=True):
     """Learn a tokenizer.
 
-    texts_or_paths: iterable of documents (str) and files (pathlib.Path, of the ENDINGS), read in a stream;
+    texts_or_paths: iterable of documents (str) and files (pathlib.Path, of any format of rows.py), read in a stream;
     memory grows with the number of distinct words only. vocab_size counts the special tokens; when the text has too
     few pairs, the ids left over are padding, and vocab_size stays as asked.
     backend: "rust", "python" (the slow twin, same merges) or "auto" (rust where built).
@@ -363,94 +206,34 @@ def _batches(documents):
         yield batch
 
 
-def iter_texts(sources):
-    """Documents of a mix of strings (each a document) and Paths (files), in order, one file at a time."""
+def iter_texts(sources, bad=None):
+    """Documents of a mix of strings (each a document) and Paths (files, read as by read_rows()), in order. bad: a list
+    for the messages of unreadable lines and rows without text, which are skipped then, and errors without it."""
     if isinstance(sources, (str, Path)):
         sources = [sources]
     for source in sources:
         if isinstance(source, Path):
-            yield from _read_file(source)
+            yield from _file_texts(source, bad)
         elif isinstance(source, str):
             yield source
         else:
             raise ValueError(f"a {type(source).__name__} among the texts; texts are str, files Path; convert it")
 
 
-def _read_file(path):
-    """Texts of one file. Raises FileNotFoundError, and ValueError for other files than those of the ENDINGS."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; training text is {', '.join(ENDINGS)}; check --data_path")
-    if not path.name.endswith(ENDINGS):
-        raise ValueError(f"{path}: unknown ending; training text is {', '.join(ENDINGS)}; {_conversion(path)}")
-    if path.name.removesuffix(".gz").endswith(".txt"):
-        yield from _paragraphs(line for _, line in _lines(path))
-        return
-    for number, line in _lines(path):
-        if line.strip():
-            yield from _row_texts(line, f"{path}:{number}")
-
-
-def _lines(path):
-    """(number from 1, line) of a file. Lines end at "\\n" only: U+2028 and its like occur inside real JSON rows."""
-    number = 0
-    try:
-        # broken bytes become U+FFFD here: a vocabulary does not suffer from one, and dataset.py reports bad rows
-        with (gzip.open if path.name.endswith(".gz") else open)(
-                path, "rt", encoding="utf-8-sig", errors="replace", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                if "\0" in line:
-                    raise ValueError(f"{path}:{number}: a NUL byte (UTF-16, or a damaged file); text is UTF-8; convert "
-                                     "the file")
-                yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}:{number + 1}: broken gzip data ({error}); the file must be whole; copy or download "
-                         "it again") from None
-
-
-def _conversion(path):
-    """What to do with a file that is not read here: everything else is prepare_data.py's work."""
-    path, target = (shlex.quote(str(name)) for name in (path, Path(path).with_suffix(".text.jsonl")))
-    return (f"convert it: python prepare_data.py export --format jsonl --data_path {path} --output {target} (with "
-            "--map text=COLUMN where the column has another name)")
-
-
-def _paragraphs(lines):
-    """Texts of a .txt file: runs of lines between blank lines. The lines with which TinyStories parts its documents are
-    no text."""
-    document = []
-    for line in lines:
-        if line.strip() not in ("", "<|endoftext|>"):
-            document.append(line)
-        elif document:
-            yield "".join(document)
-            document = []
-    if document:
-        yield "".join(document)
-
-
-def _row_texts(line, where):
-    """Every text of a JSONL row, whatever its stage (TEXT_FIELDS); of turns what they say."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}); each line is one object; repair or drop the line") from None
-    if not isinstance(row, dict):
-        raise ValueError(f'{where}: a {type(row).__name__}; each line is one JSON object; write {{"text": ...}}')
-    texts = []
-    for field in TEXT_FIELDS:
-        value = row.get(field)
-        for turn in value if isinstance(value, list) else [value]:
-            said = [turn.get(key) for key in ("content", "value", "reasoning_content")] if isinstance(turn, dict) else [
-                turn]
-            texts += [text for text in said if isinstance(text, str)]
-    if not texts:
-        raise ValueError(f"{where}: no text in the fields {sorted(row)}; a row has one of {', '.join(TEXT_FIELDS)}; "
-                         f"{_conversion(where.rpartition(':')[0])}")
-    return texts
+def _file_texts(path, bad):
+    for row, where in read_rows(path, bad is not None, bad):
+        try:
+            found = all_texts(row, where)
+        except ValueError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+        else:
+            yield from found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tokenizer.json
+# 2. The texts of a folder
 
 
 def folder_files(merges, vocab_size):
@@ -459,44 +242,8 @@ def folder_files(merges, vocab_size):
     merges: pairs of ids, merge i makes id 256 + i. Special tokens follow the last merge; ids from there to vocab_size
     are padding. Returns {file name: text}.
     """
-    letters = byte_alphabet()
-    spelled = list(letters)  # index = id
-    for left, right in merges:
-        spelled.append(spelled[left] + spelled[right])
-    # "normalized": false matches the marker in the raw text; "special" lets split_special_tokens=True leave it text
-    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": len(spelled) + index, "content": text, **token} for index, text in enumerate(SPECIALS)]
-    # Split cuts, ByteLevel only spells bytes as letters: with use_regex true it would cut a second time
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        # tiktoken looks a whole piece up before it merges; this asks the same of other engines
-        "ignore_merges": True,
-        "vocab": {text: index for index, text in enumerate(spelled)},
-        "merges": [[spelled[left], spelled[right]] for left, right in merges],
-    }
-    spec = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        # none: any text must come back as it was
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        # no bos by itself: the chat template writes it, and a second one would follow
-        "post_processor": None,
-        # all four fields are needed: {"type": "ByteLevel"} alone is refused
-        "decoder": byte_level,
-        "model": model,
-    }
-    config = _config(added, vocab_size)
+    spec = tokenizer_json(merges, SPECIALS)
+    config = _config(spec["added_tokens"], vocab_size)
     # special_tokens_map.json repeats the config for readers from before tokenizer_config.json held everything
     names = {name: value for name, value in config.items() if name.endswith(("_token", "special_tokens"))}
     return {
@@ -549,101 +296,8 @@ def _object(files, name):
     return value
 
 
-def _refuse(what, rule):
-    """The error for a tokenizer.json that this file could only read with different ids. Refusing beats guessing."""
-    return ValueError(f"tokenizer.json: {what}; {rule}; use a byte-level BPE tokenizer (GPT-2, Llama 3, Qwen style)")
-
-
-def _read_pattern(spec):
-    """The split pattern of a tokenizer.json, in tiktoken's spelling."""
-    stage = spec.get("pre_tokenizer") or {}
-    stages = stage.get("pretokenizers", []) if stage.get("type") == "Sequence" else [stage]
-    splits = [stage for stage in stages if stage.get("type") == "Split"]
-    levels = [stage for stage in stages if stage.get("type") == "ByteLevel"]
-    if len(levels) != 1 or len(splits) > 1 or len(splits) + 1 != len(stages):
-        found = [stage.get("type") for stage in stages]
-        raise _refuse(f"pre_tokenizer is {found}", "it must be ByteLevel, or one Split and ByteLevel")
-    if levels[0].get("add_prefix_space"):
-        raise _refuse("add_prefix_space is true", "this reader adds no space in front of a text")
-    if not splits:
-        # the default of use_regex is true: older files leave it out
-        if not levels[0].get("use_regex", True):
-            raise _refuse("no split pattern", "a Split or use_regex must cut the text into words")
-        return GPT2_PATTERN
-    # ids of such a double cut were measured to differ on every real text (a space goes to the wrong side)
-    if levels[0].get("use_regex", True):
-        raise _refuse("Split followed by ByteLevel with use_regex", "only one of them may split")
-    if splits[0].get("behavior") != "Isolated" or splits[0].get("invert") or "Regex" not in splits[0]["pattern"]:
-        raise _refuse("a Split that is not an isolated regular expression", "nothing else is read")
-    # Hugging Face's engine reads {1,3}+ as "one or more groups of up to three", tiktoken as possessive
-    pattern = re.sub(r"(\\p\{N\}\{1,3\})\+", r"(?:\1)+", splits[0]["pattern"]["Regex"])
-    _check_pattern(pattern)
-    return pattern
-
-
-def _check_pattern(pattern):
-    """Refuse an expression that leaves text out, matches nothing, or does not come to an end: tiktoken would lose the
-    text or abort the process."""
-    try:
-        pieces = [match[0] for match in regex.finditer(pattern, PROBE, timeout=5)]
-    except (regex.error, TimeoutError, RecursionError) as error:
-        raise _refuse(f"split pattern {pattern!r:.100} ({error})", "it is a regular expression") from None
-    if "".join(pieces) != PROBE or "" in pieces:
-        raise _refuse(f"split pattern {pattern!r:.100}", "it cuts every text into pieces and leaves nothing out")
-
-
-def _read_nfc(spec):
-    """Whether text is brought to Unicode form NFC before splitting (Qwen does)."""
-    stage = spec.get("normalizer")
-    if stage is None:
-        return False
-    stages = stage.get("normalizers", []) if stage.get("type") == "Sequence" else [stage]
-    if any(stage.get("type") != "NFC" for stage in stages):
-        raise _refuse(f"normalizer is {[stage.get('type') for stage in stages]}", "only NFC or none is read")
-    return bool(stages)
-
-
-def _read_ranks(spec, added):
-    """{bytes: id} of the ordinary tokens. tiktoken merges in the order of ids, so merges must be listed in that order
-    and must make exactly the tokens longer than a byte."""
-    model = spec.get("model") or {}
-    if model.get("type", "BPE") != "BPE" or "merges" not in model:
-        raise _refuse(f"model is {model.get('type')!r}", "it must be BPE with merges")
-    letters = byte_alphabet()
-    byte_of = str.maketrans({letter: chr(byte) for byte, letter in enumerate(letters)})
-    known = set(letters)
-    ranks = {}
-    for text, index in model["vocab"].items():
-        if text in added:
-            continue  # some projects list control tokens in the vocabulary too
-        if not text or not known.issuperset(text):
-            raise _refuse(f"token {index} is {text!r}", "tokens are spelled in the 256 letters of GPT-2's byte table")
-        ranks[text.translate(byte_of).encode("latin-1")] = index
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise _refuse(f"{len(missing)} bytes have no token, first 0x{missing[0]:02x}", "all 256 must")
-    last = -1
-    made = set()
-    for merge in model["merges"]:
-        pair = merge.split(" ") if isinstance(merge, str) else merge  # "a b" until tokenizers 0.20
-        if len(pair) != 2 or not model["vocab"].keys() >= {*pair, "".join(pair)}:
-            raise _refuse(f"merge {merge!r:.100}", "a merge joins two tokens of the vocabulary to a third")
-        index = model["vocab"]["".join(pair)]
-        # equal is fine: files converted from tiktoken (Llama 3) list every way to make a token
-        if index < last:
-            raise _refuse(f"merge {merge!r} makes id {index} after id {last}", "merges must be in the order of ids")
-        last = index
-        made.add(index)
-    # tiktoken joins any two neighbours that spell a token, so a token that others cannot reach would change ids;
-    # with ignore_merges others take it whole, as tiktoken does
-    orphans = [token for token, index in ranks.items() if len(token) > 1 and index not in made]
-    if orphans and not model.get("ignore_merges"):
-        raise _refuse(f"{len(orphans)} tokens have no merge, first {orphans[0]!r}", "each token needs its merge")
-    return ranks
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The tokenizer
+# 3. The tokenizer
 
 
 class Tokenizer:
@@ -659,22 +313,14 @@ class Tokenizer:
         """files: {name: text} of a tokenizer folder; tokenizer.json is required."""
         self.files = dict(files)
         spec, config = _object(self.files, "tokenizer.json"), _object(self.files, "tokenizer_config.json")
-        added = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
-        if "" in added or len(set(added.values())) != len(added):
-            raise _refuse("an empty or doubled special token", "each has a text and an id of its own")
-        # Nothing is guessed from the folder's name or class: pattern and normaliser stand in the file
-        self.pattern = _read_pattern(spec)
-        self.nfc = _read_nfc(spec)
-        ranks = _read_ranks(spec, added)
-
-        ids = [*ranks.values(), *added.values()]
+        self.pattern, self.nfc, ranks, added = read_tokenizer_json(spec)
         padded = config.get("padded_vocab_size") or 0
-        if not all(type(n) is int and 0 <= n < MAX_IDS for n in (*ids, padded)) or len(set(ids)) != len(ids):
-            raise _refuse("an id or size that is doubled, negative, too large or no number",
-                          f"each token has an id of its own below {MAX_IDS}")
+        if type(padded) is not int or not 0 <= padded < MAX_IDS:
+            raise ValueError(f"tokenizer_config.json: padded_vocab_size is {padded!r:.40}; it is a whole number below "
+                             f"{MAX_IDS}; give the rows of the model's embedding, or take it out")
 
         self.special_ids = set(added.values())
-        self.max_id = max(ids)
+        self.max_id = max([*ranks.values(), *added.values()])
         self.vocab_size = max(self.max_id + 1, padded)
         self.token_bytes = [b""] * self.vocab_size
         for token, index in ranks.items():
@@ -710,7 +356,7 @@ class Tokenizer:
             free = [text for text in added if added[text] not in taken]
             free.sort(key=lambda text: ("pad" not in text.lower(), text != "<|endoftext|>", added[text]))
             if not free:
-                raise _refuse("no token is left to pad with", "pad must differ from bos and eos")
+                raise refusal("no token is left to pad with", "pad must differ from bos and eos")
             self.pad_id = added[free[0]]
 
     def __reduce__(self):
@@ -734,7 +380,7 @@ class Tokenizer:
         except UnicodeError as error:
             what = f"{name} is not UTF-8: {error}"
         except (LookupError, TypeError, AttributeError, OverflowError) as error:
-            # what a hand-edited file raises; messages of _refuse are ValueErrors and pass through
+            # what a hand-edited file raises; messages of refusal() are ValueErrors and pass through
             what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{folder}: a tokenizer file is damaged ({what}); all must be whole; copy it anew")
 
@@ -927,15 +573,16 @@ class StreamDecoder:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# 4. Command line
 
 
-def sample_texts(paths, sample_mb):
+def sample_texts(paths, sample_mb, skip_bad=False):
     """The first sample_mb megabytes (UTF-8) of documents, taken from the files in turns by size, so that each file has
-    an equal share while it lasts. 0 = everything."""
+    an equal share while it lasts. 0 = everything. skip_bad: lines without readable text are skipped and counted."""
     if not sample_mb >= 0:  # nor nan
         raise ValueError(f"--sample_mb is {sample_mb}; it must be 0 (all) or more megabytes; 2 is usual")
-    readers = [[0, number, _read_file(path)] for number, path in enumerate(paths)]
+    bad = [] if skip_bad else None
+    readers = [[0, number, iter_texts(path, bad)] for number, path in enumerate(dict.fromkeys(paths))]
     total = 0
     while readers and (not sample_mb or total < sample_mb * 1_000_000):
         reader = min(readers)  # the file that gave least so far
@@ -947,39 +594,30 @@ def sample_texts(paths, sample_mb):
         reader[0] += size
         total += size
         yield text
-
-
-def expand(patterns):
-    """Files named by paths and globs, each once, sorted within a glob."""
-    paths = []
-    for pattern in patterns:
-        # a name that exists is taken as it is: "data[1].jsonl" is a file name as well as a pattern
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        if not found:
-            raise FileNotFoundError(f"--data_path {pattern}: nothing there; it takes files and globs; check the path")
-        paths += [Path(path) for path in found if Path(path) not in paths]
-    return paths
+    if bad:
+        print(f"skipped {len(bad)} bad lines; the first: {bad[0]}", flush=True)
 
 
 def parse_args(argv=None):
-    """Flags of the four commands. Hyphens are accepted for underscores, abbreviations are not."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """Flags of the four commands."""
+    parser = cli.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,encode,decode,inspect}")
 
     def command(name, text):
-        style = argparse.ArgumentDefaultsHelpFormatter
-        return commands.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=style)
+        return commands.add_parser(name, help=text, description=text)
+
+    def reading(sub, sample_mb, text, **needed):
+        sub.add_argument("--data_path", nargs="+", help=f"files or globs{text}", **needed)
+        sub.add_argument("--sample_mb", type=float, default=sample_mb, help="megabytes of that text, 0 = all")
+        cli.switch(sub, "--skip_bad", 0, "skip and count lines without readable text instead of stopping at the first")
 
     sub = command("train", "learn a vocabulary from text and write a tokenizer folder")
-    sub.add_argument("--data_path", nargs="+", required=True, help=f"files or globs: {', '.join(ENDINGS)}")
+    reading(sub, 2.0, " of rows for any stage (docs/data.md); every text in them is learnt from", required=True)
     sub.add_argument("--vocab_size", type=int, default=6400, help="tokens, special ones included")
     sub.add_argument("--output", default="out/tokenizer", help="folder to write")
-    sub.add_argument("--sample_mb", type=float, default=2.0, help="megabytes of text to learn from, 0 = all")
     sub.add_argument("--backend", default="auto", choices=["auto", "rust", "python"], help="auto = rust where built")
-    sub.add_argument("--retrain_tokenizer", type=int, choices=[0, 1], nargs="?", const=1, default=0,
-                     help="train although --output was made from the same text with the same settings")
+    cli.switch(sub, "--retrain_tokenizer", 0,
+               "train although --output was made from the same text with the same settings")
     for name, text in [
         ("encode", "print the ids of a text"),
         ("decode", "print the text of ids"),
@@ -994,12 +632,8 @@ def parse_args(argv=None):
         sub.add_argument("--file", help="a UTF-8 file with the text")
         if name == "inspect":
             sub.add_argument("--compare", nargs="+", default=[], help="folders of other tokenizers, to stand beside it")
-            sub.add_argument("--data_path", nargs="+", help="files or globs whose text is encoded for the comparison")
-            sub.add_argument("--sample_mb", type=float, default=10.0, help="megabytes of that text, 0 = all")
+            reading(sub, 10.0, " whose text is encoded for the comparison")
             sub.add_argument("--merges", type=int, default=20, help="how many merges to list")
-    argv = sys.argv[1:] if argv is None else argv
-    # hyphens are accepted in flag names: --vocab-size means --vocab_size
-    argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
     return parser.parse_args(argv)
 
 
@@ -1022,8 +656,10 @@ def _require_text(documents, where):
 
 
 def training_key(args, paths):
-    """16 hex digits that change with anything a training depends on: the text, the settings, this file."""
-    digest = hashlib.sha256(f"{args.vocab_size} {args.sample_mb}".encode() + Path(__file__).read_bytes())
+    """16 hex digits that change with anything a training depends on: the text, the settings, this code."""
+    digest = hashlib.sha256(f"{args.vocab_size} {args.sample_mb}".encode())
+    for code in ("tokenizer", "bpe", "rows"):
+        digest.update(Path(__file__).with_name(f"{code}.py").read_bytes())
     for path in paths:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
@@ -1035,14 +671,14 @@ def training_key(args, paths):
 def command_train(args):
     """Train on a sample of files and save, unless the folder already holds just that. Raises ValueError when there is
     no text at all."""
-    paths = expand(args.data_path)
+    paths = expand_paths(args.data_path)
     key = training_key(args, paths)
     mark = Path(args.output) / "trained_from.txt"
     if not args.retrain_tokenizer and mark.is_file() and mark.read_text() == key:
         tokenizer = Tokenizer.from_pretrained(args.output)
         print(f"tokenizer: {args.output} was made from this text with these settings; --retrain_tokenizer 1 redoes it")
         return {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
-    texts = _require_text(sample_texts(paths, args.sample_mb), args.data_path)
+    texts = _require_text(sample_texts(paths, args.sample_mb, args.skip_bad), args.data_path)
     tokenizer = train(texts, args.vocab_size, args.backend)
     mark.unlink(missing_ok=True)  # first, and written last: an interrupted save must not look whole
     tokenizer.save_pretrained(args.output)
@@ -1119,7 +755,8 @@ def command_inspect(args):
         for name, other in others:
             tokens = [_spelled(other.token_bytes[index]) for index in other.encode(sentence[:400])]
             print(f"{name:>{width}}  {'|'.join(tokens)}")
-    groups = by_language(SENTENCES if not args.data_path else sample_texts(expand(args.data_path), args.sample_mb))
+    files = expand_paths(args.data_path)
+    groups = by_language(sample_texts(files, args.sample_mb, args.skip_bad) if files else SENTENCES)
     print("\nUTF-8 bytes per token (more is better); text: " + (" ".join(args.data_path or ["these sentences"])))
     print(f"{'':>{width}}  {'vocabulary':>10}" + "".join(f"{language:>9}" for language in groups))
     facts["bytes per token"] = {}

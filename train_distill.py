@@ -38,8 +38,9 @@ import logs
 import metrics
 import optim
 import report
-from dataset import PretrainData, SFTData, expand_paths, read_rows
+from dataset import PretrainData, SFTData
 from model import PRESETS, ModelConfig, Transformer
+from rows import expand_paths, read_rows
 from tokenizer import Tokenizer
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")

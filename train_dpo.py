@@ -39,8 +39,9 @@ import logs
 import metrics
 import optim
 import report
-from dataset import PreferenceData, expand_paths, pack_batch, preference, read_rows, split_heldout
+from dataset import PreferenceData, pack_batch
 from model import Transformer
+from rows import expand_paths, preference, read_rows, split_heldout
 from tokenizer import Tokenizer
 
 # what a step adds up over its pairs, in the order of the sums in the loop

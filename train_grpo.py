@@ -39,8 +39,9 @@ import logs
 import metrics
 import optim
 import report
-from dataset import PromptData, expand_paths, micro_batches, pad_rows, read_rows
+from dataset import PromptData, micro_batches, pad_rows
 from model import Transformer, token_logprobs
+from rows import expand_paths, read_rows
 from tokenizer import Tokenizer
 
 EVAL_ROWS = 2**31  # held-out answers draw from their own random streams, the same ones at every evaluation

@@ -43,8 +43,9 @@ import logs
 import metrics
 import optim
 import report
-from dataset import PromptData, expand_paths, micro_batches, pad_rows, read_rows, shuffled
+from dataset import PromptData, micro_batches, pad_rows, shuffled
 from model import ScalarHead, Transformer, token_logprobs
+from rows import expand_paths, read_rows
 from tokenizer import Tokenizer
 
 EVAL_ROWS = 2**31  # held-out answers draw from their own random streams, the same ones at every evaluation

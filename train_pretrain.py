@@ -33,8 +33,9 @@ import metrics
 import optim
 import report
 import sharding
-from dataset import PretrainData, expand_paths
+from dataset import PretrainData
 from model import MOE_BLOCK, PRESETS, ModelConfig, Transformer, row_uniforms, token_logprobs
+from rows import expand_paths
 from tokenizer import Tokenizer
 
 

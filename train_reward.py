@@ -38,8 +38,9 @@ import logs
 import metrics
 import optim
 import report
-from dataset import PreferenceData, expand_paths, pack_batch
+from dataset import PreferenceData, pack_batch
 from model import ScalarHead
+from rows import expand_paths
 from tokenizer import Tokenizer
 
 

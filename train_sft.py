@@ -35,8 +35,9 @@ import metrics
 import optim
 import report
 import sharding
-from dataset import PretrainData, PromptData, SFTData, expand_paths, join_windows, read_rows
+from dataset import PretrainData, PromptData, SFTData, join_windows
 from model import Transformer, row_uniforms, token_logprobs
+from rows import expand_paths, read_rows
 from tokenizer import Tokenizer
 
 

@@ -40,8 +40,9 @@ if Path(sys.path[0]).resolve() == ROOT / "bench":  # run as a script: bench/toke
 import common  # noqa: E402
 import metrics  # noqa: E402
 import optim  # noqa: E402
-from dataset import PretrainData, read_rows  # noqa: E402
+from dataset import PretrainData  # noqa: E402
 from model import ModelConfig, Transformer, token_logprobs  # noqa: E402
+from rows import read_rows  # noqa: E402
 from tokenizer import train  # noqa: E402
 from train_pretrain import row_parts, trained_blocks  # noqa: E402
 

@@ -26,8 +26,9 @@ from test_tokenizer import CHAT, CHINESE, EMOJI, ENGLISH, any_text, split_stage
 import checkpoint
 import eval as evaluation
 import lora
+from bpe import PATTERN
 from model import ScalarHead, Transformer
-from tokenizer import PATTERN, SPECIALS, Tokenizer
+from tokenizer import SPECIALS, Tokenizer
 
 ROOT = Path(__file__).parent.parent
 CODE = "def f(x: int = 10_000) -> str:\n\treturn f\"{x!r:>8}\\n\" if x != 0x1F else None  # 100%\r\n\n\n    pass\n"

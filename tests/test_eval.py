@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_eval.py
 """
+import gzip
 import importlib
 import io
 import json
@@ -23,8 +24,9 @@ import logs
 import lora
 import metrics
 import tasks
-from dataset import SFTData, question
+from dataset import SFTData
 from model import ScalarHead, Transformer, token_logprobs
+from rows import question
 
 ROOT = Path(__file__).parent.parent
 FILES = ROOT / "tests" / "data" / "tasks"
@@ -339,7 +341,7 @@ def test_a_reader_who_leaves_is_no_error(stage, tmp_path):
     (["--bpb", "rows.jsonl", "--weight", "reward"], "nothing was measured of --weight reward; .*; give other weights"),
     (["--tasks", "piqa", "--task_dir", FILES, "--weight", "reward"], "reward models; .*; name another checkpoint"),
     (["--prompts", "p.txt", "--output", "./p.txt"], "--output .* is a file of --prompts; .*; give another --output"),
-    (["--prompts", "latin.txt"], "latin.txt: 'utf-8' codec .*; .*; convert it"),
+    (["--prompts", "latin.txt"], "latin.txt:1: not UTF-8 .*; .*; repair the line"),
     (["--mode", "compare"], "--mode compare without names; .*; give --compare"),
     (["--mode", "references"], "--mode references without a file; .*; give --references"),
     *[(["--prompt", "x", "--num_beams", 2, *flags], "--num_beams 2 with .*; .*; leave the others out")
@@ -365,8 +367,9 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(stage, parse, tmp_pa
 def test_batch_answers_in_order(stage, parse, tmp_path, capsys):
     folder = stage("sft")
     flags = ["--weight", folder, "--batch_size", 2, "--max_new_tokens", 5, "--temperature", 1]
-    (tmp_path / "p.txt").write_text("short\na much longer question about Anna\n\n你好\n", encoding="utf-8")
-    result = evaluation.main(parse("--prompts", tmp_path / "p.txt", "--output", tmp_path / "new" / "a.jsonl", *flags))
+    text = "short\na much longer question about Anna\n\n你好\n"
+    (tmp_path / "p.txt.gz").write_bytes(gzip.compress(text.encode()))
+    result = evaluation.main(parse("--prompts", tmp_path / "p.txt.gz", "--output", tmp_path / "new/a.jsonl", *flags))
     lines = [json.loads(line) for line in (tmp_path / "new" / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert result["prompts"] == 3 and [line["index"] for line in lines] == [0, 1, 2]
     assert [line["prompt"] for line in lines] == ["short", "a much longer question about Anna", "你好"]

@@ -21,8 +21,9 @@ from test_tokenizer import CHAT, CHINESE, EMOJI, ENGLISH, split_stage
 
 import checkpoint
 import export_gguf
+from bpe import GPT2_PATTERN
 from model import Transformer
-from tokenizer import GPT2_PATTERN, Tokenizer
+from tokenizer import Tokenizer
 
 EXPORTED = ["dense", "untied", "yarn", "moe", "shared", "shared_scaled"]
 ARCHITECTURES = {"dense": "QWEN3", "untied": "QWEN3", "yarn": "QWEN3", "moe": "QWEN3MOE", "shared": "DOTS1",

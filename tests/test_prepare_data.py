@@ -29,8 +29,9 @@ import torch
 import download
 import prepare_data
 import selection
-from dataset import PreferenceData, PretrainData, PromptData, SFTData, read_rows
+from dataset import PreferenceData, PretrainData, PromptData, SFTData
 from prepare_data import main, parse_args, standard_row
+from rows import read_rows
 from selection import language, signature
 from tokenizer import Tokenizer, iter_texts
 
@@ -1016,17 +1017,17 @@ def test_export_equals_what_training_sees(export, tokenizer, tmp_path):
     assert Counter(sum(trained, [])) == Counter(arrays["labels"][arrays["labels"] >= 0].tolist())
 
 
-def test_any_file_is_exported_as_lines_for_the_tokenizer(tmp_path):
-    """The command in the error of `tokenizer.py train` is run as it stands."""
+def test_a_file_with_other_columns_is_exported_as_lines_for_the_tokenizer(tmp_path):
+    """The command in the error of `tokenizer.py train` is run as it stands, but for the column that only users know."""
     path = tmp_path / "my texts.csv"
     path.write_text('body,lang\n"one\ntwo",en\n"",en\n春天,zh\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="unknown ending") as error:
+    with pytest.raises(ValueError, match=r"my texts.csv:2: found the keys \[body, lang\] and no text") as error:
         list(iter_texts([path]))
-    words = shlex.split(re.search(r"python prepare_data.py (.*?) \(with", str(error.value))[1])
-    with pytest.raises(ValueError, match=r"my texts.csv:2: found the keys \[body, lang\]; .*--map text=COLUMN"):
+    words = shlex.split(re.search("python prepare_data.py (.*)", str(error.value))[1])
+    with pytest.raises(ValueError, match="the map wants COLUMN"):
         run(*words)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["my texts.csv"]
-    assert run(*words, "--map", "text=body") == {"read": 3, "empty": 1, "written": 2, "bad": 0}
+    assert run(*(word.replace("COLUMN", "body") for word in words)) == {"read": 3, "empty": 1, "written": 2, "bad": 0}
     assert list(iter_texts([tmp_path / "my texts.text.jsonl"])) == ["one\ntwo", "春天"]
 
 

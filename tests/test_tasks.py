@@ -136,8 +136,8 @@ def test_every_file_form_gives_the_same_items(form, tmp_path):
 @pytest.mark.parametrize(("content", "message"), [
     ('{"goal": "x"}\n', r"piqa_val\.jsonl:1: found the keys \[subject, goal\].*expected goal, sol1, sol2, label"),
     ('{"goal": "x", "sol1": "a", "sol2": "b", "label": ""}\n', "often published without one"),
-    ('{"goal": \n', r"piqa_val\.jsonl:1: .*one JSON object"), ("[1, 2]\n", "every row is a JSON object"),
-    ("[" * 100_000 + "\n", r"piqa_val\.jsonl:1: .*one JSON object"), ("\n", r"piqa_val\.jsonl: empty; .*; fetch")])
+    ('{"goal": \n', r"piqa_val\.jsonl:1: not valid JSON .*one object each"), ("[1, 2]\n", "jsonl:1: a JSON list where"),
+    ("[" * 100_000 + "\n", r"piqa_val\.jsonl:1: not valid JSON"), ("\n", r"piqa_val\.jsonl: empty; .*; fetch")])
 def test_wrong_rows_are_named(content, message, tmp_path):
     (tmp_path / "piqa_val.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -161,13 +161,14 @@ def test_what_is_no_question_with_a_right_answer_is_a_wrong_row(name, row, tmp_p
         tasks.load(name, tmp_path)
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("piqa_val.jsonl", "\u00e9".encode("latin-1")), ("piqa_val.json", b"[{"), ("piqa_val.json", b"[" * 100_000),
-    ("piqa_val.jsonl.gz", b"no gzip"),
-    ("piqa_val.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-9]), ("piqa_val.csv", b'goal\n"never closed\n')])
-def test_damaged_files_are_named(name, content, tmp_path):
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("piqa_val.jsonl", "\u00e9".encode("latin-1"), "1: not UTF-8"), ("piqa_val.json", b"[{", "1: not valid JSON"),
+    ("piqa_val.json", b"[" * 100_000, "1: not valid JSON"), ("piqa_val.jsonl.gz", b"no gzip", "1: broken gzip data"),
+    ("piqa_val.jsonl.gz", gzip.compress(b"\n" * 99)[:-9], r"\d+: broken gzip data"),
+    ("piqa_val.csv", b'goal\n"never closed\n', "2: not valid CSV")])
+def test_damaged_files_are_named(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}: .*fetch it again, or convert it"):
+    with pytest.raises(ValueError, match=f"{name}:{message}.*;.*;"):
         tasks.load("piqa", tmp_path)
 
 

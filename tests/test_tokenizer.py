@@ -24,7 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer as tokenizer_file
-from tokenizer import GPT2_PATTERN, PATTERN, SPECIALS, StreamDecoder, Tokenizer, train
+from bpe import GPT2_PATTERN, PATTERN, count_words, learn_merges, repair
+from tokenizer import SPECIALS, StreamDecoder, Tokenizer, train
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("MINILLM_DATA", ROOT.parent / "shared" / "data"))
@@ -66,11 +67,6 @@ def folder(tok, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def fixes():
-    return tokenizer_file.class_fixes()
-
-
 def rows_of(batch):
     ids, offsets = batch
     return [ids[start:end].tolist() for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
@@ -92,30 +88,6 @@ def message_of(error):
 # Training
 
 
-def naive_merges(words, num_merges):
-    """The rule in its shortest form: count all pairs anew for every merge."""
-    words = {tuple(word): count for word, count in words.items()}
-    merges = []
-    while len(merges) < num_merges:
-        counts = {}
-        for word, count in words.items():
-            for pair in zip(word, word[1:], strict=False):
-                counts[pair] = counts.get(pair, 0) + count
-        if not counts:
-            break
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        merges.append(best)
-        words = {tuple(tokenizer_file._merge(word, best, 255 + len(merges))): n for word, n in words.items()}
-    return merges
-
-
-def test_twin_follows_the_rule_of_largest_count_then_smallest_pair():
-    words = tokenizer_file.count_words(TEXTS)
-    assert tokenizer_file.learn_merges(words, 150) == naive_merges(words, 150)
-    # aaabdaaabac by hand: (a,a) counts 4 with overlaps; then (a,b) = (97,98) and (aa,a) tie at 2: smallest pair first
-    assert tokenizer_file.learn_merges({b"aaabdaaabac": 1}, 3) == [(97, 97), (97, 98), (256, 257)]
-
-
 @needs_rust
 @pytest.mark.parametrize(
     "texts",
@@ -127,53 +99,6 @@ def test_rust_and_python_learn_the_same_merges(texts):
     slow = train(texts, vocab_size=600, backend="python", progress=False)
     assert fast.files == slow.files
     assert fast.fingerprint == slow.fingerprint
-
-
-@needs_rust
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(alphabet="ab字 \n", max_size=60), max_size=6))
-def test_rust_and_naive_rule_agree_on_random_texts(texts):
-    trainer = rust.Trainer()
-    trainer.feed(texts)
-    words = {}
-    for text in texts:
-        for piece in rust.split(text):
-            words[piece.encode()] = words.get(piece.encode(), 0) + 1
-    assert trainer.train(60) == naive_merges(words, 60)
-
-
-@needs_rust
-@settings(max_examples=60, deadline=None)
-@given(text=st.one_of(random_text, any_text))
-def test_rust_splitter_equals_the_regular_expression(fixes, text):
-    masked = text.translate(fixes)
-    spans = [match.span() for match in tokenizer_file.regex.finditer(PATTERN, masked)]
-    assert rust.split(text) == [text[start:end] for start, end in spans]
-
-
-@needs_rust
-def test_rust_and_tiktoken_class_every_character_alike():
-    # planes 4 to 16 hold no letters to this day: a sample of them does
-    codes = [*range(0xD800), *range(0xE000, 0x40000), *range(0x40000, 0x110000, 61)]
-    characters = [chr(code) for code in codes]
-    every = "".join(characters)
-    single_bytes = {bytes([byte]): byte for byte in range(256)}
-
-    def tiktoken_matches(pattern):
-        probe = tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks=single_bytes, special_tokens={})
-        return set(bytes(probe.encode_ordinary(every)).decode())
-
-    def joins_behind(start):
-        # "a" + letter is one piece, "a" + anything else is not
-        pieces = rust.split("".join(f"\n{start}{character}" for character in characters))
-        return {piece[1] for piece in pieces if piece[0] == start and len(piece.rstrip("\n")) == 2}
-
-    letters, numbers, spaces = (tiktoken_matches(pattern) for pattern in (r"\p{L}+", r"\p{N}+", r"\s+"))
-    assert not joins_behind("a") ^ letters
-    assert not joins_behind("1") ^ numbers
-    # behind "!" letters and all that has no class join, so the rest must be numbers and white space
-    rest = set(characters) - joins_behind("!")
-    assert not (rest ^ (numbers | spaces)) - set("\r\n")
 
 
 @needs_rust
@@ -204,11 +129,6 @@ def test_threads_and_batches_do_not_change_the_merges():
         threaded.feed(texts[start : start + 150])
     assert threaded.num_words == reference.num_words
     assert threaded.train(300) == reference.train(300)
-
-
-def test_a_document_is_a_boundary():
-    joined = tokenizer_file.count_words(["ab", "cd"])
-    assert joined == {b"ab": 1, b"cd": 1}
 
 
 def test_ids_that_no_merge_fills_are_padding_and_the_size_stays_as_asked(tmp_path):
@@ -281,26 +201,28 @@ def test_training_reads_every_row_format(tmp_path, capsys):
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (tmp_path / "c.txt").write_text("one\ntwo\n\n\nthree\n<|endoftext|>\n", encoding="utf-8-sig")
+    (tmp_path / "c.txt").write_text("one\ntwo\n\n\nthree\n", encoding="utf-8-sig")
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"one\n<|endoftext|>\ntwo"))
+    (tmp_path / "e.csv").write_text('lang,prompt,response\nen,"five, six",seven\n')
     expected = ["alpha\u2028beta", "gamma", "delta", "eps", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
     assert sorted(tokenizer_file.iter_texts([tmp_path / "a.jsonl"])) == sorted(expected)
     assert sorted(tokenizer_file.iter_texts([tmp_path / "b.jsonl.gz"])) == sorted(expected)
-    assert list(tokenizer_file.iter_texts([tmp_path / "c.txt", "four"])) == ["one\ntwo\n", "three\n", "four"]
-    assert list(tokenizer_file.iter_texts([tmp_path / "d.txt.gz"])) == ["one\n", "two"]
+    assert list(tokenizer_file.iter_texts([tmp_path / "c.txt", "four"])) == ["one\ntwo", "three", "four"]
+    assert list(tokenizer_file.iter_texts([tmp_path / "d.txt.gz"])) == ["one", "two"]
+    assert list(tokenizer_file.iter_texts([tmp_path / "e.csv"])) == ["five, six", "seven"]
     train([tmp_path / "a.jsonl", "x\ud800"], vocab_size=280, backend="python")
     assert "1 lone surrogates became U+FFFD" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.csv", b"text\nx\n", "unknown ending; .*; convert it: python prepare_data.py export --format jsonl"),
-    ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1: no text in the fields \['body'\]; .*; convert it: .*a.text.jsonl"),
-    ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, "a.jsonl:2: not JSON .*; .*; "),
-    ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1: not JSON .*; .*; "),
-    ("a.txt", "two words".encode("utf-16"), "a.txt:1: a NUL byte .*; .*; "),
+    ("a.csv", b"body\nx\n", r"a.csv:2: found the keys \[body\] and no text; .*; rename a column: python prepare_data"),
+    ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1: found the keys \[body\] and no text; .*; rename .*a.text.jsonl"),
+    ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, "a.jsonl:2: not valid JSON .*; .*; "),
+    ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1: not valid JSON .*; .*; "),
+    ("a.txt", "two words".encode("utf-16"), "a.txt:1: the file is UTF-16.*; .*; "),
     ("a.txt.gz", gzip.compress(b"x" * 99)[:-9], "a.txt.gz:1: broken gzip data .*; .*; "),
     ("a.jsonl.gz", b"no gzip", "a.jsonl.gz:1: broken gzip data .*; .*; ")])
-def test_training_refuses_other_files_with_file_line_and_fix(tmp_path, name, content, message):
+def test_training_refuses_files_without_text_with_file_line_and_fix(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(tokenizer_file.iter_texts([tmp_path / name]))
@@ -310,13 +232,21 @@ def test_a_sample_takes_equal_shares_of_all_files(tmp_path):
     for name, letter in (("a.txt", "a"), ("b.txt", "b")):
         (tmp_path / name).write_text((letter * 99 + "\n\n") * 1000, encoding="utf-8")
     paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    (tmp_path / "c[1].txt").touch()  # a name, though it reads as a pattern
-    assert tokenizer_file.expand([str(tmp_path / "[ab].txt"), str(tmp_path / "c[1].txt")]) == [
-        *paths, tmp_path / "c[1].txt"]
     sample = "".join(tokenizer_file.sample_texts(paths, 0.05))
     assert abs(sample.count("a") - sample.count("b")) <= 200
     assert 50_000 <= len(sample) <= 50_200
-    assert len("".join(tokenizer_file.sample_texts(paths, 0))) == 200_000
+    assert len("".join(tokenizer_file.sample_texts([*paths, *paths], 0))) == 198_000  # each file once
+
+
+def test_unreadable_lines_are_skipped_and_counted_where_that_is_asked_for(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": \n\xff\n{"body": "x"}\n{"text": "two"}\n')
+    argv = ["train", "--data_path", tmp_path / "a.jsonl", "--vocab_size", 270, "--output", tmp_path / "tok"]
+    argv = [str(word) for word in [*argv, "--backend", "python"]]
+    with pytest.raises(ValueError, match="a.jsonl:2: not valid JSON .*--skip_bad 1"):
+        tokenizer_file.main(tokenizer_file.parse_args(argv))
+    tokenizer_file.main(tokenizer_file.parse_args([*argv, "--skip_bad"]))
+    said = capsys.readouterr().out
+    assert "skipped 3 bad lines; the first: " in said and "a.jsonl:2: not valid JSON" in said and "2 documents" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,7 +332,7 @@ def test_a_million_characters_train_and_encode_without_loss(text):
     learned = train([text], vocab_size=600, backend="rust", progress=False)
     ids, offsets = learned.encode_batch([text, "", text], 2)
     assert offsets[1] == offsets[2] and offsets[3] == 2 * offsets[1]
-    assert learned.decode(ids[: offsets[1]].tolist()) == tokenizer_file.repair(text)[0]
+    assert learned.decode(ids[: offsets[1]].tolist()) == repair(text)[0]
 
 
 @needs_rust
@@ -672,6 +602,7 @@ def test_wrong_arguments_are_explained(tok, tmp_path):
         lambda: train([3]),
         lambda: train([tmp_path / "missing.jsonl"]),
         lambda: Tokenizer.from_pretrained(tmp_path / "nowhere"),
+        lambda: Tokenizer({**tok.files, "tokenizer_config.json": '{"padded_vocab_size": "x"}'}),
         lambda: tok.encode(None),
         lambda: tok.decode([100_000]),
         lambda: tok.decode([-1]),
@@ -723,7 +654,7 @@ def test_inspect_compares_compression_by_language_and_lists_merges(tmp_path, tok
             assert rates[str(tmp_path / name)][language] == len(text.encode()) / len(other.encode(text))
     assert rates[str(tmp_path / "a")]["Chinese"] > rates[str(tmp_path / "b")]["Chinese"]
     shown = capsys.readouterr().out
-    left, right = tokenizer_file.learn_merges(tokenizer_file.count_words(TEXTS), 1)[0]
+    left, right = learn_merges(count_words(TEXTS), 1)[0]
     spelled = [tokenizer_file._spelled(token) for token in (bytes([left]), bytes([right]), bytes([left, right]))]
     assert "256: [{}] + [{}] = [{}]\n".format(*spelled) in shown
     assert tokenizer_file._spelled("字\n".encode()) == "字\\n" and tokenizer_file._spelled(b"\xe5\xad") == "<E5 AD>"

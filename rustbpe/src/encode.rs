@@ -5,28 +5,35 @@
 //!
 //! Following the rule step by step ([`Encoder::join`]) costs a look at every pair for every join. Two shortcuts give
 //! the same ids:
-//! * Most words were seen a moment ago. A table of fixed size keeps the ids of short pieces; a newcomer evicts the
-//!   older of two. This carries English, where 24 of 25 words are found.
+//! * Most words were seen a moment ago. A table of fixed size, one for all threads, keeps the ids of short pieces; a
+//!   newcomer evicts the older of two. This carries English, where 24 of 25 words are found.
 //! * What is new goes by longest match and a check of neighbours ([`Encoder::walk`]). This carries Chinese, whose
 //!   pieces are clauses: as long as a sentence, and hardly ever the same twice.
 //!
-//! What was tried and lost, on 20 MB of English and 10 of Chinese: the best pair by a scan (half the speed on
-//! clauses); a hash map of whole tokens beside the trie; keeping the answers of [`Encoder::stay_apart`] (one in eight
-//! was asked again in Chinese); one word a place instead of two (9% slower), a table of an eighth of the size (20%),
-//! two tables, by length (5%); looking words up one at a time (10%).
+//! What was tried and lost, on 20 MB of English and 10 of Chinese: the best pair by a scan (half the speed on clauses;
+//! for short words alone, with all ranks in one vector, 6% slower); a hash map of whole tokens beside the trie, or a
+//! table for their first two bytes; keeping the answers of [`Encoder::stay_apart`] (one in eight was asked again in
+//! Chinese, one in three in English); one word a place instead of two (9% slower), a table of an eighth of the size
+//! (20%), two tables, by length (5%), a table for each thread (the second thread added 7% less); looking words up one
+//! at a time (10%); huge pages for the table (1% faster, by a call outside of Rust).
 
-use crate::parallel::{parallel, Interrupted};
+use crate::parallel::{parallel, Interrupted, Texts};
 use crate::split::Splitter;
 use crate::{hash_pair, key_of, prefetch, slot_of, KEY_BYTES};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{fence, AtomicU64};
 
 /// The integer that holds an id: `u16` for vocabularies up to 65,536, else `u32`.
 pub trait TokenId: Copy + Default + PartialEq + Send + Sync {
     /// The largest id it can hold.
     const LARGEST: u32;
+    /// As many ids as twelve bytes hold.
+    type Few: AsRef<[Self]>;
+    /// Ids of a number of eight bytes and one of four, the lowest bits first.
+    fn unpack(eight: u64, four: u32) -> Self::Few;
     /// Convert; the caller has checked the range.
     fn new(id: u32) -> Self;
     /// Convert back.
@@ -35,6 +42,12 @@ pub trait TokenId: Copy + Default + PartialEq + Send + Sync {
 
 impl TokenId for u16 {
     const LARGEST: u32 = u16::MAX as u32;
+    type Few = [u16; 6];
+    #[inline]
+    fn unpack(eight: u64, four: u32) -> [u16; 6] {
+        let part = |n: u32| (eight >> (16 * n)) as u16;
+        [part(0), part(1), part(2), part(3), four as u16, (four >> 16) as u16]
+    }
     fn new(id: u32) -> Self {
         id as u16
     }
@@ -45,6 +58,11 @@ impl TokenId for u16 {
 
 impl TokenId for u32 {
     const LARGEST: u32 = NONE - 1;
+    type Few = [u32; 3];
+    #[inline]
+    fn unpack(eight: u64, four: u32) -> [u32; 3] {
+        [eight as u32, (eight >> 32) as u32, four]
+    }
     fn new(id: u32) -> Self {
         id
     }
@@ -59,30 +77,27 @@ const NONE: u32 = u32::MAX;
 // --------------------------------------------------------------------------------------------------------------------
 // The trie: which tokens does a text begin with?
 
-/// One node of the trie, that is, one prefix of a token; or a free cell.
-#[derive(Clone, Copy)]
-struct Node {
-    /// The node it hangs on; NONE for a free cell
-    parent: u32,
-    /// The child for byte `b` is cell `base ^ b`, if the parent noted there is this node. The bit ENDS is set where a
-    /// token ends here; its rank is in `Trie::tokens`
-    base: u32,
-}
-
-const FREE: Node = Node { parent: NONE, base: 0 };
-const ENDS: u32 = 1 << 31;
-const ROOT: u32 = 0;
-
-/// All tokens as a trie in one array ("double array", Aoe 1989): a step is one look at one cell, and the 60,000 nodes
-/// of a vocabulary of 32,768 take half a megabyte. A hash table from (node, byte) to node takes as many steps and three
-/// times the memory.
+/// All tokens as a trie in one array ("double array", Aoe 1989): a step is one look at one cell. A hash table from
+/// (node, byte) to node takes as many steps, and several times the memory: what matters here is how much of the trie
+/// stays in the caches near the core, so a node is four bytes, and the 60,000 of a vocabulary of 32,768 are 240 kB.
+///
+/// The children of a node share a `base`: the child for byte `b` is cell `base ^ b`. Each node with children has a base
+/// of its own, so whether that cell is a child of this node is seen from the byte it is labelled with.
 struct Trie {
-    nodes: Vec<Node>,
+    /// Base times BASE, plus ENDS where a token ends, plus TAKEN, plus the label; 0 for a free cell
+    nodes: Vec<u32>,
     tokens: Vec<u32>, // [nodes] rank of the token that ends there
+    root: u32,        // base of the root's children
 }
+
+const TAKEN: u32 = 1 << 8;
+const ENDS: u32 = 1 << 9;
+const BASE: u32 = 1 << 10;
+/// The base of nodes without children. Nobody else has it, so no cell under it has the label that is asked for.
+const CHILDLESS: u32 = 0;
 
 impl Trie {
-    /// Time: about linear in the bytes of the tokens. Error: a token that occurs twice.
+    /// Time: about linear in the bytes of the tokens. Errors: a token that occurs twice; more than four million nodes.
     fn new(tokens: &[&[u8]]) -> Result<Self, String> {
         let mut order: Vec<u32> = (0..tokens.len() as u32).collect();
         order.sort_unstable_by_key(|&rank| tokens[rank as usize]);
@@ -90,17 +105,17 @@ impl Trie {
             let (first, second) = (pair[0].min(pair[1]), pair[0].max(pair[1]));
             return Err(format!("tokens {first} and {second} are equal; each occurs once"));
         }
-        let mut trie = Trie { nodes: vec![FREE; 256], tokens: vec![NONE; 256] };
-        trie.nodes[ROOT as usize].parent = NONE - 1; // none, but the cell is taken
-        let mut lowest_free = 1;
-        // (node, its depth, the run of sorted tokens that begin with it)
-        let mut waiting = vec![(ROOT, 0, 0..order.len())];
+        let mut trie = Trie { nodes: vec![0; 256], tokens: vec![NONE; 256], root: 0 };
+        let mut rooms = Rooms { taken: vec![false; 256], tried: 0 };
+        rooms.taken[CHILDLESS as usize] = true;
+        // (cell of a node, NONE for the root; its depth; the run of sorted tokens that begin with it)
+        let mut waiting = vec![(NONE, 0, 0..order.len())];
         let mut children: Vec<(u8, Range<usize>)> = Vec::new();
-        while let Some((node, depth, mut run)) = waiting.pop() {
+        while let Some((cell, depth, mut run)) = waiting.pop() {
             let first = order[run.start];
-            let ends = tokens[first as usize].len() == depth;
-            if ends {
-                trie.tokens[node as usize] = first;
+            if tokens[first as usize].len() == depth {
+                trie.nodes[cell as usize] |= ENDS;
+                trie.tokens[cell as usize] = first;
                 run.start += 1;
             }
             children.clear();
@@ -111,33 +126,44 @@ impl Trie {
                     _ => children.push((byte, index..index + 1)),
                 }
             }
-            let base = trie.room(&children, &mut lowest_free);
-            trie.nodes[node as usize].base = base | if ends { ENDS } else { 0 };
+            let base = trie.room(&children, &mut rooms);
+            if base > u32::MAX / BASE {
+                let most = u32::MAX / BASE;
+                return Err(format!(
+                    "the tokens have more than {most} different beginnings; there is no room for more; \
+                     train a smaller vocabulary, or on text without runs of millions of equal characters"
+                ));
+            }
+            match cell {
+                NONE => trie.root = base,
+                _ => trie.nodes[cell as usize] |= base * BASE,
+            }
             for (byte, run) in &children {
                 let child = base ^ *byte as u32;
-                trie.nodes[child as usize].parent = node;
+                trie.nodes[child as usize] = TAKEN | *byte as u32;
                 waiting.push((child, depth + 1, run.clone()));
             }
         }
         Ok(trie)
     }
 
-    /// A base under which the cells of all children are free. Cells only fill up, so the search starts at the lowest
-    /// free one; the array grows by blocks of 256, within which `base ^ byte` stays.
-    fn room(&mut self, children: &[(u8, Range<usize>)], lowest_free: &mut usize) -> u32 {
-        let Some((first, _)) = children.first() else { return 0 };
-        while self.nodes.get(*lowest_free).is_some_and(|node| node.parent != NONE) {
-            *lowest_free += 1;
-        }
-        // A single child fits everywhere and fills the holes; for families a search of all that is crowded is too long
-        let near = if children.len() == 1 { 0 } else { self.nodes.len().saturating_sub(512) };
-        for cell in near.max(*lowest_free).. {
+    /// A base that no other node has, under which the cells of all children are free. The array grows by blocks of 256,
+    /// within which `base ^ byte` stays.
+    fn room(&mut self, children: &[(u8, Range<usize>)], rooms: &mut Rooms) -> u32 {
+        let Some((first, _)) = children.first() else { return CHILDLESS };
+        // A single child fits nearly everywhere, and fills the holes that families leave. For a family only the end is
+        // searched: to search all that is crowded takes too long
+        let alone = children.len() == 1;
+        for cell in if alone { rooms.tried } else { self.nodes.len().saturating_sub(512) }.. {
             if cell >= self.nodes.len() {
-                self.nodes.resize(self.nodes.len() + 256, FREE);
+                self.nodes.resize(self.nodes.len() + 256, 0);
                 self.tokens.resize(self.nodes.len(), NONE);
+                rooms.taken.resize(self.nodes.len(), false);
             }
             let base = cell ^ *first as usize;
-            if children.iter().all(|(byte, _)| self.nodes[base ^ *byte as usize].parent == NONE) {
+            if !rooms.taken[base] && children.iter().all(|(byte, _)| self.nodes[base ^ *byte as usize] == 0) {
+                rooms.taken[base] = true;
+                rooms.tried = if alone { cell + 1 } else { rooms.tried };
                 return base as u32;
             }
         }
@@ -148,22 +174,27 @@ impl Trie {
     /// empty text the rank is NONE.
     #[inline]
     fn longest(&self, text: &[u8]) -> (u32, usize) {
-        let mut node = ROOT;
-        let (mut found, mut length) = (ROOT, 0);
+        let mut base = self.root;
+        let (mut found, mut length) = (NONE, 0);
         for (index, &byte) in text.iter().enumerate() {
-            let base = self.nodes[node as usize].base;
-            let child = (base & !ENDS) ^ byte as u32;
-            let Node { parent, base } = self.nodes[child as usize];
-            if parent != node {
+            let cell = base ^ byte as u32;
+            let node = self.nodes[cell as usize];
+            if node % ENDS != TAKEN | byte as u32 {
                 break;
             }
-            if base & ENDS != 0 {
-                (found, length) = (child, index + 1);
+            if node & ENDS != 0 {
+                (found, length) = (cell, index + 1);
             }
-            node = child;
+            base = node / BASE;
         }
-        (self.tokens[found as usize], length)
+        (self.tokens.get(found as usize).copied().unwrap_or(NONE), length)
     }
+}
+
+/// What is known of the cells while a trie is built.
+struct Rooms {
+    taken: Vec<bool>, // [cells] whether some node has this base
+    tried: usize,     // cells before this one were tried for single children
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -217,19 +248,29 @@ impl<T: TokenId> PairTable<T> {
     }
 }
 
+/// What encoding wants to know of a token, side by side: whoever asks for one thing soon asks for another.
+#[derive(Clone, Copy)]
+struct Token<T> {
+    id: T,
+    left: T, // ranks of the two tokens that it was joined from; of no use for the 256 bytes
+    right: T,
+    shorter: T,  // rank of the longest other token that it begins with; its own for a single byte
+    length: u32, // in bytes
+}
+
 /// A vocabulary, ready to encode.
 pub struct Encoder<T> {
-    ids: Vec<T>,         // [ranks]
-    lengths: Vec<u32>,   // [ranks] in bytes
-    halves: Vec<(T, T)>, // [ranks] the two tokens that each was joined from; of no use for the 256 bytes
-    shorter: Vec<u32>,   // [ranks] the longest other token that each begins with; NONE for a single byte
-    bytes: [u32; 256],   // rank of each single byte
+    tokens: Vec<Token<T>>, // [ranks]
+    bytes: [u32; 256],     // rank of each single byte
     trie: Trie,
     pairs: PairTable<T>,
+    /// [256 * last byte of the left + first byte of the right] the lowest rank of all tokens joined from two halves
+    /// that meet in these bytes
+    seams: Vec<u32>,
     /// Whether the bytes come first and every other token is reached by joins of lower ranks, as in every trained
     /// vocabulary: only then is `walk` right
     regular: bool,
-    idle: Mutex<Vec<Scratch<T>>>, // of threads that are done: a warm table serves the next chunk
+    words: Vec<Place>, // [WORDS]
 }
 
 impl<T: TokenId> Encoder<T> {
@@ -240,6 +281,9 @@ impl<T: TokenId> Encoder<T> {
     pub fn new(tokens: &[&[u8]], ids: &[u32]) -> Result<Self, String> {
         if tokens.len() != ids.len() {
             return Err(format!("{} tokens with {} ids; each token needs one", tokens.len(), ids.len()));
+        }
+        if tokens.len() > T::LARGEST as usize + 1 {
+            return Err(format!("{} tokens are more than {}; ask for wide ids", tokens.len(), T::LARGEST as usize + 1));
         }
         if let Some(id) = ids.iter().find(|&&id| id > T::LARGEST) {
             return Err(format!("id {id} is above {}; ask for wide ids", T::LARGEST));
@@ -256,16 +300,22 @@ impl<T: TokenId> Encoder<T> {
             return Err(format!("byte 0x{byte:02x} has no token; all 256 must"));
         }
         let trie = Trie::new(tokens)?;
+        let known = tokens.iter().zip(ids).enumerate().map(|(rank, (token, &id))| {
+            let shorter = match trie.longest(&token[..token.len() - 1]) {
+                (NONE, _) => rank as u32,
+                (shorter, _) => shorter,
+            };
+            let (left, right) = (T::new(0), T::new(0));
+            Token { id: T::new(id), left, right, shorter: T::new(shorter), length: token.len() as u32 }
+        });
         let mut encoder = Encoder {
-            ids: ids.iter().map(|&id| T::new(id)).collect(),
-            lengths: tokens.iter().map(|token| token.len() as u32).collect(),
-            halves: vec![(T::new(0), T::new(0)); tokens.len()],
-            shorter: tokens.iter().map(|token| trie.longest(&token[..token.len() - 1]).0).collect(),
+            tokens: known.collect(),
             bytes,
             trie,
             pairs: PairTable::new(tokens.len()),
+            seams: vec![NONE; 1 << 16],
             regular: true,
-            idle: Mutex::default(),
+            words: std::iter::repeat_with(Place::default).take(WORDS).collect(),
         };
         encoder.learn_pairs(tokens);
         Ok(encoder)
@@ -276,25 +326,28 @@ impl<T: TokenId> Encoder<T> {
     fn learn_pairs(&mut self, tokens: &[&[u8]]) {
         self.regular = self.bytes.iter().all(|&rank| rank < 256);
         for (rank, token) in tokens.iter().enumerate().skip(256) {
-            let mut left = self.shorter[rank];
-            let right = loop {
-                if left == NONE || !self.regular {
-                    break NONE;
+            let mut whole = rank;
+            let halves = loop {
+                let left = self.tokens[whole].shorter.get();
+                if left as usize == whole || !self.regular {
+                    break None;
                 }
-                let cut = self.lengths[left as usize] as usize;
+                let cut = self.tokens[left as usize].length as usize;
                 let (right, length) = self.trie.longest(&token[cut..]);
                 let below = left.max(right) < rank as u32 && cut + length == token.len();
-                if below && self.stay_apart(left, right) {
-                    break right;
+                let seam = seam_of(token, cut);
+                if below && self.stay_apart(left, right, seam) {
+                    break Some((left, right, seam));
                 }
-                left = self.shorter[left as usize];
+                whole = left as usize;
             };
-            if right == NONE {
+            let Some((left, right, seam)) = halves else {
                 self.regular = false;
                 break;
-            }
-            self.halves[rank] = (T::new(left), T::new(right));
+            };
+            (self.tokens[rank].left, self.tokens[rank].right) = (T::new(left), T::new(right));
             self.pairs.insert(left, right, rank as u32);
+            self.seams[seam] = self.seams[seam].min(rank as u32);
         }
         if self.regular {
             return;
@@ -359,9 +412,15 @@ impl<T: TokenId> Encoder<T> {
     /// Time runs backwards here: of the two, the one of higher rank was made last, so it is taken apart first, and
     /// only its half at the seam matters. If the two that face each other at some moment make a token of a rank below
     /// what was joined instead, the rule would have joined across the seam.
-    fn stay_apart(&self, mut left: u32, mut right: u32) -> bool {
+    ///
+    /// `seam`: of the bytes that meet, see [`seam_of`].
+    fn stay_apart(&self, mut left: u32, mut right: u32, seam: usize) -> bool {
+        let first = self.seams[seam]; // no join at the seam is of lower rank
         let mut bound = NONE; // a join at the seam would have to be below this rank to come in time
         loop {
+            if bound <= first {
+                return true;
+            }
             if self.pairs.get(left, right) < bound {
                 return false;
             }
@@ -373,63 +432,102 @@ impl<T: TokenId> Encoder<T> {
             // to come in time; in the right token equal rank will do
             let open_left = left > right;
             bound = if open_left { left } else { right + 1 };
-            let inner = if open_left { self.halves[left as usize].1 } else { self.halves[right as usize].0 }.get();
+            let inner =
+                if open_left { self.tokens[left as usize].right } else { self.tokens[right as usize].left }.get();
             (left, right) = if open_left { (inner, right) } else { (left, inner) };
         }
     }
 }
 
+/// The place in `Encoder::seams` for two tokens that meet at `cut`.
+#[inline]
+fn seam_of(text: &[u8], cut: usize) -> usize {
+    (text[cut - 1] as usize) << 8 | text[cut] as usize
+}
+
 // --------------------------------------------------------------------------------------------------------------------
 // Encoding
 
-/// Places in a thread's table of words; 8 MiB with u16 ids.
+/// Places in the table of words; 8 MiB.
 const WORDS: usize = 1 << 17;
 /// Pieces looked up together: the table is too large for the caches near the core, so all are asked for first.
 const BATCH: usize = 32;
 /// Stands for the key of a piece that is too long to have one.
 const NO_KEY: u128 = u128::MAX;
-/// Pieces of more ids are not kept; an entry is 32 bytes with u16 ids.
-const WORD_IDS: usize = 6;
 
-/// Ids of a piece: `key` is its bytes, padded, with its length in the top byte; 0 = empty place.
-#[derive(Clone, Copy, Default)]
-struct Word<T> {
-    key: u128,
-    number: u32,
-    ids: [T; WORD_IDS],
-}
-
-/// Two words share a place, and a cache line: the one asked for last is the first.
-#[derive(Clone, Copy, Default)]
+/// The ids of words met lately. All threads share one table, so that each word is new once and not once a thread.
+///
+/// A place is a cache line and holds two words of four numbers: the key in two halves (0 = free), four ids, and a last
+/// number with what is left of the ids in its upper half, below it how often this word was replaced, and in the lowest
+/// byte the number of ids. There is no lock (a "seqlock"): who replaces a word writes BUSY into the last number first
+/// and a new last number at the end; who reads a word and finds the same last number before and after has read one
+/// word, and not half of each.
+#[derive(Default)]
 #[repr(align(64))]
-struct Words<T>([Word<T>; 2]);
+struct Place([[AtomicU64; 4]; 2]);
 
-/// What a thread keeps from one document to the next.
-struct Scratch<T> {
-    words: Vec<Words<T>>, // [WORDS]
-    parts: Vec<u32>,      // ranks of the piece at work
-    dead: Vec<u64>,       // one bit for each position of the piece: no encoding passes here
+const BUSY: u64 = 0xFF;
+const REPLACED: u64 = 1 << 8; // one more time
+
+impl Place {
+    /// The ids of a word and how many they are, if it is here.
+    #[inline]
+    fn find<T: TokenId>(&self, key: u128) -> Option<(T::Few, usize)> {
+        let is = |word: &[AtomicU64; 4]| {
+            (word[0].load(Relaxed) ^ key as u64) | (word[1].load(Relaxed) ^ (key >> 64) as u64) == 0
+        };
+        let word = &self.0[!is(&self.0[0]) as usize]; // no branch: which of the two, nobody foresees
+        let last = word[3].load(Acquire);
+        let found = is(word);
+        let ids = T::unpack(word[2].load(Relaxed), (last >> 32) as u32);
+        fence(Acquire);
+        let whole = last == word[3].load(Relaxed) && last & BUSY != BUSY;
+        (found && whole).then_some((ids, (last & BUSY) as usize))
+    }
+
+    /// Put a newcomer in the place of the word that has been here longer, if it has few ids.
+    fn keep<T: TokenId>(&self, key: u128, ids: &[T]) {
+        let width = 96 / T::unpack(0, 0).as_ref().len();
+        if ids.len() * width > 96 {
+            return;
+        }
+        let packed = ids.iter().rev().fold(0, |packed, id| packed << width | id.get() as u128);
+        let [first, second] = [0, 1].map(|n| self.0[n][3].load(Relaxed));
+        let older = (second as u32 / REPLACED as u32) < first as u32 / REPLACED as u32;
+        let (word, last) = if older { (&self.0[1], second) } else { (&self.0[0], first) };
+        // whoever else is at it may go on
+        if last & BUSY == BUSY || word[3].compare_exchange(last, last | BUSY, Relaxed, Relaxed).is_err() {
+            return;
+        }
+        fence(Release);
+        word[0].store(key as u64, Relaxed);
+        word[1].store((key >> 64) as u64, Relaxed);
+        word[2].store(packed as u64, Relaxed);
+        let replaced = ((last as u32 & !(BUSY as u32)).wrapping_add(REPLACED as u32)) as u64;
+        word[3].store(((packed >> 64) as u64) << 32 | replaced | ids.len() as u64, Release);
+    }
 }
 
-impl<T: TokenId> Scratch<T> {
-    fn new() -> Self {
-        Scratch { words: vec![Words::default(); WORDS], parts: Vec::new(), dead: Vec::new() }
-    }
+/// What a thread keeps from one piece to the next.
+#[derive(Default)]
+struct Scratch {
+    parts: Vec<u32>, // ranks of the piece at work
+    dead: Vec<u64>,  // one bit for each position of the piece: no encoding passes here
 }
 
 impl<T: TokenId> Encoder<T> {
     /// Encode documents. `num_threads`: 0 = one per core. Returns the ids in parts, in order, and the number of ids of
     /// each document. Time: linear in the text; memory: the ids, and 8 MiB a thread (16 MiB with u32).
     ///
-    /// `interrupted` is asked about every 20 ms, on the calling thread. Error: it said yes.
+    /// `interrupted` is asked about every 20 ms, on the calling thread. Error: it said yes, or a text cannot be had.
     pub fn encode_batch(
         &self,
-        texts: &[&str],
+        texts: &(impl Texts + ?Sized),
         num_threads: usize,
         interrupted: impl FnMut() -> bool,
     ) -> Result<(Vec<Vec<T>>, Vec<usize>), Interrupted> {
         let parts = parallel(texts, num_threads, interrupted, |chunk| {
-            let mut scratch = self.idle.lock().ok().and_then(|mut idle| idle.pop()).unwrap_or_else(Scratch::new);
+            let mut scratch = Scratch::default();
             let bytes: usize = chunk.iter().map(|(_, text)| text.len()).sum();
             // room for short tokens: pages that are never written cost nothing
             let mut ids = Vec::with_capacity(bytes / 2);
@@ -439,68 +537,61 @@ impl<T: TokenId> Encoder<T> {
                 self.encode_text(text, &mut scratch, &mut ids);
                 counts.push((*document, ids.len() - before));
             }
-            if let Ok(mut idle) = self.idle.lock() {
-                idle.push(scratch);
-            }
             (ids, counts)
         })?;
-        let mut totals = vec![0; texts.len()];
+        let mut totals = vec![0; texts.lengths().len()];
         for (document, count) in parts.iter().flat_map(|(_, counts)| counts) {
             totals[*document] += count;
         }
         Ok((parts.into_iter().map(|(ids, _)| ids).collect(), totals))
     }
 
-    fn encode_text(&self, text: &str, scratch: &mut Scratch<T>, out: &mut Vec<T>) {
+    fn encode_text(&self, text: &str, scratch: &mut Scratch, out: &mut Vec<T>) {
         let bytes = text.as_bytes();
         let mut splitter = Splitter::new(text);
-        let mut batch = Vec::with_capacity(BATCH); // (piece, its key, its place)
+        let (mut ends, mut keys, mut places) = ([0; BATCH], [0; BATCH], [0; BATCH]);
+        let mut start = 0; // of the next piece
         loop {
-            batch.clear();
-            while batch.len() < BATCH {
-                let Some(range) = splitter.next_range() else { break };
-                let key = if range.len() > KEY_BYTES { NO_KEY } else { key_of(bytes, range.start, range.len()) };
-                let place = slot_of(key, WORDS);
-                prefetch(&scratch.words[place]);
-                batch.push((range, key, place));
-            }
-            if batch.is_empty() {
+            let count = splitter.next_ends(&mut ends);
+            if count == 0 {
                 return;
             }
-            for (range, key, place) in batch.drain(..) {
-                let pair = &mut scratch.words[place].0;
-                if pair[0].key != key {
-                    pair.swap(0, 1);
-                }
-                let word = &pair[0];
-                let before = out.len();
-                if word.key == key {
+            let mut from = start;
+            for ((&end, key), place) in ends[..count].iter().zip(&mut keys).zip(&mut places) {
+                *key = if end - from > KEY_BYTES { NO_KEY } else { key_of(bytes, from, end - from) };
+                *place = slot_of(*key, WORDS);
+                prefetch(&self.words[*place]);
+                from = end;
+            }
+            for ((&end, &key), &place) in ends[..count].iter().zip(&keys).zip(&places) {
+                if let Some((ids, number)) = self.words[place].find::<T>(key) {
                     // a copy of fixed length is a few instructions, one of unknown length a function call
-                    out.extend_from_slice(&word.ids);
-                    out.truncate(before + word.number as usize);
-                    continue;
+                    let length = out.len() + number;
+                    out.extend_from_slice(ids.as_ref());
+                    out.truncate(length);
+                } else {
+                    let before = out.len();
+                    self.encode_piece(&bytes[start..end], scratch, out);
+                    if key != NO_KEY {
+                        self.words[place].keep(key, &out[before..]);
+                    }
                 }
-                self.encode_piece(&bytes[range], scratch, out);
-                let number = out.len() - before;
-                if number <= WORD_IDS && key != NO_KEY {
-                    let mut ids = [T::default(); WORD_IDS];
-                    ids[..number].copy_from_slice(&out[before..]);
-                    scratch.words[place].0[0] = Word { key, number: number as u32, ids };
-                }
+                start = end;
             }
         }
     }
 
-    fn encode_piece(&self, piece: &[u8], scratch: &mut Scratch<T>, out: &mut Vec<T>) {
+    #[inline(never)] // keeps the loop above short, so that its variables stay in registers
+    fn encode_piece(&self, piece: &[u8], scratch: &mut Scratch, out: &mut Vec<T>) {
         let first = self.trie.longest(piece);
         if first.1 == piece.len() {
-            return out.push(self.ids[first.0 as usize]);
+            return out.push(self.tokens[first.0 as usize].id);
         }
         match self.regular {
             true => self.walk(piece, first, scratch),
             false => self.join(piece, &mut scratch.parts),
         }
-        out.extend(scratch.parts.iter().map(|&rank| self.ids[rank as usize]));
+        out.extend(scratch.parts.iter().map(|&rank| self.tokens[rank as usize].id));
     }
 
     /// What [`Encoder::join`] does, from left to right: the longest token that fits its left neighbour, and back a step
@@ -512,7 +603,7 @@ impl<T: TokenId> Encoder<T> {
     /// at that seam developed as they do alone, and alone they are not joined there. So there is none, and these
     /// tokens are the result. It follows that what leads to a position is unique, which is why a position that once
     /// proved a dead end stays one.
-    fn walk(&self, piece: &[u8], first: (u32, usize), scratch: &mut Scratch<T>) {
+    fn walk(&self, piece: &[u8], first: (u32, usize), scratch: &mut Scratch) {
         let Scratch { parts, dead, .. } = scratch;
         parts.clear();
         dead.clear();
@@ -522,7 +613,7 @@ impl<T: TokenId> Encoder<T> {
         loop {
             let end = at + length;
             let open = dead[end / 64] >> (end % 64) & 1 == 0;
-            if open && parts.last().is_none_or(|&left| self.stay_apart(left, token)) {
+            if open && parts.last().is_none_or(|&left| self.stay_apart(left, token, seam_of(piece, at))) {
                 parts.push(token);
                 if end == piece.len() {
                     return;
@@ -531,14 +622,13 @@ impl<T: TokenId> Encoder<T> {
                 (token, length) = self.trie.longest(&piece[at..]);
                 continue;
             }
-            token = self.shorter[token as usize];
-            while token == NONE {
-                dead[at / 64] |= 1 << (at % 64);
-                let last = parts.pop().expect("every text has an encoding");
-                at -= self.lengths[last as usize] as usize;
-                token = self.shorter[last as usize];
+            while self.tokens[token as usize].length == 1 {
+                dead[at / 64] |= 1 << (at % 64); // nothing shorter: give up this position, and the token before it
+                token = parts.pop().expect("every text has an encoding");
+                at -= self.tokens[token as usize].length as usize;
             }
-            length = self.lengths[token as usize] as usize;
+            token = self.tokens[token as usize].shorter.get();
+            length = self.tokens[token as usize].length as usize;
         }
     }
 }
@@ -624,7 +714,7 @@ mod tests {
                 let texts: Vec<String> = (1..20).map(&mut word).collect();
                 let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
                 let encoder = encoder::<u32>(&vocabulary(&texts, 50));
-                let mut scratch = Scratch::new();
+                let mut scratch = Scratch::default();
                 let mut parts = Vec::new();
                 for length in (1..100).step_by(7) {
                     let piece: String = word(length);
@@ -673,13 +763,52 @@ mod tests {
     }
 
     #[test]
+    fn who_reads_while_others_write_finds_whole_words_only() {
+        let place = Place::default();
+        // the ids of a word repeat its key, so half a word would be seen
+        let ids_of = |key: u128| [key as u32, key as u32 * 3, !(key as u32)];
+        let found = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for thread in 0..3 {
+                let (place, found, ids_of) = (&place, &found, &ids_of);
+                scope.spawn(move || {
+                    for turn in 0..200_000u128 {
+                        let key = 1 + (turn * 7 + thread) % 5;
+                        place.keep(key << 70 | key, &ids_of(key));
+                        let asked = 1 + turn % 5;
+                        if let Some((ids, number)) = place.find::<u32>(asked << 70 | asked) {
+                            assert_eq!((ids, number), (ids_of(asked), 3));
+                            found.fetch_add(1, Relaxed);
+                        }
+                    }
+                });
+            }
+        });
+        assert!(found.into_inner() > 1000);
+    }
+
+    #[test]
+    fn a_place_keeps_two_words_of_few_ids() {
+        let place = Place::default();
+        for key in 1..5u128 {
+            place.keep(key, &[key as u16; 6]);
+        }
+        let found: Vec<_> = (1..5).map(|key| place.find::<u16>(key)).collect();
+        assert_eq!(found, [None, None, Some(([3; 6], 6)), Some(([4; 6], 6))]);
+        place.keep(9, &[9u16; 7]);
+        assert_eq!(place.find::<u16>(9), None, "too many ids");
+        place.keep(10, &[10u16]);
+        assert_eq!(place.find::<u16>(10), Some(([10, 0, 0, 0, 0, 0], 1)));
+    }
+
+    #[test]
     fn threads_do_not_matter() {
         let encoder = encoder::<u32>(&vocabulary(&TEXTS, 60));
         let texts: Vec<String> = (0..3000).map(|n| format!("{} {n} {}", TEXTS[n % 4], TEXTS[n / 7 % 4])).collect();
         let long = texts.concat().repeat(9);
         let texts: Vec<&str> = texts.iter().map(String::as_str).chain([long.as_str(), ""]).collect();
         assert_eq!(encode(&encoder, &texts, 1), encode(&encoder, &texts, 3));
-        assert_eq!(encoder.encode_batch(&texts, 2, || true), Err(Interrupted));
+        assert_eq!(encoder.encode_batch(&texts[..], 2, || true), Err(Interrupted));
     }
 
     #[test]
@@ -693,5 +822,9 @@ mod tests {
         assert!(Encoder::<u16>::new(&[all.clone(), vec![b"a"]].concat(), &[0; 257]).is_err(), "a token twice");
         assert!(Encoder::<u16>::new(&[all.clone(), vec![b""]].concat(), &[0; 257]).is_err(), "an empty token");
         assert!(Encoder::<u16>::new(&all, &[70_000; 256]).is_err(), "an id too large");
+        let many: Vec<Vec<u8>> = (0..70_000u32).map(|n| n.to_be_bytes()[1..].to_vec()).chain(bytes.clone()).collect();
+        let many: Vec<&[u8]> = many.iter().map(Vec::as_slice).collect();
+        let Err(message) = Encoder::<u16>::new(&many, &vec![0; many.len()]) else { panic!("ranks too large") };
+        assert!(message.contains("wide"), "{message}");
     }
 }

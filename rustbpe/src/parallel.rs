@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 /// Threads take their work in chunks of about this many bytes: long enough that taking one costs nothing, short enough
 /// that a thread with slow text does not keep the others waiting at the end.
-const CHUNK_BYTES: usize = 1 << 18;
+const CHUNK_BYTES: usize = 1 << 17;
 
 /// The caller's check asked to stop (Ctrl-C).
 #[derive(Debug, PartialEq, Eq)]
@@ -28,33 +28,70 @@ impl Clock {
     }
 }
 
+/// Documents that are fetched when their turn comes, by whatever thread works on them: a text of Python's must be
+/// converted first, and while one thread does that, which takes Python's lock, others encode.
+pub trait Texts: Sync {
+    /// Length of each document: only to share them out, so that characters serve as well as bytes.
+    fn lengths(&self) -> Vec<usize>;
+    /// Some neighbouring documents. None: one of them cannot be had, stop.
+    fn fetch(&self, documents: Range<usize>) -> Option<Vec<&str>>;
+}
+
+impl Texts for [&str] {
+    fn lengths(&self) -> Vec<usize> {
+        self.iter().map(|text| text.len()).collect()
+    }
+
+    fn fetch(&self, documents: Range<usize>) -> Option<Vec<&str>> {
+        Some(self[documents].to_vec())
+    }
+}
+
+/// Work for one thread.
+enum Chunk<'a> {
+    Documents(Range<usize>),
+    /// A part of a long document, and which one that is
+    Part(&'a str, usize),
+}
+
 /// Run `work` on all documents, in chunks of `(index of the document, text)`; a long document comes in several parts,
 /// cut where a piece ends anyway. The calling thread works too. Results are in the order of the text.
 ///
-/// `num_threads`: 0 = one per core, and never more than there are chunks.
+/// `num_threads`: 0 = one per core, and never more than there are chunks. Error: `interrupted` said yes, or a document
+/// could not be fetched.
 pub(crate) fn parallel<R: Send>(
-    texts: &[&str],
+    texts: &(impl Texts + ?Sized),
     num_threads: usize,
     mut interrupted: impl FnMut() -> bool,
     work: impl Fn(&[(usize, &str)]) -> R + Sync,
 ) -> Result<Vec<R>, Interrupted> {
-    let parts = |(index, text)| cut(text, CHUNK_BYTES).map(move |part| (index, part));
-    let parts: Vec<(usize, &str)> = texts.iter().copied().enumerate().flat_map(parts).collect();
-    let chunks = group(&parts);
+    let chunks = chunks(texts).ok_or(Interrupted)?;
     let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
     let threads = if num_threads == 0 { cores() } else { num_threads };
+    let work_on = |chunk: &Chunk| match chunk {
+        Chunk::Documents(range) => {
+            let documents: Vec<_> = range.clone().zip(texts.fetch(range.clone())?).collect();
+            Some(work(&documents))
+        }
+        Chunk::Part(text, index) => Some(work(&[(*index, text)])),
+    };
 
     let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
     let run = |interrupted: &mut dyn FnMut() -> bool| {
         let mut done = Vec::new();
-        while let Some(range) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let Some(chunk) = chunks.get(number) else { break };
             if interrupted() {
                 stop.store(true, Ordering::Relaxed);
             }
             if stop.load(Ordering::Relaxed) {
                 break;
             }
-            done.push((range.start, work(&parts[range.clone()])));
+            match work_on(chunk) {
+                Some(result) => done.push((number, result)),
+                None => stop.store(true, Ordering::Relaxed),
+            }
         }
         done
     };
@@ -70,23 +107,31 @@ pub(crate) fn parallel<R: Send>(
     if stop.into_inner() {
         return Err(Interrupted);
     }
-    done.sort_unstable_by_key(|(start, _)| *start);
+    done.sort_unstable_by_key(|(number, _)| *number);
     Ok(done.into_iter().map(|(_, result)| result).collect())
 }
 
-/// Neighbouring parts together, until there are CHUNK_BYTES of them.
-fn group(parts: &[(usize, &str)]) -> Vec<Range<usize>> {
-    let mut chunks: Vec<Range<usize>> = Vec::new();
-    let mut size = CHUNK_BYTES;
-    for (index, (_, text)) in parts.iter().enumerate() {
-        if size >= CHUNK_BYTES {
-            chunks.push(index..index);
-            size = 0;
+/// Neighbouring documents together, until there are CHUNK_BYTES of them; long ones in parts. None: one of these cannot
+/// be fetched.
+fn chunks(texts: &(impl Texts + ?Sized)) -> Option<Vec<Chunk<'_>>> {
+    let mut chunks = Vec::new();
+    let mut size = 0; // of the last chunk
+    for (index, length) in texts.lengths().into_iter().enumerate() {
+        if length >= 2 * CHUNK_BYTES {
+            let text = texts.fetch(index..index + 1)?[0];
+            chunks.extend(cut(text, CHUNK_BYTES).map(|part| Chunk::Part(part, index)));
+            continue;
         }
-        chunks.last_mut().expect("one was pushed at the first part").end = index + 1;
-        size += text.len();
+        match chunks.last_mut() {
+            Some(Chunk::Documents(range)) if size < CHUNK_BYTES => range.end += 1,
+            _ => {
+                chunks.push(Chunk::Documents(index..index + 1));
+                size = 0;
+            }
+        }
+        size += length;
     }
-    chunks
+    Some(chunks)
 }
 
 #[cfg(test)]
@@ -99,7 +144,7 @@ mod tests {
         for texts in [vec![], vec![""], vec!["a", "", "b"], vec![&long], vec!["x", &long, "", &long, "y"]] {
             for threads in 1..4 {
                 let seen = parallel(
-                    &texts,
+                    &texts[..],
                     threads,
                     || false,
                     |chunk| chunk.iter().map(|(index, text)| (*index, text.to_string())).collect::<Vec<_>>(),
@@ -115,7 +160,7 @@ mod tests {
 
     #[test]
     fn an_interrupt_ends_the_work() {
-        assert_eq!(parallel(&["text"], 2, || true, |_| ()), Err(Interrupted));
+        assert_eq!(parallel(&["text"][..], 2, || true, |_| ()), Err(Interrupted));
         let mut asked = 0;
         let slow = |_: &[(usize, &str)]| std::thread::sleep(Duration::from_millis(25));
         let long = "word ".repeat(1_000_000);
@@ -123,7 +168,7 @@ mod tests {
             asked += 1;
             asked > 1
         };
-        assert_eq!(parallel(&[&long], 1, &mut second, slow), Err(Interrupted));
+        assert_eq!(parallel(&[long.as_str()][..], 1, &mut second, slow), Err(Interrupted));
         assert_eq!(asked, 2);
     }
 }

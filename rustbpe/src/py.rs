@@ -1,14 +1,16 @@
 //! The border to Python: convert, release the GIL, look for Ctrl-C, turn errors into exceptions. No algorithm here.
 
 use crate::encode::{self, TokenId};
-use crate::parallel::Interrupted;
+use crate::parallel::{Interrupted, Texts};
 use crate::split::Splitter;
 use crate::train::{Counter, Pair, TrainError};
 use pyo3::exceptions::{PyOverflowError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyByteArray, PyString};
+use std::ops::Range;
 use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::Mutex;
 
 /// Run work without the GIL. A panic would surface as PanicException, which `except Exception` does not catch: it
 /// becomes a RuntimeError instead.
@@ -111,23 +113,50 @@ impl Encoder {
     }
 
     #[pyo3(signature = (texts, num_threads=0))]
-    fn encode_batch<'py>(&self, py: Python<'py>, texts: Vec<PyBackedStr>, num_threads: usize) -> PyResult<Arrays<'py>> {
+    fn encode_batch<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Vec<Py<PyString>>,
+        num_threads: usize,
+    ) -> PyResult<Arrays<'py>> {
         match &self.width {
-            Width::Narrow(encoder) => encode_batch(py, encoder, &texts, num_threads, u16::to_ne_bytes),
-            Width::Wide(encoder) => encode_batch(py, encoder, &texts, num_threads, u32::to_ne_bytes),
+            Width::Narrow(encoder) => encode_batch(py, encoder, texts, num_threads, u16::to_ne_bytes),
+            Width::Wide(encoder) => encode_batch(py, encoder, texts, num_threads, u32::to_ne_bytes),
         }
+    }
+}
+
+/// Texts as UTF-8, each converted when its turn comes. A str keeps its UTF-8 for as long as it lives.
+struct Strings {
+    texts: Vec<Py<PyString>>,
+    error: Mutex<Option<PyErr>>, // why a text could not be had: a lone surrogate
+}
+
+impl Texts for Strings {
+    fn lengths(&self) -> Vec<usize> {
+        Python::attach(|py| self.texts.iter().map(|text| text.bind(py).len().unwrap_or(0)).collect())
+    }
+
+    fn fetch(&self, documents: Range<usize>) -> Option<Vec<&str>> {
+        let texts: PyResult<Vec<&str>> =
+            Python::attach(|py| self.texts[documents].iter().map(|text| text.to_str(py)).collect());
+        texts.map_err(|error| self.error.lock().map(|mut place| *place = Some(error))).ok()
     }
 }
 
 fn encode_batch<'py, T: TokenId, const SIZE: usize>(
     py: Python<'py>,
     encoder: &encode::Encoder<T>,
-    texts: &[PyBackedStr],
+    texts: Vec<Py<PyString>>,
     num_threads: usize,
     to_bytes: impl Fn(T) -> [u8; SIZE],
 ) -> PyResult<Arrays<'py>> {
-    let texts: Vec<&str> = texts.iter().map(|text| &**text).collect();
-    let (parts, counts) = interruptible(py, |interrupted| encoder.encode_batch(&texts, num_threads, interrupted))?;
+    let texts = Strings { texts, error: Mutex::default() };
+    let result = interruptible(py, |interrupted| encoder.encode_batch(&texts, num_threads, interrupted));
+    if let Ok(Some(error)) = texts.error.into_inner() {
+        return Err(error);
+    }
+    let (parts, counts) = result?;
     // A bytearray, because numpy makes a writable array of it; the copy runs at memory speed
     let total: usize = parts.iter().map(Vec::len).sum();
     let ids = PyByteArray::new_with(py, total * SIZE, |buffer| {

@@ -126,24 +126,30 @@ impl<'a> Splitter<'a> {
         }
     }
 
-    /// Where the next piece lies in the text, for callers that also look at the bytes around it.
-    #[inline]
-    pub fn next_range(&mut self) -> Option<std::ops::Range<usize>> {
-        let start = self.position;
-        if self.ends == 0 {
-            match self.bytes.get(start) {
-                None => return None,
-                Some(0..0x80) => self.look_ahead(),
-                Some(_) => {}
+    /// Fill `ends` with where the next pieces end; each begins where the last one ended. Returns how many there are:
+    /// fewer than asked for only at the end of the text.
+    pub fn next_ends(&mut self, ends: &mut [usize]) -> usize {
+        let mut count = 0;
+        while count < ends.len() {
+            if self.ends == 0 {
+                match self.bytes.get(self.position) {
+                    None => break,
+                    Some(0..0x80) => self.look_ahead(),
+                    Some(_) => {}
+                }
             }
+            if self.ends == 0 {
+                ends[count] = self.piece_end(self.position);
+                count += 1;
+            }
+            while self.ends != 0 && count < ends.len() {
+                ends[count] = self.base + self.ends.trailing_zeros() as usize;
+                self.ends &= self.ends - 1;
+                count += 1;
+            }
+            self.position = ends[count - 1];
         }
-        if self.ends != 0 {
-            self.position = self.base + self.ends.trailing_zeros() as usize;
-            self.ends &= self.ends - 1;
-        } else {
-            self.position = self.piece_end(start);
-        }
-        Some(start..self.position)
+        count
     }
 
     /// Find the pieces among the next bytes, all at once: bit `n` of a number says something about byte `n`, and
@@ -152,27 +158,52 @@ impl<'a> Splitter<'a> {
     #[inline(never)]
     fn look_ahead(&mut self) {
         if self.position.wrapping_sub(self.window) > 48 {
-            let Some(window) = self.bytes[self.position..].first_chunk() else { return };
-            self.window = self.position;
-            self.kinds = kinds_of(window);
+            self.move_window();
         }
         let passed = self.position - self.window;
         let [letter, digit, blank, newline, hard] = self.kinds.map(|bits| bits >> passed);
-        let hard = hard | !(u64::MAX >> passed); // behind the window
         let space = blank | newline;
+        let first_digit = digit & !(digit << 1);
+        let three_digits = digit & digit << 1 & digit << 2;
+        let fourth_digit = digit & (first_digit & three_digits >> 2) << 3;
+        let seventh_digit = fourth_digit << 3 & digit & three_digits << 1;
+        let end = !(u64::MAX >> (passed + 1)); // behind the window, and its last byte, whose next is not known
+        let mut hard = hard | seventh_digit | end;
         let mark = !(letter | digit | space | hard);
-        let fourth_digit = digit & digit << 1 & digit << 2 & digit << 3;
-        let hard = hard | space & space << 1 | fourth_digit;
+        // Of white space the end decides: is there another newline (5), or what follows the last blank (6)?
+        let unclear = newline & blank << 1 | hard & space << 1 & space << 2;
+        if unclear != 0 {
+            let before = (unclear & unclear.wrapping_neg()) - 1; // the bits below the lowest
+            let first = u64::BITS - (before & !space).leading_zeros(); // of that white space
+            hard |= 2 << first;
+        }
         // a mark begins a piece unless another or a blank goes before; alone, it goes with the letters that follow
         let first_mark = mark & !(mark << 1 | blank << 1);
         let first_letter = letter & !(letter << 1 | blank << 1 | first_mark << 1);
-        let first_digit = digit & !(digit << 1);
-        let first_newline = newline & !(mark << 1);
-        let starts = first_letter | first_digit | blank | first_newline | first_mark;
+        // the newlines behind marks are theirs: adding to the lowest bit of a run of ones clears the run
+        let own = space & !(newline & !newline.wrapping_add(newline & mark << 1));
+        let after_newline = blank & newline << 1;
+        let last_blank = blank & blank << 1 & !(space >> 1);
+        let first_space = own & !(own << 1) | after_newline | last_blank;
+        let starts = first_letter | first_digit | fourth_digit | first_mark | first_space;
         // a piece ends where the next one starts; one that starts at the first byte is the one to be ended
         let certain = hard.wrapping_sub(1) & !hard; // the bits below the lowest hard one
         self.ends = starts & certain & !1;
         self.base = self.position;
+    }
+
+    /// Describe the 64 bytes from the present position on; what lies behind the text is hard.
+    fn move_window(&mut self) {
+        let rest = &self.bytes[self.position..];
+        self.window = self.position;
+        self.kinds = match rest.first_chunk() {
+            Some(window) => kinds_of(window),
+            None => {
+                let mut window = [0xFF; 64];
+                window[..rest.len()].copy_from_slice(rest);
+                kinds_of(&window)
+            }
+        };
     }
 
     /// Class and length in bytes of the character at `at`; (Other, 0) at the end of the text.
@@ -308,9 +339,45 @@ impl<'a> Splitter<'a> {
 /// Which of 64 bytes are letters, digits, blanks, newlines, and which are hard: not ASCII, an apostrophe (it may begin
 /// a contraction) or rare white space. Bit `n` of a number is byte `n`. What is none of these is a mark.
 ///
-/// The first loop is one that compilers turn into vector instructions: no branch, no table.
+/// Sixteen bytes are compared at once, and their sign bits gathered into one number (SSE2, which every x86-64 has).
+/// Comparisons are of signed bytes, so a range is moved to begin at the smallest of them, -128.
+#[cfg(target_arch = "x86_64")]
 #[inline]
+#[allow(unsafe_code)]
 fn kinds_of(window: &[u8; 64]) -> [u64; 5] {
+    use std::arch::x86_64::*;
+    let mut kinds = [0u64; 5];
+    for (index, sixteen) in window.chunks_exact(16).enumerate() {
+        // Safety: the 16 bytes read are those of the chunk, and the other instructions only need SSE2
+        let masks = unsafe {
+            let bytes = _mm_loadu_si128(sixteen.as_ptr().cast());
+            let is = |byte: u8| _mm_cmpeq_epi8(bytes, _mm_set1_epi8(byte as i8));
+            let within = |bytes, first: u8, count: u8| {
+                let moved = _mm_add_epi8(bytes, _mm_set1_epi8(0x80_u8.wrapping_sub(first) as i8));
+                _mm_cmplt_epi8(moved, _mm_set1_epi8(0x80_u8.wrapping_add(count) as i8))
+            };
+            let newline = is(b'\n');
+            let rare_space = _mm_andnot_si128(newline, within(bytes, b'\t', 5));
+            [
+                within(_mm_or_si128(bytes, _mm_set1_epi8(0x20)), b'a', 26),
+                within(bytes, b'0', 10),
+                is(b' '),
+                newline,
+                _mm_or_si128(bytes, _mm_or_si128(is(b'\''), rare_space)), // above ASCII the sign bit is set already
+            ]
+            .map(|mask| _mm_movemask_epi8(mask) as u16 as u64)
+        };
+        for (kind, mask) in kinds.iter_mut().zip(masks) {
+            *kind |= mask << (16 * index);
+        }
+    }
+    kinds
+}
+
+/// The same on other processors: byte by byte into a byte of flags, by a loop that compilers turn into vector
+/// instructions; then squares of eight bytes of eight flags, turned over their diagonal.
+#[cfg(any(test, not(target_arch = "x86_64")))]
+fn kinds_by_flags(window: &[u8; 64]) -> [u64; 5] {
     let mut kinds = [0u8; 64];
     for (kind, &byte) in kinds.iter_mut().zip(window) {
         let letter = (byte | 0x20).wrapping_sub(b'a') < 26;
@@ -319,7 +386,6 @@ fn kinds_of(window: &[u8; 64]) -> [u64; 5] {
         let (blank, newline) = (byte == b' ', byte == b'\n');
         *kind = letter as u8 | (digit as u8) << 1 | (blank as u8) << 2 | (newline as u8) << 3 | (hard as u8) << 4;
     }
-    // Eight bytes of eight bits are a square; turned over its diagonal, byte `k` holds bit `k` of all eight bytes
     let mut masks = [[0u8; 8]; 5];
     for (index, eight) in kinds.chunks_exact(8).enumerate() {
         let mut x = u64::from_le_bytes(eight.try_into().expect("chunks of 8"));
@@ -333,6 +399,9 @@ fn kinds_of(window: &[u8; 64]) -> [u64; 5] {
     }
     masks.map(u64::from_le_bytes)
 }
+
+#[cfg(not(target_arch = "x86_64"))]
+use kinds_by_flags as kinds_of;
 
 /// The high bit of each byte that is no ASCII letter, the other bits 0.
 #[inline]
@@ -371,9 +440,10 @@ pub fn cut(text: &str, size: usize) -> impl Iterator<Item = &str> {
 impl<'a> Iterator for Splitter<'a> {
     type Item = &'a str;
 
-    #[inline]
     fn next(&mut self) -> Option<&'a str> {
-        self.next_range().map(|range| &self.text[range])
+        let start = self.position;
+        let mut end = [0];
+        (self.next_ends(&mut end) == 1).then(|| &self.text[start..end[0]])
     }
 }
 
@@ -383,6 +453,15 @@ mod tests {
 
     fn pieces(text: &str) -> Vec<&str> {
         Splitter::new(text).collect()
+    }
+
+    fn step_by_step(text: &str) -> Vec<&str> {
+        let splitter = Splitter::new(text);
+        let mut steps = vec![0];
+        while steps[steps.len() - 1] < text.len() {
+            steps.push(splitter.piece_end(steps[steps.len() - 1]));
+        }
+        steps.windows(2).map(|ends| &text[ends[0]..ends[1]]).collect()
     }
 
     const TRAPS: [&str; 3] =
@@ -463,13 +542,29 @@ mod tests {
                 // few kinds make long runs without anything hard, many make all transitions
                 text.push_str(alphabet[(seed >> 33) as usize % (3 + length % (alphabet.len() - 2))]);
             }
-            let splitter = Splitter::new(&text);
-            let mut steps = vec![0];
-            while steps[steps.len() - 1] < text.len() {
-                steps.push(splitter.piece_end(steps[steps.len() - 1]));
+            assert_eq!(pieces(&text), step_by_step(&text));
+        }
+    }
+
+    #[test]
+    fn runs_of_white_space_and_marks_are_found_at_every_place_of_a_window() {
+        let kinds = [" ", "\n", "!", "a", "7", "\t", "'"];
+        let all = (0..kinds.len().pow(5))
+            .map(|code| (0..5).map(|place| kinds[code / kinds.len().pow(place) % kinds.len()]).collect());
+        for run in all.chain((6..15).map(|digits| "7".repeat(digits))) {
+            // at 62, 63 and so on the run lies across the end of the window
+            for before in [0, 1, 17, 47, 48, 49, 58, 59, 60, 61, 62, 63, 64] {
+                let text = "b".repeat(before) + &run + &"c ".repeat(before % 3 * 20);
+                assert_eq!(pieces(&text), step_by_step(&text), "{before}");
             }
-            let expected: Vec<&str> = steps.windows(2).map(|ends| &text[ends[0]..ends[1]]).collect();
-            assert_eq!(pieces(&text), expected);
+        }
+    }
+
+    #[test]
+    fn bytes_are_of_the_same_kinds_with_and_without_vector_instructions() {
+        for shift in 0..=255u8 {
+            let window = std::array::from_fn(|index| shift.wrapping_add(index as u8 * 3));
+            assert_eq!(kinds_of(&window), kinds_by_flags(&window));
         }
     }
 

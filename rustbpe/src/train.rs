@@ -79,18 +79,26 @@ impl WordTable {
         self.recent.resize(RECENT, (0, 0));
         let bytes = text.as_bytes();
         let mut splitter = Splitter::new(text);
-        while let Some(range) = splitter.next_range() {
-            if range.len() > KEY_BYTES {
-                self.add(&bytes[range], 1);
-                continue;
+        let (mut start, mut ends) = (0, [0; 32]);
+        loop {
+            let count = splitter.next_ends(&mut ends);
+            if count == 0 {
+                return;
             }
-            let key = key_of(bytes, range.start, range.len());
-            let slot = slot_of(key, RECENT);
-            let (known, index) = self.recent[slot];
-            if known == key {
-                self.words[index as usize].count += 1;
-            } else {
-                self.recent[slot] = (key, self.add(&bytes[range], 1));
+            for &end in &ends[..count] {
+                let piece = std::mem::replace(&mut start, end)..end;
+                if piece.len() > KEY_BYTES {
+                    self.add(&bytes[piece], 1);
+                    continue;
+                }
+                let key = key_of(bytes, piece.start, piece.len());
+                let slot = slot_of(key, RECENT);
+                let (known, index) = self.recent[slot];
+                if known == key {
+                    self.words[index as usize].count += 1;
+                } else {
+                    self.recent[slot] = (key, self.add(&bytes[piece], 1));
+                }
             }
         }
     }
