@@ -242,7 +242,7 @@ def main(args):
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of samples drawn so far by all ranks together: the order is a function of it, not of
     # the rank count
-    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps, "blocks": 0}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         sharding.load_full_state(model, optimizer, state["model"], state["optimizer"], optim.load_state)
@@ -299,7 +299,8 @@ def main(args):
 
         # all micro-batches first: the loss is divided by the number of targets of the whole step, which must be known
         # before backward
-        model.model.depth = max(model.model.depth or 0, trained_blocks(  # --max_minutes may correct max_steps upwards
+        # never fewer than before, should --max_minutes or a resume have moved the end away
+        progress["blocks"] = model.model.depth = max(progress["blocks"], trained_blocks(
             step / progress["max_steps"], args.depth_warmup, model.config.num_hidden_layers))
         parts = row_parts(step / progress["max_steps"], args.length_warmup)
         rows, batches = lengths[parts], []
