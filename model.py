@@ -351,6 +351,7 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(config)
+        self.depth = None  # only so many blocks run, from the bottom; None = all (train_pretrain.trained_blocks)
 
     def forward(self, ids, positions=None, documents=None, cache=None, token_mask=None, recompute=False, mask=None,
                 wanted=None):
@@ -373,10 +374,10 @@ class Backbone(nn.Module):
         if mask is not None:
             mask = additive_mask(mask, x.dtype)
         rope = self.rotary(positions, x.dtype)  # once for all layers
-        balances = []
-        for i, layer in enumerate(self.layers, 1):
+        layers, balances = list(self.layers)[: self.depth], []
+        for i, layer in enumerate(layers, 1):
             # nothing looks at the last layer's output but the head: what is not wanted of it need not be computed
-            last = wanted if i == len(self.layers) else None
+            last = wanted if i == len(layers) else None
             # keep only x of each layer and run the layer again in backward: memory / L, time + 1/3
             if recompute and torch.is_grad_enabled():
                 x, balance = checkpoint(layer, x, rope, mask, causal, cache, token_mask, last, use_reentrant=False)
@@ -508,9 +509,9 @@ class Transformer(nn.Module):
         reduce: sums a tensor over the ranks (in place or returned). Returns the expert visits [L,E] since the last
         call; None for models without shared experts, where there is nothing to do.
         """
-        # always in layer order, so that ranks add up like with like
-        layers = [m for m in self.modules() if isinstance(m, MoE)] if self.config.n_shared_experts else []
-        if not any(layer.counts is not None for layer in layers):
+        # always in layer order, so that ranks add up like with like; those that did not run have nothing to balance
+        layers = [m for m in self.modules() if isinstance(m, MoE) and m.counts is not None]
+        if not layers or not self.config.n_shared_experts:
             return None
         counts = torch.stack([layer.counts for layer in layers]).float()  # [L,E], one collective for all layers
         reduced = reduce(counts) if reduce else None

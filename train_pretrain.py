@@ -8,7 +8,7 @@ What is here: packed windows in random order, bf16 autocast, Muon, accumulation,
 data format (dataset.py), the optimizer's mathematics (optim.py), ZeRO and FSDP (sharding.py).
 
 Papers: Vaswani et al. 2017 (arXiv:1706.03762), Radford et al. 2019 (GPT-2), Yang et al. 2025 (Qwen3, arXiv:2505.09388),
-Li et al. 2021 (shorter rows at first, arXiv:2108.06084).
+Li et al. 2021 (shorter rows at first, arXiv:2108.06084), Bu 2025 (fewer blocks at first, arXiv:2511.04981).
 
     python train_pretrain.py --preset nano --data_path out/data/pretrain.train.jsonl       # a laptop
     python train_pretrain.py --preset small --data_path "data/*.jsonl.gz" --epochs 2       # one GPU
@@ -76,12 +76,17 @@ def parse_args(argv=None):
                "recompute activations in the backward pass: less memory, about 30%% slower")
     cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.01, warmup_steps=0.1,
                     unserved=())
+    parser.add_argument("--adam_beta1", type=cli.positive(float, below=1), default=0.9,
+                        help="memory of AdamW's mean gradient, beside Muon of the embedding's")
     cli.sharding_flags(parser)
     cli.run_flags(parser, save_weight="pretrain", eval_interval=250, save_interval=500,
                   watched=("val_loss", "bits_per_byte"))
     parser.add_argument("--length_warmup", type=cli.positive(float, zero=True, below=1.001), default=0.0,
                         help="share of the steps in which rows are shorter, 1/8 of --max_seq_len at first; 0 = none. "
                              "Better bits per byte in short runs, worse at looking things up in a text")
+    parser.add_argument("--depth_warmup", type=cli.positive(float, zero=True, below=1.001), default=0.0,
+                        help="share of the steps in which only the lower half of the blocks is trained, which saves "
+                             "up to half of a step's time; 0 = none. Goes with --schedule wsd")
     parser.add_argument("--eval_batches", type=cli.positive(int), default=32, help="held-out batches per evaluation")
     cli.switch(parser, "--use_compile", 0, "torch.compile: 20 s of warm-up, pays back after about 100 steps")
     args = parser.parse_args(argv)
@@ -122,6 +127,19 @@ def check_shape(args, config):
                          "model with a larger --max_position_embeddings")
 
 
+def check_growth(args, model):
+    """Raise ValueError when --depth_warmup cannot leave blocks out: unless they are the identity the model would jump
+    when they join, FSDP expects gradients of all, and two optimizers keep averages that belong to every step."""
+    other = "--fsdp 1" if args.fsdp else f"--optimizer {args.optimizer}"
+    if args.depth_warmup and (args.fsdp or args.optimizer in ("sophia", "schedulefree")):
+        raise ValueError(f"--depth_warmup {args.depth_warmup} with {other}; blocks that join later have no gradient "
+                         "until then; leave one of the two out")
+    left_out = model.model.layers[trained_blocks(0, args.depth_warmup, len(model.model.layers)):]
+    if any(p.any() for name, p in left_out.named_parameters() if name.endswith(("o_proj.weight", "down_proj.weight"))):
+        raise ValueError(f"--depth_warmup {args.depth_warmup} with --from_weight {args.from_weight}; blocks that join "
+                         "later must not have been trained before; leave --depth_warmup out")
+
+
 def smaller_preset(model, tokens):
     """(name, its share of this model's operations per token) of the next preset with fewer operations and parameters;
     None below the smallest. `tokens`: length of a row."""
@@ -138,6 +156,12 @@ def row_parts(done, share):
     """How many rows are read in place of one when `done` of the run (0 to 1) is over: 8, then 4, then 2, for a third of
     `share` each, then 1. They are as many times shorter, so a step has the same number of tokens from more places."""
     return 1 if done >= share else 8 >> int(3 * done / share)
+
+
+def trained_blocks(done, share, blocks):
+    """How many blocks, from the bottom, run when `done` of the run (0 to 1) is over: half of them until `share`, then
+    all. A block that has not been trained is the identity (model.initialize), so nothing jumps when it joins."""
+    return blocks if done >= share else max(1, blocks // 2)
 
 
 def evaluate(model, data, args, runtime):
@@ -192,6 +216,7 @@ def main(args):
     # -- 3. Model ------------------------------------------------------------------------------------------------------
     model = Transformer.from_pretrained(parent) if parent else Transformer(build_config(args, tokenizer))
     check_shape(args, model.config)
+    check_growth(args, model)
     common.check_vocabulary(model.config, tokenizer, args.from_weight)
     model.gradient_checkpointing = bool(args.gradient_checkpointing)
     zero, fsdp = sharding.modes(args, runtime)
@@ -206,7 +231,7 @@ def main(args):
 
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
-                            dtype=runtime.dtype, zero=zero)
+                            (args.adam_beta1, 0.95), dtype=runtime.dtype, zero=zero)
     per_step = args.batch_size * args.accumulation_steps * runtime.world_size
     max_steps = common.count_steps(args, len(data), per_step)
     budget = common.Budget(args.max_minutes)
@@ -220,7 +245,7 @@ def main(args):
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of samples drawn so far by all ranks together: the order is a function of it, not of
     # the rank count
-    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps}
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps, "blocks": 0}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         sharding.load_full_state(model, optimizer, state["model"], state["optimizer"], optim.load_state)
@@ -256,7 +281,7 @@ def main(args):
     ddp = runtime.world_size > 1 and not fsdp
     if ddp:
         wrapped = DistributedDataParallel(model, device_ids=[runtime.local_rank] if runtime.device.type == "cuda"
-                                          else None)
+                                          else None, find_unused_parameters=args.depth_warmup > 0)
     if args.use_compile:
         wrapped = torch.compile(wrapped)
 
@@ -277,6 +302,9 @@ def main(args):
 
         # all micro-batches first: the loss is divided by the number of targets of the whole step, which must be known
         # before backward
+        # never fewer than before, should --max_minutes or a resume have moved the end away
+        progress["blocks"] = model.model.depth = max(progress["blocks"], trained_blocks(
+            step / progress["max_steps"], args.depth_warmup, model.config.num_hidden_layers))
         parts = row_parts(step / progress["max_steps"], args.length_warmup)
         rows, batches = lengths[parts], []
         for micro in range(args.accumulation_steps):

@@ -52,6 +52,7 @@ CASES = {
     "pretrain sophia": ("train_pretrain", "dense", ["--optimizer", "sophia", "--hessian_interval", "3"]),
     "sft sophia": ("train_sft", "shared", ["--optimizer", "sophia", "--hessian_interval", "2"]),
     "pretrain short rows": ("train_pretrain", "moe", ["--length_warmup", "0.8"]),
+    "pretrain fewer blocks": ("train_pretrain", "shared", ["--depth_warmup", "0.5"]),
     "pretrain fp32": ("train_pretrain", "dense", ["--dtype", "float32"]),
     "reward moe": ("train_reward", "moe", []),
     "dpo shared": ("train_dpo", "shared", []),

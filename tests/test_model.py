@@ -287,6 +287,28 @@ def test_bias_balancing_evens_out_the_load():
     assert spread[-1] < 1.2 < spread[0]
 
 
+@pytest.mark.parametrize("kind", ["dense", "shared"])
+def test_lower_blocks_train_as_a_smaller_model_and_the_others_join_as_the_identity(kind):
+    ids = random_ids(4, 16)
+    grown = Transformer(ModelConfig(**(SHAPE | KINDS[kind] | {"num_hidden_layers": 4}))).double()
+    small = Transformer(ModelConfig(**(SHAPE | KINDS[kind] | {"num_hidden_layers": 2}))).double()
+    small.load_state_dict({key: value for key, value in grown.state_dict().items() if key in small.state_dict()})
+    grown.model.depth = 2
+    for model in (grown, small):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        for _ in range(3):
+            logits, balance = model(ids, return_balance=True)
+            (-token_logprobs(logits, ids).mean() + balance.mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.update_router_bias(0.1)
+    assert torch.equal(grown(ids), small(ids)) and not torch.equal(logits, small(ids))
+    grown.model.depth = None
+    assert torch.equal(grown(ids), small(ids))
+    token_logprobs(grown(ids), ids).sum().backward()
+    assert all(block.self_attn.o_proj.weight.grad.any() for block in grown.model.layers), "and now they learn"
+
+
 # -- Score head --------------------------------------------------------------------------------------------------------
 def test_score_is_the_value_at_the_last_real_token():
     head, ids = randomize(ScalarHead(ModelConfig(**SHAPE))).eval(), random_ids(3, 10)

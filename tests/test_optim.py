@@ -83,7 +83,7 @@ def test_muon_equals_a_slow_reference(warmup):
     weights = [p.detach().clone() for p in ours]
     momenta = [torch.zeros_like(w) for w in weights]
     optimizer = optim.Muon([dict(params=ours, lr=0.02, weight_decay=0.1, algorithm="muon")], momentum=0.9,
-                           momentum_warmup=warmup)
+                           momentum_warmup=warmup, fast=False)
     for step in range(20):
         give_gradients(ours, step)
         mu = 0.85 + 0.05 * step / warmup if step < warmup else 0.9
@@ -99,7 +99,7 @@ def test_muon_equals_torch_muon(monkeypatch):
     monkeypatch.setattr(theirs_module, "torch", types.SimpleNamespace(**{**vars(torch), "bfloat16": torch.float64}))
     ours, theirs = matrices(), matrices()
     mine = optim.Muon([dict(params=ours, lr=0.02, weight_decay=0.1, algorithm="muon")], momentum=0.95,
-                      momentum_warmup=0)
+                      momentum_warmup=0, fast=False)
     reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="original")
     for step in range(20):
         give_gradients(ours, step, size=1e3)
@@ -346,19 +346,45 @@ def test_each_optimizer_fits_on_a_screen():
             assert 10 < len(lines) <= 40, f"{node.name}: {len(lines)}"
 
 
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
-def test_orthogonalize_keeps_singular_vectors_and_evens_singular_values(shape):
+def test_orthogonalize_keeps_singular_vectors_and_evens_singular_values(shape, fast):
     torch.manual_seed(0)
     g = torch.randn(3, *shape, dtype=torch.float64)
-    x = optim.orthogonalize(g)
+    x = optim.orthogonalize(g, fast)
     for before, after in zip(g, x, strict=True):
         u, values, vt = torch.linalg.svd(before, full_matrices=False)
         inner = u.T @ after @ vt.T  # diagonal when the singular vectors are the same
         diagonal = inner.diagonal()
         assert (inner - diagonal.diag()).abs().max() < 1e-9
-        # a square Gaussian matrix has nearly singular directions, which five iterations do not lift all the way
+        # a square Gaussian matrix has nearly singular directions, which few iterations do not lift all the way
         lifted = diagonal[values > 0.02 * values.norm()]
         assert lifted.min() > 0.6 and lifted.max() < 1.3
+
+
+def test_each_fast_iteration_is_the_best_polynomial_for_what_the_one_before_leaves():
+    """Chebyshev's theorem: of all a s + b s^3 + c s^5 the one closest to 1 in the worst case is the one whose error
+    reaches its largest size at least four times, with alternating signs."""
+    low, high = 0.02, 1.0
+    smallest = 0.01  # the first interval leaves it out; the later ones follow it
+    for a, b, c in optim.FAST:
+        s = np.linspace(low, high, 100_001)
+        error = a * s + b * s**3 + c * s**5 - 1
+        largest = np.abs(error).max()
+        signs = np.sign(error[np.abs(error) > 0.98 * largest])
+        assert 1 + np.count_nonzero(np.diff(signs)) >= 4
+        smallest = a * smallest + b * smallest**3 + c * smallest**5
+        low, high = min(smallest, 1 - largest), 1 + largest
+    assert max(1 - low, high - 1) < 0.275
+
+
+@pytest.mark.parametrize("rank", [1, 2, 16])
+def test_fast_orthogonalize_of_low_rank_in_bf16_does_not_run_away(rank):
+    """At rank one the bound on the singular value is reached: rounding must not carry it beyond."""
+    generator = torch.Generator().manual_seed(rank)
+    g = torch.randn(16, rank, generator=generator) @ torch.randn(rank, 48, generator=generator)
+    x = optim.orthogonalize(g.bfloat16() if common.bf16_speedup() else g.bfloat16().float())
+    assert torch.linalg.matrix_norm(x.float(), 2) < 1.4
 
 
 def test_orthogonalize_in_bf16_agrees_with_float64():

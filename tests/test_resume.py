@@ -33,7 +33,7 @@ import records
 import train_grpo
 import train_ppo
 from model import Transformer
-from train_pretrain import row_parts
+from train_pretrain import row_parts, trained_blocks
 
 NAMES = ["train_pretrain", "train_sft"]
 # all stages, with the flags that bring a state of their own into play
@@ -392,6 +392,39 @@ def test_killed_run_with_shorter_rows_equals_uninterrupted_run(run):
     assert run("train_pretrain", "broken", *flags, "--from_resume", "1") == whole
     assert_same_run(run.out / "whole", run.out / "broken")
     assert run("train_pretrain", "plain", "--save_interval", "2")["val_loss"] != whole["val_loss"]
+
+
+def test_killed_run_whose_blocks_join_later_equals_uninterrupted_run(run):
+    """Killed in step 4, saved behind step 2, of 6: the upper half of the blocks joins with step 4."""
+    flags = ["--depth_warmup", "0.5", "--save_interval", "2"]
+    whole = run("train_pretrain", "whole", *flags)
+    run("train_pretrain", "broken", *flags, kill=3)
+    assert run("train_pretrain", "broken", *flags, "--from_resume", "1") == whole
+    assert_same_run(run.out / "whole", run.out / "broken")
+    assert run("train_pretrain", "plain", "--save_interval", "2")["val_loss"] != whole["val_loss"]
+
+
+def test_blocks_that_have_joined_stay_when_a_resume_moves_the_end_away(run):
+    """The upper block joined with step 4 of 6; of 12 steps, step 5 would still be one of the lower half."""
+    flags = ["--depth_warmup", "0.5", "--save_interval", "4"]
+    run("train_pretrain", "longer", *flags, kill=4)
+    before = load_file(run.out / "longer" / "model.safetensors")
+    run("train_pretrain", "longer", *flags, "--from_resume", "1", "--max_steps", "12", "--save_interval", "1", kill=1)
+    after = load_file(run.out / "longer" / "model.safetensors")
+    assert not [name for name in before if torch.equal(before[name], after[name])], "every weight has moved in step 5"
+
+
+def test_blocks_join_later_only_where_they_can(run):
+    trained, _ = run.whole("train_pretrain")
+    for flags, parent in ([["--optimizer", "sophia"], None], [["--optimizer", "schedulefree"], None], [[], trained]):
+        with pytest.raises(ValueError, match="--depth_warmup 0.5 with --(optimizer|from_weight) .*leave"):
+            run("train_pretrain", "refused", "--depth_warmup", "0.5", *flags, parent=parent)
+
+
+def test_half_of_the_blocks_are_trained_in_their_share():
+    assert [trained_blocks(done / 4, 0.5, 6) for done in range(5)] == [3, 3, 6, 6, 6]
+    assert [trained_blocks(0.0, share, blocks) for share, blocks in [(0.0, 4), (1.0, 4), (0.5, 1), (0.5, 5)]] == [
+        4, 2, 1, 2]
 
 
 def test_rows_grow_in_thirds_of_their_share():
