@@ -6,7 +6,7 @@ It knows no model. Who answers comes in as a player (eval.Player), of which it u
     tokens(prompts, ...), stop_ids    (row, token id) of several answers as they are made; ids that end one
     said(text), loops(ids), memory()  an answer as a turn; whether it repeats itself; what keeps a prompt's beginning
     tokenizer, runtime, name, folder  for decode(), autocast(), and to say whose answers they are
-What this file does not do: choose a checkpoint, read questions, measure (eval.py); decode (model.py, generation.py).
+What this file does not do: choose a checkpoint, read questions, measure (eval.py); decode (decoding.py, generation.py).
 
     python eval.py --stream 1                                                   # converse()
     python eval.py --weight sft --prompt "What is 3 + 4?" --temperature 0       # single()

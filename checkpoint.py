@@ -13,7 +13,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import math
 import os
 import pickle
 import shutil
@@ -24,7 +23,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")  # in the order in which run.sh makes them
+from records import STAGES, finite, read_fields
+
 FORMAT_VERSION = 1  # of our checkpoint folders; part of every stage key, so that a new layout redoes old stages
 # Flags that cannot change what a run computes: they are left out of the stage key, and resume may change them freely.
 FREE_FLAGS = {"accumulation_steps", "batch_size", "cache_dir", "debug", "device", "dtype", "epochs", "eval_batches",
@@ -37,9 +37,6 @@ FREE_FLAGS = {"accumulation_steps", "batch_size", "cache_dir", "debug", "device"
 # was stopped because its loss was not finite goes on at a lower rate.
 KEY_FLAGS = {"max_steps", "epochs", "max_minutes", "accumulation_steps", "batch_size", "learning_rate", "merge",
              "muon_learning_rate", "patience", "value_learning_rate"}
-# What the fields of minillm.json are; one of another kind is as good as missing
-KINDS = {**dict.fromkeys(("args", "conditions", "metrics", "progress", "runtime"), dict), "parents": list,
-         **dict.fromkeys(("key", "stage", "written"), str), "seconds": (int, float)}
 # Empty file in a checkpoint that a launch with --max-restarts found and did not go on with: nor do its restarts.
 EARLIER = "of_an_earlier_run"
 
@@ -169,27 +166,13 @@ def write_minillm(folder, facts):
     content = {"format": FORMAT_VERSION, "torch": torch.__version__, "written": time.strftime("%Y-%m-%dT%H:%M:%S"),
                **facts, "files": files, "crc32": {name: _crc32(folder / name) for name in files
                                                   if name.endswith((".safetensors", ".pt"))}}
-    (folder / "minillm.json").write_text(json.dumps(_finite(content), indent=1, ensure_ascii=False, default=str),
+    (folder / "minillm.json").write_text(json.dumps(finite(content), indent=1, ensure_ascii=False, default=str),
                                          encoding="utf-8")
-
-
-def _finite(value):
-    """The same with None for numbers that JSON does not have: nan and the infinities."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_minillm(folder):
     """minillm.json of a checkpoint folder as a dict; {} for a folder from elsewhere or an unreadable file."""
-    try:
-        facts = json.loads((Path(folder) / "minillm.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    facts = facts if isinstance(facts, dict) else {}
-    return {name: value for name, value in facts.items() if isinstance(value, KINDS.get(name, object))}
+    return read_fields(Path(folder) / "minillm.json")
 
 
 def save(runtime, args, parts, state, facts, finished=False):

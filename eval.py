@@ -11,7 +11,7 @@ What is measured, always on held-out data and with a standard error:
                        benchmark; pass@1 is the share of right ones
     pair accuracy    = of a reward model, by kind of error
 What is here: opening checkpoints, the loops over questions. What is not: talking on a terminal (chat.py), judges
-(metrics.py), benchmark formats (tasks.py), tables (results.py), decoding (model.py, generation.py).
+(metrics.py), benchmark formats (tasks.py), tables (results.py), decoding (decoding.py, generation.py).
 
 Papers: Gao et al. 2020 (bits per byte, arXiv:2101.00027), Ouyang et al. 2022 (win rate, arXiv:2203.02155), Chen et al.
 2021 (pass@k, arXiv:2107.03374).
@@ -51,14 +51,17 @@ import common
 import logs
 import lora
 import metrics
+import records
 import report
 import results
 import tasks
 from dataset import PreferenceData
+from decoding import Prefix
 from generation import accelerate, beam_search, lookup_decoding
-from model import Prefix, ScalarHead, Transformer, read_json, token_logprobs
+from model import ScalarHead, Transformer
 from rows import expand_paths, question, read_rows, text_lines
 from tokenizer import StreamDecoder, Tokenizer, bytes_per_token
+from weights import read_json
 
 # Items per set when --limit is not given: standard errors of one to three points, and about ten seconds for a model of
 # 6M parameters on two CPU cores. The win rate needs the most: it compares two noisy answers.
@@ -405,7 +408,7 @@ def score_bits(player, rows, args):
     for lang, group in sorted(texts.items()):
         parts = [metrics.heldout_loss(
             player.model, metrics.text_batches(player.tokenizer, group[i:i + 8], width, player.model.config.vocab_size),
-            token_logprobs, player.runtime.device, player.runtime.autocast) for i in range(0, len(group), 8)]
+            player.runtime.device, player.runtime.autocast) for i in range(0, len(group), 8)]
         sizes = [part["bytes"] for part in parts]
         rate, error = tasks.ratio([part["nll"] / math.log(2) for part in parts], sizes)
         by_lang[lang] = {"bits_per_byte": rate, "standard_error": error, "bytes": sum(sizes)}
@@ -534,7 +537,7 @@ def keep(rows, args):
 
 def kept(args):
     """The rows of eval_results.jsonl, without what others may have written there."""
-    rows = report.read_rows(Path(args.save_dir) / "eval_results.jsonl")
+    rows = records.read_rows(Path(args.save_dir) / "eval_results.jsonl")
     return [row for row in rows if isinstance(row.get("weight"), str) and isinstance(row.get("group"), str)]
 
 
@@ -574,7 +577,7 @@ def score_tasks(args, runtime):
             outcomes, drawn = task_outcomes(player, name, items, args)
             result = tasks.score(name, items, outcomes) | drawn_rates(name, items, drawn, args)
             metric = tasks.TASKS[name].metrics[0]
-            score, error = result["scores"][metric], results.finite(result["errors"][metric])
+            score, error = result["scores"][metric], records.finite(result["errors"][metric])
             facts = {"task": name, "metric": metric, "score": score, "standard_error": error, **result, "data": source,
                      "verdict": tasks.verdict(score, error, result["chance"], result["majority"], result["n"]),
                      "few_shot": tasks.shots(tasks.TASKS[name], args.few_shot)}

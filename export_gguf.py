@@ -30,7 +30,8 @@ import cli
 import common
 import logs
 from bpe import GPT2_PATTERN, PATTERN
-from model import ModelConfig, Transformer, need
+from configuration import ModelConfig, need
+from model import Transformer
 from tokenizer import Tokenizer
 
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe", "dots1": "dots1"}  # model_type -> llama.cpp's name

@@ -1,8 +1,8 @@
 """Decoding beyond sampling: what model.Transformer.generate does not do. Functions take a model object.
 
 Here: beam search; prompt lookup, which writes several tokens a step where a text repeats itself; copies of the weights
-from which a CPU decodes faster. Not here: greedy decoding, temperature, top-k, top-p, batches and streaming (model.py),
-stop strings and chat (chat.py).
+from which a CPU decodes faster. Not here: greedy decoding, temperature, top-k, top-p, batches and streaming
+(decoding.py), stop strings and chat (chat.py).
 
 Beam search keeps the `num_beams` most probable beginnings instead of one, and so finds answers whose first word is not
 the most likely one. For open text it is a poor choice (it prefers short, repetitive answers); for tasks with one right
@@ -31,6 +31,8 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 
+from decoding import additive_mask, check_prompts
+
 
 # -- Beam search -------------------------------------------------------------------------------------------------------
 @torch.inference_mode()
@@ -43,17 +45,14 @@ def beam_search(model, prompt: list[int], num_beams: int = 4, max_new_tokens: in
     answers at its present length, after max_new_tokens, or at max_position_embeddings. Equal to transformers'
     generate(num_beams=..., do_sample=False, early_stopping=False), a test holds the two together.
 
-    Raises: ValueError for an empty or too long prompt, and for counts below 1.
+    Raises: ValueError for a prompt that generate() refuses too, and for counts below 1.
     """
     stops = frozenset(stop_ids)
-    room = model.config.max_position_embeddings - len(prompt)
-    if not prompt or room < 1:
-        raise ValueError(f"prompt of {len(prompt)} tokens; it has at least 1 and leaves room for an answer in "
-                         f"max_position_embeddings {model.config.max_position_embeddings}; give another prompt")
+    check_prompts([prompt], model.config)
     if num_beams < 1 or max_new_tokens < 1 or not 1 <= num_return <= num_beams:
         raise ValueError(f"num_beams={num_beams}, max_new_tokens={max_new_tokens}, num_return={num_return}; all are at "
                          "least 1 and no more answers are returned than there are beams; correct the value")
-    steps = min(max_new_tokens, room)
+    steps = min(max_new_tokens, model.config.max_position_embeddings - len(prompt))
     device = model.model.embed_tokens.weight.device
     cache = model.new_cache(num_beams, len(prompt) + steps)
     cache.keep([0])  # all beams start as the same one: the prompt is read once
@@ -105,15 +104,13 @@ def lookup_decoding(model, prompt: list[int], max_new_tokens: int, lookahead: in
 
     lookahead: how many tokens are guessed at most in a step. counts: a dict that receives steps (forwards), guessed and
     accepted (tokens); 1 + accepted / steps tokens come of a step.
-    Raises: ValueError for an empty or too long prompt, and for a lookahead below 1.
+    Raises: ValueError for a prompt that generate() refuses too, and for a lookahead below 1.
     """
-    room = model.config.max_position_embeddings - len(prompt)
-    if not prompt or room < 1 or lookahead < 1:
-        raise ValueError(f"prompt of {len(prompt)} tokens, lookahead={lookahead}; a prompt has at least 1 token and "
-                         f"leaves room in max_position_embeddings {model.config.max_position_embeddings}, and at least "
-                         "1 is guessed; correct the value")
-    return _lookup(model, list(prompt), min(max_new_tokens, room), lookahead, frozenset(stop_ids),
-                   {} if counts is None else counts)
+    check_prompts([prompt], model.config)
+    if lookahead < 1:
+        raise ValueError(f"lookahead={lookahead}; at least 1 token is guessed in a step; correct the value")
+    limit = min(max_new_tokens, model.config.max_position_embeddings - len(prompt))
+    return _lookup(model, list(prompt), limit, lookahead, frozenset(stop_ids), {} if counts is None else counts)
 
 
 def _lookup(model, text, limit, lookahead, stops, counts):
@@ -398,8 +395,8 @@ class InferenceCopy:
         empty = cache.end == 0
         positions = cache.reserve(t)  # [B,T] or [1,T]
         mask = None if empty else cache.mask()  # [B,1,T,S] bool
-        if mask is not None:  # as attention adds it to its scores: made once for all layers
-            mask = torch.zeros(mask.shape, dtype=self.dtype).masked_fill_(~mask, float("-inf"))
+        if mask is not None:
+            mask = additive_mask(mask, self.dtype)
         if cache.slots > len(self.turns):  # e^(i * angle) of every position
             cos, sin = self.model.model.rotary(torch.arange(cache.slots)[None], self.wide)  # [1,S,1,C]
             turns = torch.complex(cos, sin).view(cache.slots, 1, 2, -1)

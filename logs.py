@@ -31,6 +31,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from records import read_metrics
+
 # One panel of curves.png a row: title, the keys drawn in it. Panels without data are left out.
 PANELS = [
     ("loss", ["loss", "val_loss"]),
@@ -138,7 +140,7 @@ def verdict(rows, normal=None):
                  It says nothing while the rate still warms up, nor where the reference is as flat (`normal`)
 
     Args:
-        rows: all rows of metrics.jsonl up to an evaluation (read_metrics()).
+        rows: all rows of metrics.jsonl up to an evaluation (records.read_metrics()).
         normal: (low, high) of the held-out metric there, or None.
     """
     found = _judged(rows)
@@ -418,20 +420,6 @@ def _short(value):
     if not isinstance(value, float):
         return value
     return float(f"{value:.7g}") if math.isfinite(value) else None
-
-
-def read_metrics(folder, waiting=b""):
-    """The rows of a metrics.jsonl, without a half-written last line (kill -9 can leave one) and others without a step.
-    waiting: what a full disk has not taken yet."""
-    path = Path(folder) / "metrics.jsonl"
-    rows = []
-    content = (path.read_bytes() if path.is_file() else b"") + waiting
-    for line in content.decode("utf-8", "replace").split("\n"):
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 class Bar(tqdm):

@@ -3,8 +3,8 @@
 Every number that a script prints about quality is computed here, by one function, for all stages. The judge of an
 answer is a rule (check_answer), never a model: the same rule scores an evaluation, a reward and a win rate.
 
-What this file does not do: load or know a model (model, tokenizer and token_logprobs come as arguments), benchmark
-formats (tasks.py), printing.
+What this file does not do: load or know a model (model and tokenizer come as arguments), benchmark formats (tasks.py),
+printing.
 Letters: B batch, T tokens, V vocabulary, N samples.
 
 Sources: bits per byte as in Gao et al. 2020 (The Pile, arXiv:2101.00027); pass@k, Chen et al. 2021 (arXiv:2107.03374);
@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from logprobs import token_logprobs
 
 CHECKS = ("number", "exact", "set")  # of check_answer()
 ANSWER_TOKENS = 64  # longest answer in scores and to fixed prompts: rates are comparable only with one limit
@@ -55,13 +57,13 @@ class Completion(NamedTuple):
 
 
 @torch.no_grad()
-def heldout_loss(model: torch.nn.Module, batches: Iterable[dict], token_logprobs: Callable,
-                 device: torch.device | str = "cpu", autocast: Callable = contextlib.nullcontext) -> dict[str, float]:
+def heldout_loss(model: torch.nn.Module, batches: Iterable[dict], device: torch.device | str = "cpu",
+                 autocast: Callable = contextlib.nullcontext) -> dict[str, float]:
     """Mean loss over all target tokens of all batches.
 
     batches: dicts of ids [B,T]; optional mask [B,T] (1 on targets; without it every token but the first is one),
         documents [B,T] (passed to the model) and bytes [B] (text bytes of the targets).
-    token_logprobs: model.token_logprobs. autocast: a function that returns a context, as runtime.autocast.
+    autocast: a function that returns a context, as runtime.autocast.
     Returns: nll (sum, nats), tokens, bytes: sums that can be added over ranks; loss = nll / tokens (nats per token, nan
         without tokens); bits_per_byte = nll / ln 2 / bytes where bytes are given: unlike the loss it can be compared
         between tokenizers. The mode of the model (train or eval) is restored.
@@ -74,11 +76,11 @@ def heldout_loss(model: torch.nn.Module, batches: Iterable[dict], token_logprobs
         extra = {"documents": batch["documents"].to(device)} if "documents" in batch else {}
         with autocast():
             logits = model(ids, **extra)  # [B,T,V]
-        logprobs = token_logprobs(logits, ids)  # [B,T-1]
-        mask = batch["mask"][:, 1:].to(device) if "mask" in batch else torch.ones_like(logprobs)
+        logp = token_logprobs(logits, ids)  # [B,T-1]
+        mask = batch["mask"][:, 1:].to(device) if "mask" in batch else torch.ones_like(logp)
         # where() and not a product: 0 * inf would turn a padding position into nan for the whole set.
         # float64, on the CPU because some devices have none: a sum over millions of tokens loses digits in float32.
-        nll -= torch.where(mask > 0, logprobs, 0).cpu().double().sum().item()
+        nll -= torch.where(mask > 0, logp, 0).cpu().double().sum().item()
         tokens += mask.sum(dtype=torch.float32).item()
         size += int(batch["bytes"].sum()) if "bytes" in batch else 0
     model.train(was_training)

@@ -1,7 +1,13 @@
-"""The model: a Qwen3-shaped Transformer, its layers, its cache, its sampling, and its Hugging Face folder.
+"""The model: a Qwen3-shaped Transformer, from its layers to its two heads.
 
-Read it from top to bottom, each class uses only what stands above it: ModelConfig -> RMSNorm -> rotary positions ->
-KVCache -> Attention -> MLP -> MoE -> Block -> Backbone -> the folder on disk -> sampling -> Transformer -> ScalarHead.
+Read it from top to bottom, each class uses only what stands above it: RMSNorm -> rotary positions -> Attention -> MLP
+-> MoE -> Block -> Backbone, and on it Transformer (the next token) or ScalarHead (a score). What surrounds the layers
+lies in files that know none of them:
+
+    configuration.py   ModelConfig: the shape of a model, its presets, config.json
+    weights.py         the Hugging Face folder, in and out
+    logprobs.py        log-probabilities of tokens, with and without their logits
+    decoding.py        the KV cache, sampling, and the loop behind generate()
 
 What it is not: no training (train_*.py), no text (tokenizer.py), no beam search or other decoding (generation.py).
 Parameter names are the names that `transformers` writes to disk, so a saved folder opens there without any conversion:
@@ -19,292 +25,26 @@ Letters: B batch, T tokens, V vocabulary, D hidden size, H heads, K kv heads, C 
 L layers, N tokens of a batch laid end to end.
 """
 import copy
-import itertools
-import json
 import math
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-# model_type in config.json -> the class of `transformers` that reads our folder
-ARCHITECTURES = {
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "dots1": "Dots1ForCausalLM",
-    "minillm_plain": "MiniLLMPlainForCausalLM",  # no such class exists: other readers shall refuse, not misread
-}
-# Type, smallest and largest accepted value. The upper ends are far above any real model: they turn a corrupt or hostile
-# config.json into a message instead of an endless loop or an allocation of terabytes.
-NUMBERS = {
-    "vocab_size": (int, 1, 2**24), "hidden_size": (int, 2, 2**17), "num_hidden_layers": (int, 1, 1024),
-    "num_attention_heads": (int, 1, 2**12), "num_key_value_heads": (int, 1, 2**12), "head_dim": (int, 2, 2**13),
-    "intermediate_size": (int, 1, 2**20), "max_position_embeddings": (int, 1, 2**24), "num_experts": (int, 0, 1024),
-    "num_experts_per_tok": (int, 1, 1024), "moe_intermediate_size": (int, 1, 2**20), "n_shared_experts": (int, 0, 64),
-    "first_k_dense_replace": (int, 0, 1024), "rms_norm_eps": (float, 1e-12, 0.1), "rope_theta": (float, 1.0, 1e12),
-    "dropout": (float, 0.0, 0.99), "initializer_range": (float, 0.0, 10.0), "routed_scaling_factor": (float, 1e-6, 1e6),
-}  # fmt: skip
-CHOICES = {"hidden_act": ("silu", "gelu"), "mlp_type": ("gated", "plain"), "tie_word_embeddings": (True, False),
-           "norm_topk_prob": (True, False)}
-# Fields of experts: only models that have some write them
-EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "norm_topk_prob",
-                 "routed_scaling_factor", "first_k_dense_replace")
-# What --use_moe 1 adds to a preset. Two experts a token, not one: their two weights are normalised to sum 1, so the
-# loss teaches the router how to mix them; one expert's normalised weight would be the constant 1, without a gradient.
-MOE_BLOCK = {"num_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
-PRESETS = {
-    # nano is what two CPU cores can feed in a quarter of an hour; larger ones learn less there (docs/results.md)
-    "nano": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=2, intermediate_size=384),
-    "tiny": dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768),
-    "small": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408),
-    "base": dict(hidden_size=768, num_hidden_layers=16, num_attention_heads=8, intermediate_size=2048),
-    "moe": dict(hidden_size=640, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1728, **MOE_BLOCK),
-}
+import decoding
+from configuration import ARCHITECTURES, GenerationConfig, ModelConfig, need
+from decoding import KVCache, Prefix, additive_mask
+from logprobs import head_logprobs
+from weights import load_model, read_json, save_folder
 
 
-def need(condition, wrong: str, rule: str, fix: str):
-    """Raise a ValueError in the project's three parts (what is wrong; the rule; the fix) unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{wrong}; {rule}; {fix}")
-
-
-def is_number(x, kind: type, low: float, high: float) -> bool:
-    """True for a number in [low, high]; kind float takes an int too. Never for a bool, which Python counts as an int,
-    nor for NaN, which JSON can hold and which compares false with everything."""
-    return isinstance(x, (int, kind)) and not isinstance(x, bool) and low <= x <= high
-
-
-# -- Configuration -----------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a model, in the words of `transformers`. Checks itself; a bad value is a ValueError that names it.
-
-    None means "derive it": head_dim = hidden_size / heads, intermediate_size = 8/3 hidden_size rounded up to 64 (SwiGLU
-    has three matrices where a plain MLP of width 4D has two), moe_intermediate_size = intermediate_size,
-    norm_topk_prob = more than one expert a token.
-    """
-
-    vocab_size: int = 6400
-    hidden_size: int = 512
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 2  # query heads share these (GQA): the cache shrinks by heads / kv heads
-    head_dim: int | None = None
-    intermediate_size: int | None = None
-    max_position_embeddings: int = 2048  # tokens a row may have, prompt and answer together
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # YaRN: {"rope_type": "yarn", "factor", "original_max_position_embeddings", ...}
-    rms_norm_eps: float = 1e-6
-    hidden_act: str = "silu"  # "silu" = SwiGLU, "gelu" = GEGLU
-    mlp_type: str = "gated"  # "plain" = up, activation, down: for study only, no other program reads such a folder
-    tie_word_embeddings: bool = True  # one table reads tokens and scores them; at V 6400 a quarter of a tiny model
-    initializer_range: float = 0.02
-    dropout: float = 0.0  # on embeddings and on both branches of a block, in training only
-    num_experts: int = 0  # routed experts; 0 = dense
-    num_experts_per_tok: int = 2
-    moe_intermediate_size: int | None = None
-    n_shared_experts: int = 0  # experts every token visits; more than 0 = sigmoid router with bias balancing (Dots1)
-    norm_topk_prob: bool | None = None  # weights of the chosen experts sum to 1
-    routed_scaling_factor: float = 1.0  # Dots1 only
-    first_k_dense_replace: int = 0  # so many layers at the bottom stay dense
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self):
-        for name, rule in NUMBERS.items():
-            value = getattr(self, name)
-            derived = value is None and name in ("head_dim", "intermediate_size", "moe_intermediate_size")
-            need(derived or is_number(value, *rule), f"{name}={value!r}",
-                 f"it is {'a whole' if rule[0] is int else 'a'} number from {rule[1]} to {rule[2]}", "correct it")
-        self._derive()
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            need(value in choices, f"{name}={value!r}", f"it is one of {', '.join(map(str, choices))}", "choose one")
-        self._check_relations()
-
-    def _derive(self):
-        """Fill the fields left at None. A frozen dataclass is written once, here, through object.__setattr__."""
-        need(self.head_dim or self.hidden_size % self.num_attention_heads == 0,
-             f"hidden_size={self.hidden_size} with num_attention_heads={self.num_attention_heads}",
-             "the width is divided evenly among the heads", "change one of them, or give head_dim")
-        width = self.intermediate_size or math.ceil(self.hidden_size * 8 / 3 / 64) * 64
-        derived = {"head_dim": self.hidden_size // self.num_attention_heads, "intermediate_size": width,
-                   "moe_intermediate_size": width, "norm_topk_prob": self.num_experts_per_tok > 1}
-        values = {name: value for name, value in derived.items() if getattr(self, name) is None}
-        if isinstance(self.eos_token_id, list):  # JSON has no tuples
-            values["eos_token_id"] = tuple(self.eos_token_id)
-        if self.rope_scaling is not None:
-            values["rope_scaling"] = check_yarn(self.rope_scaling, self.max_position_embeddings)
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-    def _check_relations(self):
-        heads, kv, experts, shared = (self.num_attention_heads, self.num_key_value_heads, self.num_experts,
-                                      self.n_shared_experts)
-        need(self.head_dim % 2 == 0, f"head_dim={self.head_dim}", "rotary positions turn pairs of numbers, so it is "
-             "even", "change hidden_size or num_attention_heads")
-        need(heads % kv == 0, f"num_attention_heads={heads} with num_key_value_heads={kv}",
-             "each kv head serves the same number of query heads", "make the first a multiple of the second")
-        need(not experts or self.num_experts_per_tok <= experts, f"num_experts_per_tok={self.num_experts_per_tok} with "
-             f"num_experts={experts}", "a token cannot visit more experts than there are", "lower it")
-        need(not experts or self.mlp_type == "gated", "mlp_type='plain' with experts", "experts are gated in every "
-             "published format", "set mlp_type to gated or num_experts to 0")
-        # the router of Dots1 sums the two best experts of each group even when there is one group
-        need(not shared or experts >= 2, f"n_shared_experts={shared} with num_experts={experts}",
-             "shared experts stand beside at least 2 routed ones", "raise num_experts, or set n_shared_experts to 0")
-        eos = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
-        for name, value in (("bos", self.bos_token_id), ("pad", self.pad_token_id), *(("eos", i) for i in eos)):
-            need(value is None or is_number(value, int, 0, self.vocab_size - 1), f"{name}_token_id={value!r}",
-                 f"a token id is a whole number below vocab_size {self.vocab_size}", "take the ids from the tokenizer")
-
-    @classmethod
-    def preset(cls, name: str, **overrides) -> "ModelConfig":
-        """A named shape ("nano", "tiny", "small", "base" or "moe") with single fields replaced; None keeps the
-        preset's value."""
-        need(name in PRESETS, f"preset {name!r}", f"it is one of {', '.join(PRESETS)}", "choose one of them")
-        given = {key: value for key, value in overrides.items() if value is not None}
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(given) - known)
-        need(not unknown, f"unknown model field {', '.join(unknown)}", f"fields are {', '.join(sorted(known))}",
-             "correct the spelling")
-        shape = dict(PRESETS[name])
-        if given.get("hidden_size", shape["hidden_size"]) != shape["hidden_size"]:
-            del shape["intermediate_size"]  # another width wants its own 8/3, not the preset's number
-        return cls(**(shape | given))
-
-    @property
-    def model_type(self) -> str:
-        """Name of the architecture in config.json: qwen3, qwen3_moe, dots1, or our own for the plain MLP."""
-        if self.mlp_type == "plain":
-            return "minillm_plain"
-        return ("dots1" if self.n_shared_experts else "qwen3_moe") if self.num_experts else "qwen3"
-
-    def is_moe_layer(self, layer: int) -> bool:
-        """Whether block `layer` has experts instead of one MLP."""
-        return self.num_experts > 0 and layer >= self.first_k_dense_replace
-
-    def to_dict(self) -> dict:
-        """config.json as `transformers` 4.51 to 5.x reads it.
-
-        Every version silently misreads the other's spelling (4.x falls back to theta 10000 when it finds only
-        rope_parameters), so both are written by hand: rope_theta and rope_parameters, torch_dtype and dtype,
-        num_experts, num_local_experts and n_routed_experts. save_folder adds the dtype.
-        """
-        rope = dict(self.rope_scaling or {"rope_type": "default"})
-        # our own words first; transformers ignores those it does not know (mlp_type, dropout)
-        out = {field.name: getattr(self, field.name) for field in fields(self)}
-        out |= {
-            "architectures": [ARCHITECTURES[self.model_type]], "model_type": self.model_type,
-            "rope_parameters": rope | {"rope_theta": self.rope_theta},
-            # written out although they are defaults: another class's default, or next year's, may differ
-            "attention_bias": False, "attention_dropout": 0.0, "use_cache": True, "use_sliding_window": False,
-            "sliding_window": None, "max_window_layers": self.num_hidden_layers,
-        }  # fmt: skip
-        if self.model_type == "qwen3_moe":
-            # every layer has experts but the lowest ones; without these two fields some versions decide otherwise
-            out |= {"num_local_experts": self.num_experts, "decoder_sparse_step": 1,
-                    "mlp_only_layers": list(range(self.first_k_dense_replace))}
-        elif self.model_type == "dots1":
-            # one group = no groups: DeepSeek's groups spare a cluster's network, we have none
-            out |= {"num_local_experts": self.num_experts, "n_routed_experts": self.num_experts, "n_group": 1,
-                    "topk_group": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-        else:
-            out = {key: value for key, value in out.items() if key not in EXPERT_FIELDS}
-        return out
-
-    @classmethod
-    def from_dict(cls, raw: dict, where: str = "config.json") -> "ModelConfig":
-        """Read a config.json of ours or of `transformers` (either spelling). What this model cannot do is refused."""
-        need(isinstance(raw, dict), f"{where} holds a {type(raw).__name__}", "it is a JSON object", "replace the file")
-        kind = raw.get("model_type")
-        need(isinstance(kind, str) and kind in ARCHITECTURES, f"model_type={kind!r} in {where}",
-             f"this program reads {', '.join(ARCHITECTURES)}", "use a folder of one of these kinds")
-        need(all(raw.get(key) is not None for key in ("vocab_size", "hidden_size", "num_hidden_layers",
-                 "num_attention_heads")), f"a size is missing in {where}", "vocab_size, hidden_size, num_hidden_layers "
-             "and num_attention_heads are required", "take the file from the model's source")
-        refuse_foreign_features(raw, kind, where)
-        # a field that is absent has the default of the class that wrote the file, not ours
-        values = {"tie_word_embeddings": False, "max_position_embeddings": 32768,
-                  "num_key_value_heads": raw["num_attention_heads"]}
-        # Qwen3 alone has a fixed head_dim; the others derive it from the width
-        values |= {"head_dim": 128} if kind == "qwen3" else {"norm_topk_prob": False}
-        values |= {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None and f.name != "rope_scaling"}
-        # version 5 wins where both are there, as it does in transformers
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        need(isinstance(rope, dict), f"rope_parameters={rope!r} in {where}", "it is an object", "correct the file")
-        values["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-        # edited by hand in one place only? Which of the two was meant nobody can know
-        theta, scaling = raw.get("rope_theta"), raw.get("rope_scaling")
-        need(not theta or theta == values["rope_theta"], f"rope_theta={theta!r} in {where}",
-             f"rope_parameters beside it says {values['rope_theta']!r}", "change both")
-        same = not scaling or isinstance(scaling, dict) and rope | scaling == rope
-        need(same, f"rope_scaling={scaling!r} in {where}", f"rope_parameters beside it says {rope!r}", "change both")
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            values["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-        if kind in ("qwen3_moe", "dots1"):
-            # three spellings of one number: Dots1's, version 5's, version 4's
-            counts = [raw.get(key) for key in ("n_routed_experts", "num_local_experts", "num_experts")]
-            values["num_experts"] = next((n for n in counts if n is not None), 0)
-            if kind == "qwen3_moe":
-                values |= {"first_k_dense_replace": len(raw.get("mlp_only_layers") or []), "n_shared_experts": 0}
-        else:
-            values |= {"num_experts": 0, "n_shared_experts": 0}
-        return cls(**values)
-
-
-def refuse_foreign_features(raw: dict, kind: str, where: str):
-    """ValueError for settings of a config.json that change the mathematics in a way this model does not have."""
-    for key, allowed in (("attention_bias", False), ("use_sliding_window", False), ("n_group", 1), ("topk_group", 1),
-                         ("decoder_sparse_step", 1), ("partial_rotary_factor", 1), ("quantization_config", None)):
-        value = raw.get(key)
-        need(value is None or value == allowed, f"{key}={value!r} in {where}", f"only {allowed} is supported",
-             "use a model without this feature")
-    layers = raw.get("layer_types") or []
-    # Dots1 has no switch: without layer_types its layers above max_window_layers have a window by default
-    windows = any(name != "full_attention" for name in layers) or (
-        kind == "dots1" and not layers and raw.get("sliding_window", 4096) is not None
-        and raw.get("max_window_layers", 62) < raw["num_hidden_layers"])
-    need(not windows, f"sliding-window layers in {where}", "every layer sees the whole context here",
-         "use a model without them")
-    dense = raw.get("mlp_only_layers") or []
-    need(dense == list(range(len(dense))), f"mlp_only_layers={dense!r} in {where}",
-         "only the lowest layers may be dense", "use a model of that kind")
-    need(kind != "dots1" or raw.get("n_shared_experts"), f"n_shared_experts missing in {where}",
-         "a Dots1 model has shared experts", "take the file from the model's source")
-
-
-def check_yarn(scaling: dict, max_positions: int) -> dict:
-    """The fields of a YaRN entry, checked, with `transformers`' defaults filled in.
-
-    Raises: ValueError for other kinds of scaling (linear, dynamic, llama3 ...) and for bad numbers.
-    """
-    need(isinstance(scaling, dict), f"rope_scaling={scaling!r}", "it is an object or null", "correct the field")
-    kind = scaling.get("rope_type", scaling.get("type"))
-    need(kind == "yarn", f"rope_scaling with rope_type={kind!r}", "only default and yarn are known", "use one of them")
-    out = {"rope_type": "yarn", "factor": scaling.get("factor"), "beta_fast": scaling.get("beta_fast") or 32,
-           "original_max_position_embeddings": scaling.get("original_max_position_embeddings") or max_positions,
-           "beta_slow": scaling.get("beta_slow") or 1}
-    out |= {key: scaling[key] for key in ("attention_factor", "mscale", "mscale_all_dim", "truncate")
-            if scaling.get(key) is not None}
-    for key, value in out.items():
-        fine = key in ("rope_type", "truncate") or is_number(value, float, 1e-6, 2**24)
-        need(fine, f"{key}={value!r} of rope_scaling", "it is a positive number", "correct the field")
-    return out
-
-
-# -- Layers ------------------------------------------------------------------------------------------------------------
+# -- Norm and rotation -------------------------------------------------------------------------------------------------
 def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x r w and r = 1 / sqrt(mean(x^2) + eps): x [...,D], weight [D] -> [...,D], [...,1]."""
     r = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()
@@ -423,116 +163,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)  # rolled, (b, a) stands where (a, b) did
 
 
-class KVCache:
-    """Keys and values of all layers for up to `batch` rows of up to `slots` tokens, allocated once.
-
-    Slot s of a row holds position s. `lengths` says how many slots of each row are real; what lies behind is never
-    attended to and is overwritten next. Rows may differ in length ("ragged"), so prompts are padded on the right.
-    """
-
-    def __init__(self, config: ModelConfig, batch: int, slots: int, dtype=torch.float32, device="cpu"):
-        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, slots, config.head_dim)
-        # Keys and values side by side, so that one copy writes both. What lies behind `end` is never read; up to there
-        # every slot holds a number, be it of a masked token: its weight is 0, but 0 times NaN would be NaN.
-        self.kv = torch.empty(shape, dtype=dtype, device=device)  # [L,2,B,K,S,C]
-        self.slots = slots
-        self.lengths = [0] * batch  # Python numbers: asking a tensor would stall a GPU at each token
-
-    @property
-    def end(self) -> int:
-        """Length of the longest row."""
-        return max(self.lengths, default=0)
-
-    def reserve(self, count: int) -> Tensor:
-        """Positions [B,count] of the next tokens ([1,count] where rows are equally long). Raises: ValueError when they
-        do not fit."""
-        end, rows = self.end, len(self.lengths)
-        need(end + count <= self.slots, f"KV cache overflow: {end} + {count} tokens in {self.slots} slots",
-             "a cache holds prompt and answer", "make it longer, or call truncate()")
-        self.ragged = len(set(self.lengths)) > 1
-        first = torch.tensor(self.lengths if self.ragged else [end], device=self.kv.device)  # [B] or [1]
-        self.positions = first[:, None] + torch.arange(count, device=self.kv.device)
-        # the views of all layers in one call each: taken layer by layer they cost as much as a small matrix product
-        self.seen = self.kv[:, :, :rows, :, : end + count].unbind(0)  # L times [2,B,K,S',C]
-        fresh = self.kv[:, :, :rows, :, end : end + count]
-        if self.ragged:  # shorter rows write elsewhere
-            fresh.zero_()
-        self.fresh = fresh.unbind(0)  # L times [2,B,K,count,C]
-        return self.positions
-
-    def mask(self) -> Tensor | None:
-        """Which slots each reserved token may look at [B,1,count,S'], or None when it is all of them."""
-        count, end = self.positions.shape[1], self.seen[0].shape[3]
-        if count == 1 and not self.ragged:
-            return None
-        return torch.arange(end, device=self.kv.device) <= self.positions[:, None, :, None]
-
-    def write(self, layer: int, kv: Tensor) -> Tensor:
-        """Store keys and values kv [2,B,K,T,C] at the reserved positions; returns all so far [2,B,K,S',C]. No gradient
-        flows through a cache."""
-        kv = kv.detach()
-        if self.ragged:
-            rows = torch.arange(len(self.lengths), device=kv.device)[:, None]  # [B,1]
-            # indexed dimensions come first: [B,T,2,K,C]
-            self.seen[layer][:, rows, :, self.positions] = kv.permute(1, 3, 0, 2, 4).to(self.kv.dtype)
-        else:  # equal lengths: one strided copy, half the time of an indexed one
-            self.fresh[layer].copy_(kv)
-        return self.seen[layer]
-
-    def advance(self, count: int):
-        """Count the tokens that all layers have written."""
-        self.lengths = [length + count for length in self.lengths]
-
-    def set_lengths(self, lengths: list[int]):
-        """Say how many slots of each row are real, after a prompt batch with padding on the right was written."""
-        self.lengths = list(lengths)
-
-    def keep(self, rows: list[int]):
-        """Row i becomes what row rows[i] was; rows may be dropped, reordered or repeated."""
-        assert len(rows) <= self.kv.shape[2], "more rows than the cache was made for"
-        moves, end = [(new, old) for new, old in enumerate(rows) if new != old], self.end
-        if all(old >= len(rows) for _, old in moves):  # holes filled from the tail: only those rows are copied
-            for new, old in moves:
-                self.kv[:, :, new, :, :end] = self.kv[:, :, old, :, :end]
-        else:  # any other order (beam search): the right side is read whole before it is written
-            self.kv[:, :, : len(rows), :, :end] = self.kv[:, :, rows, :, :end]
-        self.lengths = [self.lengths[row] for row in rows]
-
-    def append(self, other: "KVCache", rows: list[int]):
-        """Add these rows of another cache behind the present ones. Neighbours that are equal are copied at once."""
-        start, end = len(self.lengths), other.end
-        self.kv[:, :, :start, :, self.end : end] = 0
-        for row, same in itertools.groupby(rows):
-            count = len(list(same))
-            new = self.kv[:, :, start : start + count]  # [L,2,count,K,S,C]
-            new[..., :end, :] = other.kv[:, :, row : row + 1, :, :end]
-            new[..., end : self.end, :] = 0
-            start += count
-        self.lengths += [other.lengths[row] for row in rows]
-
-    def expand(self, count: int):
-        """Repeat every row `count` times, neighbours together: one prompt, many samples."""
-        self.kv = self.kv.repeat_interleave(count, dim=2)
-        self.lengths = [length for length in self.lengths for _ in range(count)]
-
-    def truncate(self, length: int):
-        """Forget everything behind position `length`: the next chat turn keeps the common prefix."""
-        self.lengths = [min(n, length) for n in self.lengths]
-
-
-@dataclass
-class Prefix:
-    """What a chat has read so far: ids, and their keys and values in row 0 of a cache.
-
-    generate(..., prefix=p) begins behind the longest common beginning of p.ids and the prompt, and leaves in p what it
-    has read and written itself. So each turn of a chat reads only what is new. Keys belong to the weights that made
-    them: where weights change, a new Prefix is due.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    cache: KVCache | None = None
-
-
+# -- Attention ---------------------------------------------------------------------------------------------------------
 class Attention(nn.Module):
     """Grouped-query attention with RMSNorm on queries and keys before the rotation (Qwen3)."""
 
@@ -570,6 +201,7 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # [B,H,T,C] -> [B,T,H*C] -> [B,T,D]
 
 
+# -- MLP and experts ---------------------------------------------------------------------------------------------------
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x)): SwiGLU with silu, GEGLU with gelu; the plain kind has no gate."""
 
@@ -681,6 +313,7 @@ class MoE(nn.Module):
         self.counts = None
 
 
+# -- Blocks ------------------------------------------------------------------------------------------------------------
 class Block(nn.Module):
     """One layer:   x ---+-- norm -- attention --(+)--+-- norm -- MLP or MoE --(+)--> x
                          +-----------------------/    +------------------------/"""
@@ -738,8 +371,8 @@ class Backbone(nn.Module):
         if positions is None:
             positions = torch.arange(t, device=ids.device)[None]  # [1,T]
         x = F.dropout(self.embed_tokens(ids), self.config.dropout, self.training)  # [B,T,D]
-        if mask is not None:  # what attention adds to its scores, made once for all layers
-            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, float("-inf"))
+        if mask is not None:
+            mask = additive_mask(mask, x.dtype)
         rope = self.rotary(positions, x.dtype)  # once for all layers
         layers, balances = list(self.layers)[: self.depth], []
         for i, layer in enumerate(layers, 1):
@@ -775,18 +408,10 @@ def initialize(module: nn.Module, std: float):
             parameter.add_(torch.empty_like(parameter[0]).normal_(0.0, std))  # [D], to every row
 
 
-# -- The folder on disk ------------------------------------------------------------------------------------------------
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises: FileNotFoundError, or ValueError that names file and place."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a model folder holds config.json and model.safetensors; "
-                                "give the folder of a finished stage")
-    try:
-        out = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); the file is damaged; restore it") from None
-    need(isinstance(out, dict), f"{path} holds a {type(out).__name__}", "it is a JSON object", "restore the file")
-    return out
+# -- The language model ------------------------------------------------------------------------------------------------
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast uses on this kind of device right now, None when it is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -798,297 +423,6 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{path} has a field of the wrong type ({error}); the file is damaged; restore it") from None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that model.safetensors.index.json lists."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return [folder / "model.safetensors"]
-    names = read_json(index).get("weight_map")
-    # bare names of this one format: "../../secret" in a downloaded index must not be opened, nor a pickle
-    safe = isinstance(names, dict) and all(isinstance(n, str) and Path(n).name == n and n.endswith(".safetensors")
-                                           for n in names.values())
-    need(safe and names, f"weight_map of {index}", "it maps tensor names to .safetensors files of the same folder",
-         "restore it")
-    return [folder / name for name in sorted(set(names.values()))]
-
-
-def read_tensors(folder: Path) -> dict[str, tuple[Path, tuple, str]]:
-    """Name -> (file, shape, dtype) of every stored tensor, from the files' headers only."""
-    found = {}
-    for path in weight_files(folder):
-        need(path.is_file() or not (folder / "adapter").is_dir(), f"{folder} holds adapters without the model they "
-             "belong to", "training starts from whole models", f"python lora.py merge --adapter {folder}/adapter ...")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; the weights belong beside config.json; copy all files "
-                                    "of the model")
-        try:
-            with safe_open(path, "pt") as file:
-                parts = {name: file.get_slice(name) for name in file.keys()}
-                here = {name: (path, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error}); it is damaged or incomplete; copy "
-                             "it again or use an earlier checkpoint") from None
-        for name in sorted(found.keys() & here.keys())[:1]:
-            raise ValueError(f"{name} is in {found[name][0]} and {path}; a tensor has one place; copy the model again")
-        found |= here
-    return found
-
-
-def likely_reason(missing: list[str], unexpected: list[str]) -> str:
-    """A guess in words why the names in a file are not the model's names."""
-    names = " ".join(unexpected)  # patterns from the most to the least specific
-    for pattern, reason in (
-        (r"(^| )score\.weight", "this is a reward model; open it with ScalarHead.from_pretrained"),
-        (r"(^| )(_orig_mod|module)\.", "it was saved through torch.compile or DDP; save the inner module instead"),
-        (r"experts\.gate_up_proj", "the experts are fused in memory order; write the folder with save_pretrained()"),
-        (r"\.bias", "the layers have biases, so this is another architecture; use a Qwen3, Qwen3Moe or Dots1 folder"),
-        (r"(^| )layers\.", "the names lack 'model.', so only the backbone was saved; save the model with its head"),
-        (r"experts\.", "config.json and weights disagree about experts; check num_experts and n_shared_experts"),
-        (r"lora", "this is an adapter, not a model; merge it first (lora.py)"),
-    ):
-        if re.search(pattern, names):
-            return reason
-    if missing == ["lm_head.weight"]:
-        return "the head is tied to the embedding; set tie_word_embeddings to true in config.json"
-    if any("experts." in name for name in missing):
-        return "config.json and weights disagree about experts; check num_experts and n_shared_experts"
-    return "config.json belongs to another model; check num_hidden_layers, or take both files from one folder"
-
-
-def check_names(targets: dict, found: dict, folder: Path, optional: tuple[str, ...], ignore: tuple[str, ...]):
-    """Compare the model's tensors with the files' headers. Raises: ValueError with the first differences."""
-    missing = sorted(set(targets) - set(found) - set(optional))
-    unexpected = sorted(set(found) - set(targets) - set(ignore))
-    if missing or unexpected:
-        listed = "".join(f", {word} {len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-                         for word, names in (("missing", missing), ("unexpected", unexpected)) if names)
-        raise ValueError(f"weights of {folder} do not fit{listed}; the names must be exactly the model's; "
-                         f"likely reason: {likely_reason(missing, unexpected)}")
-    for name in sorted(set(targets) & set(found)):  # the names fit: now shapes and types
-        path, shape, dtype = found[name]
-        need(shape == tuple(targets[name].shape), f"{name} in {path} has shape {list(shape)}",
-             f"config.json asks for {list(targets[name].shape)}", "take both files from one folder")
-        need(dtype in ("F64", "F32", "F16", "BF16"), f"{name} in {path} has type {dtype}",
-             "weights are F32, F16, BF16 or F64", "use a folder that is not quantised")
-
-
-class SkipInit(TorchFunctionMode):
-    """Within this context nothing is initialised: the numbers come from a file."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.__name__ in ("kaiming_uniform_", "normal_", "zero_"):
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
-
-
-def load_model(build, folder: Path, device, dtype, absent: dict, ignore: tuple[str, ...] = ()) -> nn.Module:
-    """build(config) with every parameter and persistent buffer read from the folder, strictly.
-
-    absent: name -> function(tensors) that makes a tensor the files may lack; ignore: tensors they may have too many.
-    The module is built on the "meta" device and without initialisation: names and shapes are checked before any memory
-    is taken, no time is lost on random numbers, and the global random state stays as it was (the exactness of a resumed
-    run depends on it).
-    """
-    config, found = read_config(folder), read_tensors(folder)
-    # a million modules take minutes even without memory: what config.json asks for is compared with the files first
-    layers = config.num_hidden_layers
-    least = layers + config.num_experts * sum(map(config.is_moe_layer, range(layers)))
-    need(least <= max(len(found), 4096), f"num_hidden_layers={layers} with num_experts={config.num_experts} in "
-         f"{folder}", f"that is over {least} tensors, and the files hold {len(found)}", "take config.json and weights "
-         "from one folder")
-    with torch.device("meta"), SkipInit():
-        model = build(config)
-    check_names(model.state_dict(), found, folder, tuple(absent), ignore)
-    tensors = {}
-    for path in sorted({path for path, _, _ in found.values()}):
-        with safe_open(path, "pt") as file:
-            for name in sorted(set(file.keys()) - set(ignore)):
-                # a copy: the file may be replaced while the model lives
-                tensors[name] = file.get_tensor(name).to(device, dtype, copy=True)
-    for name, make in absent.items():
-        if name not in tensors:
-            tensors[name] = make(tensors)
-    model.load_state_dict(tensors, assign=True)  # assign: a meta parameter has no memory to copy into
-    return model.to(device).eval()
-
-
-def save_folder(model: nn.Module, folder, config: dict, skip: tuple[str, ...] = ()):
-    """Write config.json, generation_config.json, model.safetensors; skip: tied weights, stored under another name."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config = config | {"torch_dtype": dtype, "dtype": dtype}  # transformers 4 reads the first, 5 the second
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    generation = ids | {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
-    for name, content in (("config.json", config), ("generation_config.json", generation)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: x.detach().contiguous() for name, x in model.state_dict().items() if name not in skip}
-    # transformers refuses files without this metadata
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-# -- Probabilities and sampling ----------------------------------------------------------------------------------------
-def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """log p of each token given those before it: logits [B,T,V], ids [B,T] -> [B,T-1], entry t is log p(ids[:,t+1]).
-
-    In fp32 at least, also under autocast: a bf16 log-probability has two digits.
-    """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    logits = logits[:, :-1].to(wide)  # the last position scores a token that is not there
-    return -F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(ids[:, 1:].shape)
-
-
-class _HeadLogprobs(torch.autograd.Function):
-    """token_logprobs(h @ weight.T) a few rows at a time, so that the logits [N,V] never exist as a whole.
-
-    For a small model with a large vocabulary the logits are by far the largest tensor, and writing and reading them
-    costs more than computing them: the backward pass computes each piece again instead of keeping it.
-    """
-
-    @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """h [N,D], weight [V,D], targets [N] -> log p(targets) [N], in fp32 at least."""
-        wide = torch.promote_types(h.dtype, torch.float32)
-        out, norm = h.new_empty(len(h), dtype=wide), h.new_empty(len(h), dtype=wide)
-        for part in _pieces(h, weight):
-            logits = (h[part] @ weight.T).to(wide)  # [n,V]
-            norm[part] = logits.logsumexp(-1)
-            out[part] = logits.gather(1, targets[part, None]).squeeze(1) - norm[part]
-        ctx.save_for_backward(h, weight, targets, norm)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        """d log p / d logits = onehot - softmax."""
-        h, weight, targets, norm = ctx.saved_tensors
-        learns = ctx.needs_input_grad[1]  # not beside adapters: a frozen head's gradient is a third of the work
-        grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=norm.dtype) if learns else None
-        for part in _pieces(h, weight):
-            d = (h[part] @ weight.T).to(norm.dtype).sub_(norm[part, None]).exp_()  # [n,V] softmax
-            d.mul_(-grad[part, None]).scatter_add_(1, targets[part, None], grad[part, None])
-            d = d.to(h.dtype)
-            grad_h[part] = d @ weight
-            if learns:
-                grad_weight += d.T @ h[part]
-        return grad_h, grad_weight.to(weight.dtype) if learns else None, None
-
-
-class _HeadLogprobSum(torch.autograd.Function):
-    """The sum of _HeadLogprobs. A sum gives every target the same factor, so the gradients for factor 1 can be made
-    while the logits of a piece are at hand; the backward pass multiplies, and computes no logits again."""
-
-    @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """h [N,D], weight [V,D], targets [N] -> sum of log p(targets), in fp32 at least."""
-        wide = torch.promote_types(h.dtype, torch.float32)
-        total = h.new_zeros((), dtype=wide)
-        learns = ctx.needs_input_grad[1]  # as in _HeadLogprobs: not beside adapters
-        if any(ctx.needs_input_grad):
-            grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=wide) if learns else None
-            ctx.save_for_backward(grad_h, grad_weight)
-        for part in _pieces(h, weight):
-            d = (h[part] @ weight.T).to(wide)  # [n,V], the logits
-            index = targets[part, None]  # [n,1]
-            d -= d.amax(-1, keepdim=True)  # softmax does not change, and exp cannot overflow
-            total += d.gather(1, index).sum()
-            sums = d.exp_().sum(-1, keepdim=True)  # [n,1]
-            total -= sums.log().sum()
-            if any(ctx.needs_input_grad):
-                # onehot - softmax, in place
-                d = d.div_(-sums).scatter_add_(1, index, torch.ones_like(index, dtype=wide)).to(h.dtype)
-                grad_h[part] = d @ weight
-                if learns:
-                    grad_weight += d.T @ h[part]
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        """grad: the factor, a scalar."""
-        grad_h, grad_weight = ctx.saved_tensors
-        return *(None if g is None else (g * grad).to(grad_h.dtype) for g in (grad_h, grad_weight)), None
-
-
-def _pieces(h: Tensor, weight: Tensor) -> list[slice]:
-    """Slices of the rows of h whose logits fit a CPU's cache (2 million numbers), or a small part of a GPU's memory."""
-    rows = max(1, (2**21 if h.device.type == "cpu" else 2**28) // len(weight))
-    return [slice(i, i + rows) for i in range(0, len(h), rows)]
-
-
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor, min_p=0.0) -> Tensor:
-    """Draw one id a row: logits [B,V], uniform [B] in [0,1) -> ids [B].
-
-    Inverse transform: the id at which the running sum of probabilities passes `uniform`. One number a row decides, so a
-    row's draw does not depend on its neighbours. temperature 0 = the most likely id. top_k keeps the k most likely ids
-    (0, or k >= V: all); of these top_p keeps the smallest set whose mass reaches p (1: all; 0: the most likely id
-    only), and min_p those at least min_p times as likely as the most likely one (Nguyen et al. 2024, arXiv:2407.01082).
-    """
-    if temperature < 1e-30 or top_k == 1 or top_p == 0:  # logits divided by less would be beyond fp32
-        return logits.argmax(-1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    size = logits.shape[-1]
-    keep_all = not 0 < top_k < size
-    if keep_all and top_p >= 1:
-        if min_p > 0:
-            logits = logits.masked_fill(logits < lowest(logits.amax(-1, True), temperature, min_p), -math.inf)
-        return invert((logits / temperature).softmax(-1).cumsum(-1), uniform)
-    if not keep_all:
-        return draw_sorted(*logits.topk(top_k, dim=-1), None, temperature, top_p, min_p, uniform)
-    # Sorting a whole vocabulary costs more than a small model's forward pass, and in a trained model the 64 most
-    # likely ids usually hold the mass p. Rows where they do not are drawn again from more.
-    total = (logits / temperature).logsumexp(-1, keepdim=True)  # [B,1], over all ids
-    ids, rows, count = torch.empty(len(logits), dtype=torch.int64, device=logits.device), slice(None), 64
-    while True:
-        values, order = logits[rows].topk(min(count, size), dim=-1)  # [rows,k], most likely first
-        ids[rows] = draw_sorted(values, order, total[rows], temperature, top_p, min_p, uniform[rows])
-        short = (values / temperature - total[rows]).exp().sum(-1) < top_p  # [rows]
-        if count >= size or not short.any():
-            return ids
-        # only the rows concerned, so that no row's draw depends on its neighbours
-        rows, count = torch.arange(len(logits), device=logits.device)[rows][short], 8 * count
-
-
-def lowest(best: Tensor, temperature: float, min_p: float) -> Tensor:
-    """The smallest logits that min_p keeps beside the best ones."""
-    return best + temperature * math.log(min_p)
-
-
-def draw_sorted(values, order, total, temperature, top_p, min_p, uniform) -> Tensor:
-    """Draw from logits sorted downwards: values [B,k] of the ids order [B,k] -> ids [B]. total [B,1]: logsumexp of all
-    logits / temperature, None where the k are all that counts."""
-    values = values / temperature
-    sums = (values.softmax(-1) if total is None else (values - total).exp()).cumsum(-1)  # [B,k]
-    last = None
-    if top_p < 1:  # kept are the entries up to the one at which the sum reaches p
-        last = (sums < top_p).sum(-1, keepdim=True).clamp_(max=sums.shape[1] - 1)  # [B,1]
-    if min_p > 0:  # sorted, so these are the first ones as well
-        likely = (values >= lowest(values[:, :1], 1.0, min_p)).sum(-1, keepdim=True) - 1  # [B,1]
-        last = likely if last is None else torch.minimum(last, likely)
-    return order.gather(1, invert(sums, uniform, last)[:, None]).squeeze(1)
-
-
-def invert(sums: Tensor, uniform: Tensor, last: Tensor | None = None) -> Tensor:
-    """Index [B] at which the running sums [B,k] pass uniform * (mass of the kept entries). Kept are all entries, or
-    those up to `last` [B,1]."""
-    mass = sums[:, -1:] if last is None else sums.gather(1, last)  # [B,1]
-    # right: an entry of probability 0 is never drawn
-    index = torch.searchsorted(sums, uniform.to(sums.dtype)[:, None] * mass, right=True)  # [B,1]
-    # rounding may carry uniform ~ 1 past the end
-    return (index.clamp_(max=sums.shape[1] - 1) if last is None else torch.minimum(index, last)).squeeze(1)
-
-
-def row_uniforms(seed: int, rows: list[int], count: int) -> Tensor:
-    """[len(rows), count] numbers in [0,1); each row's stream depends on (seed, row) only, not on who else is there, and
-    a longer one begins with the shorter one."""
-    out = []
-    for row in rows:
-        # torch's CPU generator uses 32 bits of its seed; an odd factor keeps all rows of one seed apart
-        generator = torch.Generator().manual_seed((int(seed) * 0x9E3779B1 + int(row)) % 2**32)
-        out.append(torch.rand(count, generator=generator))
-    return torch.stack(out)
-
-
-# -- The language model ------------------------------------------------------------------------------------------------
 class Transformer(nn.Module):
     """Backbone plus language-model head.
 
@@ -1128,8 +462,8 @@ class Transformer(nn.Module):
             cache: KVCache with the tokens before these; they are appended. Positions then come from it.
             token_mask: bool [B,T], the real tokens; router statistics leave out the others.
             logits_to_keep: only the last so many positions, 0 = all.
-            target_mask: [B,T], nonzero on target tokens: instead of logits the result is token_logprobs(logits, ids)
-                [B,T-1], with 0 where it is zero. What training needs, several times cheaper than all logits.
+            target_mask: [B,T], nonzero on target tokens: instead of logits the result is what logprobs.token_logprobs()
+                makes of them [B,T-1], with 0 where it is zero. What training needs, several times cheaper.
             sum_targets: with target_mask, one number, the sum of these log-probabilities: cheaper still.
         balance[b] is the mean over the expert layers of E * sum_e f_e P_e over the row's real tokens (see MoE).
         """
@@ -1146,8 +480,8 @@ class Transformer(nn.Module):
         only."""
         wanted = target_mask[:, 1:] != 0  # [B,T-1]
         dtype = autocast_dtype(h.device.type) or h.dtype
-        head = _HeadLogprobSum if sum_targets else _HeadLogprobs
-        found = head.apply(h[:, :-1][wanted].to(dtype), self.lm_head.weight.to(dtype), ids[:, 1:][wanted])
+        found = head_logprobs(h[:, :-1][wanted].to(dtype), self.lm_head.weight.to(dtype), ids[:, 1:][wanted],
+                              sum_targets)
         if sum_targets:
             return found
         return torch.zeros(wanted.shape, dtype=found.dtype, device=h.device).masked_scatter(wanted, found)
@@ -1198,8 +532,8 @@ class Transformer(nn.Module):
         Raises: FileNotFoundError, ValueError (not this architecture, damaged file, names or shapes that do not fit).
         """
         tied = {"lm_head.weight": lambda tensors: tensors["model.embed_tokens.weight"]}
-        absent = tied if read_config(Path(folder)).tie_word_embeddings else {}
-        model = load_model(cls, Path(folder), device, dtype, absent)
+        config = read_config(Path(folder))
+        model = load_model(cls, config, Path(folder), device, dtype, tied if config.tie_word_embeddings else {})
         model.tie()
         return model
 
@@ -1225,46 +559,15 @@ class Transformer(nn.Module):
 
         A row ends with its stop id (which is yielded; never among its first min_new_tokens), after max_new_tokens, or
         when prompt and answer fill max_position_embeddings. Its draws depend on (seed, row_seeds[row], default the row
-        number) only. An empty prompt becomes [bos_token_id]. See sample() for temperature, top_k, top_p and min_p;
-        repetition_penalty divides positive and multiplies negative logits of ids that occur in prompt or answer
+        number) only. An empty prompt becomes [bos_token_id]. See decoding.sample() for temperature, top_k, top_p and
+        min_p; repetition_penalty divides positive and multiplies negative logits of ids that occur in prompt or answer
         (arXiv:1909.05858), 1 = off. At most max_batch rows (0 = all) are decoded together: a row that ends makes room
-        for the next prompt (continuous batching, Yu et al. 2022, Orca). prefix: see Prefix; for one prompt.
+        for the next prompt (continuous batching, Yu et al. 2022, Orca). prefix: see decoding.Prefix; for one prompt.
         Raises: ValueError for a prompt that is empty without bos, too long, or has ids outside the vocabulary.
         """
-        bos = self.config.bos_token_id
-        prompts = [list(p) or ([] if bos is None else [bos]) for p in prompts]
-        row_seeds = list(range(len(prompts))) if row_seeds is None else list(row_seeds)
-        need(len(row_seeds) == len(prompts), f"{len(row_seeds)} row_seeds for {len(prompts)} prompts",
-             "each row has one", "give as many seeds as prompts")
-        need(prefix is None or len(prompts) == 1, f"a prefix with {len(prompts)} prompts", "it is the memory of one "
-             "chat", "give one prompt")
-        check_prompts(prompts, self.config)
-        choice = Choice(temperature, top_k, top_p, min_p, repetition_penalty, min_new_tokens, frozenset(stop_ids), seed)
-        rules = {"max_new_tokens": (int, 0, 2**31), "temperature": (float, 0, 1e4), "top_k": (int, 0, 2**31),
-                 "top_p": (float, 0, 1), "repetition_penalty": (float, 0.01, 100), "min_p": (float, 0, 1),
-                 "min_new_tokens": (int, 0, 2**31), "max_batch": (int, 0, 2**31)}
-        given = choice._asdict() | {"max_new_tokens": max_new_tokens, "max_batch": max_batch}
-        for name, rule in rules.items():
-            wrong, allowed = f"{name}={given[name]!r}", f"it is a number from {rule[1]} to {rule[2]}"
-            need(is_number(given[name], *rule), wrong, allowed, "correct it")
-        if not prompts or max_new_tokens == 0:
-            return iter(())
-        return self._stream(prompts, max_new_tokens, choice, row_seeds, max_batch, prefix)
-
-    def _stream(self, prompts, max_new_tokens, choice, row_seeds, max_batch, prefix):
-        """The loop behind generate(). It computes in chunks of one step inside, and yields outside, inference mode."""
-        decoder, context = self.decoder()
-        limits = [min(max_new_tokens, self.config.max_position_embeddings - len(p)) for p in prompts]
-        state = None
-        while True:
-            # not around the yield: the caller's own code would run in inference mode
-            with torch.inference_mode(), context():
-                state = state or _Decoding(decoder, self.model.embed_tokens.weight.device, prompts, limits, choice,
-                                           row_seeds, max_batch or len(prompts), prefix)
-                events = state.step()
-            if not events:
-                return
-            yield from events
+        options = GenerationConfig(max_new_tokens, temperature, top_k, top_p, repetition_penalty, frozenset(stop_ids),
+                                   seed, min_p, min_new_tokens, max_batch)
+        return decoding.generate(self, prompts, options, row_seeds, prefix)
 
     def decoder(self):
         """(what to decode with, autocast context). Under autocast every matrix would be cast again for every token;
@@ -1286,155 +589,6 @@ class Transformer(nn.Module):
             if isinstance(linear, nn.Linear):  # a tied head becomes a bf16 copy, the embedding stays as it is
                 linear.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
         return twin, lambda: torch.autocast(device, dtype)
-
-
-def check_prompts(prompts: list[list[int]], config: ModelConfig):
-    """ValueError for a prompt that is empty, fills the whole context, or holds an id outside the vocabulary."""
-    room, size = config.max_position_embeddings, config.vocab_size
-    for row, prompt in enumerate(prompts):
-        need(prompt, f"prompt {row} is empty", "the model continues at least one token, and this one has no "
-             "bos_token_id to start from", "give a prompt")
-        need(len(prompt) < room, f"prompt {row} has {len(prompt)} tokens", f"max_position_embeddings {room} must "
-             "leave room for an answer", "shorten the prompt")
-        need(0 <= min(prompt) and max(prompt) < size, f"prompt {row} has an id outside 0..{size - 1}",
-             "ids are below vocab_size", "use the tokenizer saved with the model")
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast uses on this kind of device right now, None when it is off."""
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-
-
-def fill_holes(keep: list[int], count: int) -> list[int]:
-    """Order the kept rows so that as few as possible move: rows below `count` stay, the others fill the holes."""
-    tail = [row for row in keep if row >= count]
-    stay = set(keep)
-    return [row if row in stay else tail.pop() for row in range(count)]
-
-
-class Choice(NamedTuple):
-    """How generate() chooses ids; see there."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    min_new_tokens: int
-    stop_ids: frozenset
-    seed: int
-
-
-@dataclass
-class _Row:
-    """One row of a running batch: which prompt it answers, its numbers in [0,1), its newest id, how many it made."""
-
-    prompt: int
-    draws: Iterator[float]
-    last: int = 0
-    made: int = 0
-
-
-class _Decoding:
-    """A running batch: rows leave when they end, and prompts that wait take their places."""
-
-    def __init__(self, decoder, device, prompts, limits, choice: Choice, row_seeds, max_batch, prefix):
-        self.decoder, self.device, self.prompts, self.limits = decoder, device, prompts, limits
-        self.choice, self.row_seeds, self.prefix = choice, row_seeds, prefix
-        self.places = min(max_batch, len(prompts))
-        self.waiting = list(range(len(prompts)))[::-1]  # the next one last
-        self.rows: list[_Row] = []
-        # the last token is never fed back, hence - 1
-        slots = max(len(p) + limit for p, limit in zip(prompts, limits, strict=True)) - 1
-        self.cache = decoder.new_cache(self.places, slots)
-        self.cache.keep([])
-        self.seen = torch.zeros(0, decoder.config.vocab_size, dtype=torch.bool, device=device)  # [B,V], for the penalty
-
-    def step(self) -> list[tuple[int, int]]:
-        """The next events: one id for every row, or the first ids of prompts that take free places; [] at the end."""
-        self._leave()
-        free = min(self.places - len(self.rows), len(self.waiting))
-        # A prompt read alone costs much more than its share of a batch: wait until there are places for some.
-        if free and (free >= self.places / 8 or free == len(self.waiting)):
-            return self._begin([self.waiting.pop() for _ in range(free)])
-        if not self.rows:
-            return []
-        ids = torch.tensor([[row.last] for row in self.rows], device=self.device)  # [B,1]
-        h = self.decoder.hidden_states(ids, cache=self.cache)[:, 0]  # [B,D]
-        if self.prefix is not None:  # only now: Ctrl-C may have come before all layers had written
-            self.prefix.ids.append(self.rows[0].last)
-        return self._choose(h, 0)
-
-    def _leave(self):
-        """Take out the rows that have ended: they cost nothing from here on."""
-        keep = [i for i, row in enumerate(self.rows)
-                if row.last not in self.choice.stop_ids and row.made < self.limits[row.prompt]]
-        if len(keep) < len(self.rows):
-            keep = fill_holes(keep, len(keep))
-            self.cache.keep(keep)
-            self.rows = [self.rows[i] for i in keep]
-            self.seen = self.seen[keep] if len(self.seen) else self.seen
-
-    def _begin(self, numbers: list[int]) -> list[tuple[int, int]]:
-        """Read prompts, equal ones once (GRPO asks for many answers to each), and choose their first ids."""
-        prompts = [tuple(self.prompts[i]) for i in numbers]
-        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        lengths = [len(prompt) for prompt in distinct]
-        cache = self.decoder.new_cache(len(distinct), max(lengths))
-        known = self._recall(cache, prompts[0]) if self.prefix is not None else 0
-        padded = [[*p[known:], *[0] * (max(lengths) - len(p))] for p in distinct]  # padding on the right is invisible
-        h = self.decoder.hidden_states(torch.tensor(padded, device=self.device), cache=cache)  # [distinct,T,D]
-        cache.set_lengths(lengths)
-        index = [distinct[prompt] for prompt in prompts]
-        # logits of the last positions only
-        h = h[torch.arange(len(h)), torch.tensor(lengths) - known - 1][index]  # [B,D]
-        self.cache.append(cache, index)
-        if self.prefix is not None:
-            self.prefix.ids, self.prefix.cache = list(prompts[0]), self.cache
-        count = max(self.limits[i] for i in numbers) if self.choice.temperature else 0
-        # drawn up front: one call a row, not one a token
-        draws = row_uniforms(self.choice.seed, [self.row_seeds[i] for i in numbers], count).tolist()
-        self.rows += [_Row(i, iter(row)) for i, row in zip(numbers, draws, strict=True)]
-        if self.choice.repetition_penalty != 1:
-            seen = torch.zeros(len(prompts), self.seen.shape[1], dtype=torch.bool, device=self.device)
-            for i, prompt in enumerate(prompts):
-                seen[i, list(prompt)] = True
-            self.seen = torch.cat((self.seen, seen))
-        return self._choose(h, len(self.rows) - len(numbers))
-
-    def _recall(self, cache: KVCache, prompt: tuple[int, ...]) -> int:
-        """Put the beginning that the chat has read before into an empty cache. Returns its length: less than the
-        prompt's, whose last token gives the logits."""
-        pairs = zip(self.prefix.ids, prompt[:-1], strict=False)
-        known = next((i for i, (old, new) in enumerate(pairs) if old != new),
-                     min(len(self.prefix.ids), len(prompt) - 1))
-        if known:
-            self.prefix.cache.set_lengths([known])
-            cache.keep([])
-            cache.append(self.prefix.cache, [0])
-        return known
-
-    def _choose(self, h: Tensor, start: int) -> list[tuple[int, int]]:
-        """Choose an id for the rows from `start` on, from their hidden states h [B,D]. Returns their events."""
-        rows, choice = self.rows[start:], self.choice
-        logits = self.decoder.lm_head(h)  # [B,V]
-        if len(self.seen):
-            seen = self.seen[start:]
-            weaker = torch.where(logits > 0, logits / choice.repetition_penalty, logits * choice.repetition_penalty)
-            logits = torch.where(seen, weaker, logits)
-        young = [i for i, row in enumerate(rows) if row.made < choice.min_new_tokens]
-        if young:
-            stops = [i for i in choice.stop_ids if 0 <= i < logits.shape[1]]
-            logits[torch.tensor(young)[:, None], stops] = -math.inf
-        uniform = None  # nothing is drawn
-        if choice.temperature:
-            uniform = torch.tensor([next(row.draws) for row in rows], device=self.device)  # [B]
-        ids = sample(logits, choice.temperature, choice.top_k, choice.top_p, uniform, choice.min_p)  # [B]
-        if len(self.seen):
-            seen.scatter_(1, ids[:, None], True)
-        for row, token in zip(rows, ids.tolist(), strict=True):  # the one wait for the device in each step
-            row.last, row.made = token, row.made + 1
-        return [(row.prompt, row.last) for row in rows]
 
 
 # -- The reward and value model ----------------------------------------------------------------------------------------
@@ -1500,4 +654,4 @@ class ScalarHead(nn.Module):
         def fresh(tensors):
             return torch.empty(1, config.hidden_size, device=device, dtype=dtype).normal_(0, config.initializer_range)
 
-        return load_model(cls, Path(folder), device, dtype, {"score.weight": fresh}, ignore=("lm_head.weight",))
+        return load_model(cls, config, Path(folder), device, dtype, {"score.weight": fresh}, ("lm_head.weight",))

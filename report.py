@@ -25,7 +25,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
+from records import GROUPS, STAGES, fields, read_fields, read_metrics, read_rows
+
 # One picture each: title, keys, whether a logarithmic axis serves it. Pictures without data are left out.
 PANELS = [
     ("loss", ("loss", "val_loss"), True),
@@ -51,48 +52,12 @@ SCORES = [("bits_per_byte", "bits per byte", "standard_error"), ("exact_match", 
           ("stop_rate", "stops", ""), ("loop_rate", "loops", ""), ("polite", "polite", "standard_error"),
           ("win_rate", "win rate", "win_rate_error"), ("pass_at_1", "pass@1", "standard_error"),
           ("accuracy", "pair accuracy", "standard_error")]
-GROUPS = ("bits_per_byte", "exact_match", "preference", "pass_at_1", "pair_accuracy")  # of eval.py's own scores
-# What the fields that are looked into must be; one of another kind is as good as missing
-KINDS = {**dict.fromkeys(("answers", "apart", "args", "bands", "by_lang", "by_skill", "compression", "conditions",
-                          "metrics", "model", "progress", "runtime"), dict),
-         **dict.fromkeys(("data", "load", "messages", "parents", "samples"), list),
-         **dict.fromkeys(("command", "stage", "torch", "written"), str),
-         **dict.fromkeys(("batch_tokens", "beta", "max_seq_len", "ppo_epochs", "seconds", "tokens",
-                          "updates_per_rollout"), (int, float))}
 
 
 # -- What is there -----------------------------------------------------------------------------------------------------
-def fields(value):
-    """A JSON object without the fields that KINDS rules out; {} for anything else."""
-    found = value if isinstance(value, dict) else {}
-    # other objects have names of the user's own in them, such as those of skills
-    return {key: fields(entry) if key in ("args", "conditions", "progress") else entry for key, entry in found.items()
-            if isinstance(entry, KINDS.get(key, object))}
-
-
 def members(value):
     """The fields of a JSON object that are objects themselves."""
     return {key: entry for key, entry in value.items() if isinstance(entry, dict)}
-
-
-def read_json(path):
-    """A JSON object as fields(); {} where the file is missing, broken or something else."""
-    try:
-        return fields(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
-def read_rows(path):
-    """The objects of a JSONL file; lines that are none, such as a half-written last one, are left out."""
-    rows = []
-    with open(path, encoding="utf-8", errors="replace") if Path(path).is_file() else io.StringIO() as file:
-        for line in file:
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError):
-                continue
-    return [row for row in rows if isinstance(row, dict)]
 
 
 def read_shapes(folder):
@@ -115,16 +80,16 @@ def read_stages(folder):
     stages = []
     for name in sorted(name for name in names if not name.endswith((".tmp", ".previous"))):
         log = folder / "logs" / name
-        facts, conditions = read_json(folder / name / "minillm.json"), read_json(log / "conditions.json")
-        part = {file: read_json(log / f"{file}.json")
+        facts, conditions = read_fields(folder / name / "minillm.json"), read_fields(log / "conditions.json")
+        part = {file: read_fields(log / f"{file}.json")
                 for file in ("args", "dataset_stats", "machine", "expert_load", "reference")}
         part["args"] = part["args"] or facts.get("args", {})
         part["dataset_stats"] = members(part["dataset_stats"])
         conditions["conditions"] = conditions.get("conditions") or facts.get("conditions") or {}
-        rows = [row for row in read_rows(log / "metrics.jsonl") if isinstance(row.get("step"), int)]
+        rows = read_metrics(log)
         stages.append({"name": name, "facts": facts, "rows": rows, "conditions": conditions, **part,
                        "kind": facts.get("stage") or conditions["conditions"].get("stage") or "",
-                       "config": read_json(folder / name / "config.json"), "shapes": read_shapes(folder / name)})
+                       "config": read_fields(folder / name / "config.json"), "shapes": read_shapes(folder / name)})
     place = {kind: number for number, kind in enumerate(STAGES)}
     return sorted(stages, key=lambda stage: (place.get(stage["kind"], len(STAGES)), stage["facts"].get("written", "")))
 
@@ -718,7 +683,7 @@ def write(folder, found=None):
     if found is not None:
         _replace(folder / "report.json", json.dumps(found, ensure_ascii=False, indent=1) + "\n")
     title = f"MiniLLM: report of {folder.resolve().name}"
-    sections = build(folder, found or read_json(folder / "report.json"))
+    sections = build(folder, found or read_fields(folder / "report.json"))
     return [_replace(folder / "report.html", html(title, sections)),
             _replace(folder / "report.md", markdown(title, sections))]
 

@@ -11,18 +11,11 @@ import math
 import os
 from collections import defaultdict
 
-GROUPS = ("bits_per_byte", "exact_match", "preference", "pass_at_1", "pair_accuracy")  # of eval.py --mode score
+from records import GROUPS, finite
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The file
-def finite(value):
-    """A result with None in place of nan, which is no JSON."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write(path, earlier, rows):
     """Write rows behind the earlier ones, in place of those for the same weight and group."""
     new = {(row["weight"], row["group"]) for row in rows}

@@ -38,8 +38,9 @@ import logs
 import metrics
 import optim
 import report
+from configuration import PRESETS, ModelConfig
 from dataset import PretrainData, SFTData
-from model import PRESETS, ModelConfig, Transformer
+from model import Transformer
 from rows import expand_paths, read_rows
 from tokenizer import Tokenizer
 

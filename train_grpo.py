@@ -40,7 +40,8 @@ import metrics
 import optim
 import report
 from dataset import PromptData, micro_batches, pad_rows
-from model import Transformer, token_logprobs
+from logprobs import token_logprobs
+from model import Transformer
 from rows import expand_paths, read_rows
 from tokenizer import Tokenizer
 

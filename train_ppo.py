@@ -44,7 +44,8 @@ import metrics
 import optim
 import report
 from dataset import PromptData, micro_batches, pad_rows, shuffled
-from model import ScalarHead, Transformer, token_logprobs
+from logprobs import token_logprobs
+from model import ScalarHead, Transformer
 from rows import expand_paths, read_rows
 from tokenizer import Tokenizer
 

@@ -33,8 +33,11 @@ import metrics
 import optim
 import report
 import sharding
+from configuration import MOE_BLOCK, PRESETS, ModelConfig
 from dataset import PretrainData
-from model import MOE_BLOCK, PRESETS, ModelConfig, Transformer, row_uniforms, token_logprobs
+from decoding import row_uniforms
+from logprobs import token_logprobs
+from model import Transformer
 from rows import expand_paths
 from tokenizer import Tokenizer
 
@@ -166,7 +169,7 @@ def evaluate(model, data, args, runtime):
     count = min(len(data), args.eval_rows)
     starts = runtime.shard(list(range(0, count, args.batch_size)))
     batches = (data.batch(range(i, min(i + args.batch_size, count))) for i in starts)
-    part = metrics.heldout_loss(model, batches, token_logprobs, runtime.device, runtime.autocast)
+    part = metrics.heldout_loss(model, batches, runtime.device, runtime.autocast)
     nll, tokens, size = runtime.sum(part["nll"], part["tokens"], part["bytes"])
     return nll / max(tokens, 1), nll / math.log(2) / max(size, 1)
 

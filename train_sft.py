@@ -36,7 +36,9 @@ import optim
 import report
 import sharding
 from dataset import PretrainData, PromptData, SFTData, join_windows
-from model import Transformer, row_uniforms, token_logprobs
+from decoding import row_uniforms
+from logprobs import token_logprobs
+from model import Transformer
 from rows import expand_paths, read_rows
 from tokenizer import Tokenizer
 
@@ -129,7 +131,7 @@ def evaluate_loss(model, data, args, runtime):
     count = min(len(data), args.eval_rows)
     starts = runtime.shard(list(range(0, count, args.batch_size)))
     batches = (data.batch(range(i, min(i + args.batch_size, count))) for i in starts)
-    part = metrics.heldout_loss(model, batches, token_logprobs, runtime.device, runtime.autocast)
+    part = metrics.heldout_loss(model, batches, runtime.device, runtime.autocast)
     nll, tokens = runtime.sum(part["nll"], part["tokens"])
     return nll / max(tokens, 1)
 

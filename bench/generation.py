@@ -34,7 +34,9 @@ if Path(sys.path[0]).resolve() == ROOT / "bench":  # run as a script: bench/toke
 
 import common  # noqa: E402
 import generation  # noqa: E402
-from model import ModelConfig, Transformer, sample  # noqa: E402
+from configuration import ModelConfig  # noqa: E402
+from decoding import sample  # noqa: E402
+from model import Transformer  # noqa: E402
 
 HEADS = dict(num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True)
 SHAPES = {

@@ -40,8 +40,9 @@ if Path(sys.path[0]).resolve() == ROOT / "bench":  # run as a script: bench/toke
 import common  # noqa: E402
 import metrics  # noqa: E402
 import optim  # noqa: E402
+from configuration import ModelConfig  # noqa: E402
 from dataset import PretrainData  # noqa: E402
-from model import ModelConfig, Transformer, token_logprobs  # noqa: E402
+from model import Transformer  # noqa: E402
 from rows import read_rows  # noqa: E402
 from tokenizer import train  # noqa: E402
 from train_pretrain import row_parts, trained_blocks  # noqa: E402
@@ -186,7 +187,7 @@ def run_recipe(recipe, config, data, held_out, limit, timed, evaluations, seed, 
     while True:
         done = (seconds if timed else tokens) / limit
         if done >= due / evaluations or done >= 1:
-            found = metrics.heldout_loss(model, held_out, token_logprobs, autocast=autocast)
+            found = metrics.heldout_loss(model, held_out, autocast=autocast)
             curve.append((tokens, round(seconds, 2), round(found["bits_per_byte"], 4)))
             due += 1
         if done >= 1:

@@ -11,7 +11,9 @@ import checkpoint
 import cli
 import common
 import report
-from model import KVCache, ModelConfig, ScalarHead, Transformer
+from configuration import ModelConfig
+from decoding import KVCache
+from model import ScalarHead, Transformer
 from tokenizer import train
 
 # Before the first bf16 product of the session: where the machine announces AMX units that it does not let a program
@@ -44,6 +46,11 @@ def unwritten_slots_are_nan(monkeypatch):
         cache.kv.fill_(float("nan"))
 
     monkeypatch.setattr(KVCache, "__init__", poisoned)
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    return pytest.importorskip("transformers", reason="the oracle, transformers, is not installed")
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,10 @@ from conftest import cut, flip, run_args
 
 import checkpoint
 import common
-import model
+import records
+import weights
+from configuration import ModelConfig
+from model import Transformer
 from tokenizer import Tokenizer
 
 with contextlib.suppress(ImportError):  # Windows
@@ -55,7 +58,7 @@ def test_fields_of_another_type_are_as_good_as_missing(tmp_path, value):
     for name in ("args", "metrics", "parents", "progress", "runtime", "seconds", "written"):
         (path / "minillm.json").write_text(json.dumps({"stage": "sft", "finished": True, name: value}))
         facts = checkpoint.read_minillm(checkpoint.find(tmp_path, "run"))
-        assert (name in facts) == isinstance(value, checkpoint.KINDS[name]), name
+        assert (name in facts) == isinstance(value, records.KINDS[name]), name
         assert checkpoint.chat_parent(facts, tmp_path) is None
         assert all(row[1:5] == ["loss", "-", "-", "0"] for row in checkpoint.stage_rows(tmp_path))
 
@@ -266,14 +269,14 @@ class Disk:
     def __init__(self, patch, way=None, at=0):
         self.way, self.at, self.calls, self.dead = way, at, [], False
         for module, name in ((os, "mkdir"), (os, "open"), (os, "fsync"), (os, "replace"), (os, "unlink"),
-                             (os, "rmdir"), (io, "open"), (torch, "save"), (model, "save_file")):
+                             (os, "rmdir"), (io, "open"), (torch, "save"), (weights, "save_file")):
             patch.setattr(module, name, functools.partial(self.call, module.__name__ + "." + name,
                                                           getattr(module, name)))
 
     def call(self, name, real, *args, **options):
         if self.dead:
             raise Killed  # a killed process cleans nothing up
-        writes = name in ("torch.save", "model.save_file")
+        writes = name in ("torch.save", "weights.save_file")
         if name == "io.open" and not set(options.get("mode", args[1] if len(args) > 1 else "r")) & set("wax"):
             return real(*args, **options)  # only read
         self.calls.append(name)
@@ -294,7 +297,7 @@ class Disk:
 @pytest.fixture
 def disk(tmp_path, monkeypatch, model_folder):
     """disk(step, **Disk's) -> (whether it was saved, Disk) of a save of a real model with tokenizer and state."""
-    parts = [model.Transformer.from_pretrained(model_folder()), Tokenizer.from_pretrained(model_folder())]
+    parts = [Transformer.from_pretrained(model_folder()), Tokenizer.from_pretrained(model_folder())]
 
     def act(step, **faults):
         with monkeypatch.context() as patch:
@@ -316,7 +319,7 @@ def test_failure_of_any_call_of_a_save_leaves_a_whole_checkpoint(tmp_path, disk,
     shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-before")
     _, whole = disk(3)
     assert {"os.mkdir", "os.fsync", "os.replace", "io.open", "os.unlink", "os.rmdir", "torch.save",
-            "model.save_file"} <= set(whole.calls)
+            "weights.save_file"} <= set(whole.calls)
     for at, name in enumerate(whole.calls, 1):
         shutil.rmtree(tmp_path)
         shutil.copytree(tmp_path.parent / f"{tmp_path.name}-before", tmp_path)
@@ -328,7 +331,7 @@ def test_failure_of_any_call_of_a_save_leaves_a_whole_checkpoint(tmp_path, disk,
         runtime = common.Runtime(torch.device("cpu"), torch.float32)
         step = checkpoint.load_resume(runtime, run_args(tmp_path))["progress"]["step"]
         assert step == checkpoint.read_minillm(found)["progress"]["step"] and step in (2, 3), where
-        model.Transformer.from_pretrained(found)
+        Transformer.from_pretrained(found)
         if way == "raises":
             # what only tidies up may fail; a rename that does not follow from it is made
             told = f"last good checkpoint: step {step}" in capsys.readouterr().out
@@ -449,7 +452,7 @@ def conditions(tmp_path):
         data = [name and argparse.Namespace(fingerprint=name) for name in data]
         runtime = common.Runtime(torch.device("cpu"), torch.float32, world_size=world)
         args = run_args(tmp_path, **{"max_seq_len": 64} | changes)
-        return checkpoint.conditions(runtime, args, "sft", model.ModelConfig(hidden_size=width), data, parents, steps)
+        return checkpoint.conditions(runtime, args, "sft", ModelConfig(hidden_size=width), data, parents, steps)
 
     return of
 

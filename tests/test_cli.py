@@ -16,7 +16,8 @@ import pytest
 import cli
 import common
 import logs
-from model import ModelConfig, Transformer
+from configuration import ModelConfig
+from model import Transformer
 
 ROOT = Path(common.__file__).parent
 TRAINERS = sorted(path.stem for path in ROOT.glob("train_*.py"))

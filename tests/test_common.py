@@ -19,7 +19,8 @@ from conftest import BF16_SPEEDUP, KINDS, parse, run_args
 
 import checkpoint
 import common
-from model import PRESETS, ModelConfig, Transformer
+from configuration import PRESETS, ModelConfig
+from model import Transformer
 from train_pretrain import smaller_preset
 
 with contextlib.suppress(ImportError):  # Windows

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import common
 import logs
+import records
 import sharding
 import train_grpo
 
@@ -181,7 +182,7 @@ def resume_state(folder):
 def history(folder):
     """Logged rows of a run, keyed by step and name, without what clock and machine decide, and without ratios of a
     sample of the weights, which FSDP takes from other places."""
-    rows = logs.read_metrics(folder.parent / "logs" / folder.name)
+    rows = records.read_metrics(folder.parent / "logs" / folder.name)
     return {(row["step"], key): value for row in rows for key, value in row.items()
             if key not in ("step", "tokens_per_s") and not key.startswith(("time_", "sys_", "update_"))
             and isinstance(value, (int, float))}

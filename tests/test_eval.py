@@ -20,12 +20,13 @@ import chat
 import checkpoint
 import common
 import eval as evaluation
-import logs
 import lora
 import metrics
+import records
 import tasks
 from dataset import SFTData
-from model import ScalarHead, Transformer, token_logprobs
+from logprobs import token_logprobs
+from model import ScalarHead, Transformer
 from rows import question
 
 ROOT = Path(__file__).parent.parent
@@ -826,7 +827,7 @@ def test_a_run_logs_and_shows_what_the_fixed_prompts_found(stage_of, tmp_path, t
     shown = capsys.readouterr().out
     assert shown.count("regression pass rate 0.500") == 3 and "patience is over: regression_pass_rate" in shown
     assert shown.count("    wrong: 'say 1' -> '7', expected '1'\n") == 3 == shown.count("repeats itself: 'say 2'")
-    logged = [row["regression_pass_rate"] for row in logs.read_metrics(tmp_path / "out" / "logs" / "run")
+    logged = [row["regression_pass_rate"] for row in records.read_metrics(tmp_path / "out" / "logs" / "run")
               if "val_loss" in row or "val_reward" in row or "pass_at_1" in row]
     assert logged == [0.5] * (3 + (name != "train_dpo"))
     argv = ["--regression", "1", "--weight", "run", *flags[2:4], "--save_dir", str(tmp_path / "out")]

@@ -16,8 +16,9 @@ from test_model import KINDS, answers, random_ids
 from test_model import make_model as model_of
 
 import generation
+from configuration import ModelConfig
 from generation import FORMS, INT8_FORMS, InferenceCopy, accelerate, beam_search, look_up, lookup_decoding
-from model import ModelConfig, Transformer
+from model import Transformer
 
 BENCH = Path(__file__).parent.parent / "bench" / "generation.py"
 
@@ -37,8 +38,7 @@ def make_model(vocab_size=40, **fields):
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-def test_beam_search_equals_transformers(tmp_path, length_penalty):
-    transformers = pytest.importorskip("transformers", reason="the oracle, transformers, is not installed")
+def test_beam_search_equals_transformers(transformers, tmp_path, length_penalty):
     model = make_model()
     model.save_pretrained(tmp_path)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -81,7 +81,7 @@ def test_search_stops_at_the_context_limit():
     assert len(ids) == 2  # 62 of 64 positions are the prompt's
 
 
-@pytest.mark.parametrize("prompt, fields", [([], {}), ([5] * 64, {}), ([5], {"num_beams": 0}),
+@pytest.mark.parametrize("prompt, fields", [([], {}), ([5] * 64, {}), ([40], {}), ([5], {"num_beams": 0}),
                                             ([5], {"max_new_tokens": 0}), ([5], {"num_return": 9})])
 def test_impossible_requests_are_named(prompt, fields):
     with pytest.raises(ValueError, match="; .*; "):
@@ -127,7 +127,7 @@ def test_lookup_takes_the_longest_and_latest_place(text, count, expected):
 def test_lookup_fills_the_context_and_names_what_is_impossible():
     model = model_of()
     assert len(list(lookup_decoding(model, [5] * 120, 50))) == 8  # prompt and answer fill the 128 positions
-    for prompt, lookahead in (([], 4), ([5] * 128, 4), ([5], 0)):
+    for prompt, lookahead in (([], 4), ([5] * 128, 4), ([97], 4), ([5], 0)):
         with pytest.raises(ValueError, match="; .*; "):
             lookup_decoding(model, prompt, 5, lookahead)
 

@@ -18,7 +18,9 @@ import common
 import health
 import logs
 import optim
-from model import ModelConfig, Transformer
+import records
+from configuration import ModelConfig
+from model import Transformer
 
 ROOT = Path(health.__file__).parent
 RUNTIME = common.Runtime(torch.device("cpu"), torch.float64)
@@ -222,7 +224,7 @@ def test_alarm_is_raised_once_also_behind_a_resume(tmp_path, capsys):
     assert capsys.readouterr().out == f"    step 1: {first['alarm']}\n"
     assert not any("alarm" in row for row in train(resume_step=1)), "said in step 1 already"
     assert "alarm" in train(resume_step=0)[0], "step 1 is done again, and says it again"
-    rows = [row for row in logs.read_metrics(tmp_path) if "alarm" in row]
+    rows = [row for row in records.read_metrics(tmp_path) if "alarm" in row]
     assert [row["step"] for row in rows] == [1]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import logs
+import records
 import train_distill
 import train_pretrain
 import train_sft
@@ -136,7 +136,7 @@ def test_adapters_reach_most_of_what_all_weights_reach(out):
                "--muon_learning_rate", "0.03"]
     for name, flags in (("full", []), ("lora", targets)):
         final = train_sft.main(train_sft.parse_args([*common_flags(out, name, 800), *data, *flags]))
-        before = logs.read_metrics(out / "logs" / name)[0]
+        before = records.read_metrics(out / "logs" / name)[0]
         gain[name] = before["val_loss"] - final["val_loss"]
         print(f"\n{out.name} {name}: held-out loss {before['val_loss']:.3f} -> {final['val_loss']:.3f}, exact match "
               f"{before['exact_match']:.3f} -> {final['exact_match']:.3f}")

@@ -14,6 +14,7 @@ from conftest import DATA
 
 import common
 import logs
+import records
 from tokenizer import train
 
 
@@ -41,7 +42,7 @@ def test_resume_drops_later_lines_and_leaves_no_gaps_or_doubles(tmp_path):
     for step in (4, 5, 6):
         log.log(step, loss=0.5)
     assert steps(tmp_path) == [1, 2, 2, 3, 4, 5, 6]
-    assert [row["loss"] for row in logs.read_metrics(tmp_path)] == [1.0] * 4 + [0.5] * 3
+    assert [row["loss"] for row in records.read_metrics(tmp_path)] == [1.0] * 4 + [0.5] * 3
     log.file.close()
 
 
@@ -57,7 +58,7 @@ def test_half_written_last_line_is_ignored(tmp_path):
     write(tmp_path, [1, 2], loss=1.0).file.close()
     with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{}\n[1]\n{"step": "x"}\n{"step": 3, "lo')  # what others, and what kill -9 can leave
-    assert [row["step"] for row in logs.read_metrics(tmp_path)] == [1, 2]
+    assert [row["step"] for row in records.read_metrics(tmp_path)] == [1, 2]
     log = logs.MetricLog(tmp_path, resume_step=3)
     log.log(3, loss=0.5)
     assert steps(tmp_path) == [1, 2, 3]
@@ -66,7 +67,7 @@ def test_half_written_last_line_is_ignored(tmp_path):
 
 def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
     log = write(tmp_path, [7], loss=1.0, note="中文")
-    assert logs.read_metrics(tmp_path) == [{"step": 7, "loss": 1.0, "note": "中文"}]
+    assert records.read_metrics(tmp_path) == [{"step": 7, "loss": 1.0, "note": "中文"}]
     log.file.close()
 
 
@@ -85,7 +86,7 @@ def test_failed_resume_start_leaves_the_record(tmp_path, monkeypatch):
 def test_numbers_that_json_lacks_become_null(tmp_path):
     write(tmp_path, [1], loss=float("nan"), grad_norm=float("inf"), lr=1 / 3, count=10**12).file.close()
     assert steps(tmp_path) == [1]
-    assert logs.read_metrics(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "lr": 0.3333333,
+    assert records.read_metrics(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "lr": 0.3333333,
                                             "count": 10**12}]
 
 
@@ -584,7 +585,7 @@ def test_run_is_told_what_is_expected_and_draws_it(tmp_path, curves, capsys):
     assert text.startswith(" (expected ") and text.endswith(" here)") and log.expected(60, "entropy") == ""
     log.judge()
     assert capsys.readouterr().out == "    verdict: fine\n"
-    assert logs.read_metrics(tmp_path / "again")[-1] == {"step": 60, "verdict": "fine"}
+    assert records.read_metrics(tmp_path / "again")[-1] == {"step": 60, "verdict": "fine"}
     log.close()
     plain = tmp_path / "plain" / "curves.png"
     plain.parent.mkdir()

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import lora
-from model import ModelConfig, Transformer
+from configuration import ModelConfig
+from model import Transformer
 
 SHAPE = dict(vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
              head_dim=16, intermediate_size=80, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,

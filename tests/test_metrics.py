@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import metrics
+from logprobs import token_logprobs
 from metrics import Completion, check_answer, style
-from model import Transformer, token_logprobs
+from model import Transformer
 
 STYLES = {"polite_openers": ["Sure!", "Of course!", "好的！"], "rude": ["Leave me alone.", "真烦人"],
           "max_characters": 40}
@@ -39,7 +40,7 @@ def batches_of(seed, counts, vocab=300, width=9):
 
 def test_heldout_loss_is_the_mean_over_target_tokens_of_all_batches(model):
     batches = list(batches_of(0, [3, 1, 2]))
-    result = metrics.heldout_loss(model, batches, token_logprobs)
+    result = metrics.heldout_loss(model, batches)
     losses = []
     with torch.no_grad():
         for batch in batches:
@@ -53,8 +54,8 @@ def test_heldout_loss_is_the_mean_over_target_tokens_of_all_batches(model):
 
 
 def test_sums_of_parts_give_the_loss_of_the_whole(model):
-    whole = metrics.heldout_loss(model, batches_of(1, [2, 2, 2]), token_logprobs)
-    parts = [metrics.heldout_loss(model, [batch], token_logprobs) for batch in batches_of(1, [2, 2, 2])]
+    whole = metrics.heldout_loss(model, batches_of(1, [2, 2, 2]))
+    parts = [metrics.heldout_loss(model, [batch]) for batch in batches_of(1, [2, 2, 2])]
     for name in ("nll", "tokens", "bytes"):
         assert sum(part[name] for part in parts) == pytest.approx(whole[name], rel=1e-6)
 
@@ -76,33 +77,34 @@ def test_heldout_loss_restores_the_mode_and_keeps_no_gradient(model):
         inside.pop()
 
     watched = Watched().train()
-    metrics.heldout_loss(watched, batches_of(2, [1]), token_logprobs, "cpu", autocast)
+    metrics.heldout_loss(watched, batches_of(2, [1]), "cpu", autocast)
     assert seen == [(False, False, True)] and watched.training
-    metrics.heldout_loss(watched.eval(), batches_of(2, [1]), token_logprobs, "cpu", autocast)
+    metrics.heldout_loss(watched.eval(), batches_of(2, [1]), "cpu", autocast)
     assert not watched.training
 
 
 def test_without_a_mask_all_but_the_first_token_count_and_nothing_gives_nan(model):
     batch = {"ids": torch.arange(12).view(2, 6)}
-    result = metrics.heldout_loss(model, [batch], token_logprobs)
+    result = metrics.heldout_loss(model, [batch])
     assert result["tokens"] == 10 and "bits_per_byte" not in result
-    empty = metrics.heldout_loss(model, [batch | {"mask": torch.zeros(2, 6)}], token_logprobs)
+    empty = metrics.heldout_loss(model, [batch | {"mask": torch.zeros(2, 6)}])
     assert empty["tokens"] == 0 and math.isnan(empty["loss"])
 
 
-def test_documents_reach_the_model_and_impossible_padding_does_not_spoil_the_sum(model):
+def test_documents_reach_the_model_and_impossible_padding_does_not_spoil_the_sum(monkeypatch, model):
     ids = torch.randint(300, (1, 12), generator=torch.Generator().manual_seed(3))
     documents = torch.tensor([[0] * 6 + [1] * 6])
     mask = torch.tensor([[0.0, *[1.0] * 5] * 2])
-    packed = metrics.heldout_loss(model, [{"ids": ids, "mask": mask, "documents": documents}], token_logprobs)
-    apart = metrics.heldout_loss(model, [{"ids": ids.view(2, 6)}], token_logprobs)
+    packed = metrics.heldout_loss(model, [{"ids": ids, "mask": mask, "documents": documents}])
+    apart = metrics.heldout_loss(model, [{"ids": ids.view(2, 6)}])
     assert packed["loss"] == pytest.approx(apart["loss"], rel=1e-5) and packed["tokens"] == 10
 
     def endless(logits, ids):
         logprobs = token_logprobs(logits, ids)
         return torch.where(mask[:, 1:] > 0, logprobs, -torch.inf)
 
-    assert metrics.heldout_loss(model, [{"ids": ids, "mask": mask}], endless)["loss"] < 100
+    monkeypatch.setattr(metrics, "token_logprobs", endless)
+    assert metrics.heldout_loss(model, [{"ids": ids, "mask": mask}])["loss"] < 100
 
 
 class Spelling:

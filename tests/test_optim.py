@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 import common
 import optim
 import train_pretrain
-from model import ModelConfig, ScalarHead, Transformer, token_logprobs
+from configuration import ModelConfig
+from logprobs import token_logprobs
+from model import ScalarHead, Transformer
 
 SHAPES = [(6, 10), (10, 6), (6, 10), (8, 8)]  # wide, tall, a twin (batched with the first), square
 

@@ -12,8 +12,10 @@ import pytest
 from conftest import DATA, draw_report
 
 import eval as evaluation
+import records
 import report
-from model import ModelConfig, ScalarHead, Transformer
+from configuration import ModelConfig
+from model import ScalarHead, Transformer
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=y> a|b `c` ```` $\\frac{1}$ ]]> & 你好 \ud800'
 
@@ -237,7 +239,7 @@ def test_size_and_operations_are_those_of_the_model(change, tmp_path):
     model = Transformer(ModelConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                                     **{"num_key_value_heads": 2, "intermediate_size": 64, **change}))
     model.save_pretrained(tmp_path)
-    shapes, config = report.read_shapes(tmp_path), report.read_json(tmp_path / "config.json")
+    shapes, config = report.read_shapes(tmp_path), records.read_fields(tmp_path / "config.json")
     assert report.parameters(shapes) == model.num_parameters()
     assert 3 * report.flops_per_token(shapes, config, 128) == model.flops_per_token(128)
 
@@ -246,7 +248,7 @@ def test_operations_of_a_reward_model_leave_its_embedding_out(model_folder, tmp_
     head = ScalarHead.from_pretrained(model_folder())
     head.config = ModelConfig.from_dict(head.config.to_dict() | {"pad_token_id": 0})
     head.save_pretrained(tmp_path)
-    shapes, config = report.read_shapes(tmp_path), report.read_json(tmp_path / "config.json")
+    shapes, config = report.read_shapes(tmp_path), records.read_fields(tmp_path / "config.json")
     inside = sum(p.numel() for name, p in head.named_parameters() if p.ndim == 2 and "embed" not in name)
     attention = 4 * 2 * config["num_attention_heads"] * config["head_dim"] * 10
     assert report.flops_per_token(shapes, config, 10) == 2 * inside + attention

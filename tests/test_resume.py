@@ -29,6 +29,7 @@ import common
 import dataset
 import logs
 import metrics
+import records
 import train_grpo
 import train_ppo
 from model import Transformer
@@ -142,7 +143,7 @@ def dropped_folder(model_folder, tmp_path):
 
 def lines(folder):
     """Logged lines of a run without what clock and machine decide."""
-    rows = logs.read_metrics(folder.parent / "logs" / folder.name)
+    rows = records.read_metrics(folder.parent / "logs" / folder.name)
     return [{key: value for key, value in row.items()
              if key != "tokens_per_s" and not key.startswith(("time_", "sys_"))} for row in rows]
 

@@ -21,7 +21,8 @@ import torch
 import eval as evaluation
 import metrics
 import tasks
-from model import ModelConfig, Transformer
+from configuration import ModelConfig
+from model import Transformer
 
 ROOT = Path(__file__).parent.parent
 FILES = ROOT / "tests" / "data" / "tasks"  # small files of our own, in every layout

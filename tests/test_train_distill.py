@@ -14,11 +14,12 @@ import checkpoint
 import common
 import logs
 import metrics
+import records
 import train_distill
 import train_pretrain
 import train_sft
 from dataset import PretrainData, SFTData
-from model import Transformer, token_logprobs
+from model import Transformer
 from tokenizer import Tokenizer, train
 from train_distill import distill_kl
 
@@ -105,7 +106,7 @@ def test_alpha_1_is_plain_training(stage, tmp_path, quiet, rows, kind):
 def test_a_student_of_itself_has_nothing_to_learn(stage, tmp_path, quiet, model_folder):
     """Looked at before the first update: Adam and Muon make whole steps of gradients that are only rounding."""
     run(stage, "--teacher", str(model_folder("dense")))
-    before, first = logs.read_metrics(tmp_path / "out" / "logs" / "run")[:2]
+    before, first = records.read_metrics(tmp_path / "out" / "logs" / "run")[:2]
     assert abs(before["val_kl"]) < 1e-12 and before["agreement"] == 1 and before["val_loss"] == before["teacher_loss"]
     assert abs(first["kl"]) < 1e-12 and first["grad_norm"] < 1e-9
     assert abs(first["loss"]) < 1e-12 < first["nll"], "alpha is 0: the text's own tokens do not count"
@@ -129,7 +130,7 @@ def test_evaluation_equals_the_usual_one(stage, tmp_path, quiet, model_folder, r
     found = train_distill.evaluate(student, teacher, data, args, runtime)
     batch = data.batch(range(len(data)))
     for name, model in (("val", student), ("teacher", teacher)):
-        known = metrics.heldout_loss(model, [batch], token_logprobs)
+        known = metrics.heldout_loss(model, [batch])
         assert found[f"{name}_loss"] == pytest.approx(known["loss"], rel=1e-12)
         if rows == "pretrain":
             bits = found["bits_per_byte" if name == "val" else "teacher_bits_per_byte"]

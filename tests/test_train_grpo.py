@@ -17,8 +17,9 @@ import checkpoint
 import common
 import logs
 import train_grpo
+from logprobs import token_logprobs
 from metrics import Completion
-from model import Transformer, token_logprobs
+from model import Transformer
 from tokenizer import Tokenizer
 from train_grpo import group_advantages, grpo_loss
 

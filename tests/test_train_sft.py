@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import common
-import logs
+import records
 import train_sft
 from train_sft import add_noise
 
@@ -48,7 +48,7 @@ def test_noise_changes_training_and_not_the_evaluation(stage, tmp_path):
                            ("plain", "noisy", "again"))
     assert all(torch.equal(again[key], value) for key, value in noisy.items()), "same seed, same noise"
     assert any((plain[key] - value).abs().max() > 1e-4 for key, value in noisy.items())
-    first = [logs.read_metrics(tmp_path / "out" / "logs" / name)[0] for name in ("plain", "noisy")]
+    first = [records.read_metrics(tmp_path / "out" / "logs" / name)[0] for name in ("plain", "noisy")]
     assert first[0]["step"] == 0 and first[0] == first[1]
 
 

@@ -1,0 +1,104 @@
+"""Log-probabilities of tokens: from logits, or straight from the hidden states before the head.
+
+token_logprobs() is the definition. head_logprobs() gives the same numbers and gradients without ever holding all
+logits: for a small model they are the largest tensor of a training step. The idea of computing head and loss piece by
+piece: Wijmans et al. 2024 (arXiv:2411.09009), Hsu et al. 2024 (arXiv:2410.10989).
+
+What this file does not do: weights of tokens, means, losses (the training scripts, metrics.py).
+Letters: B batch, T tokens, V vocabulary, D hidden size, N target tokens, n of them at a time.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p of each token given those before it: logits [B,T,V], ids [B,T] -> [B,T-1], entry t is log p(ids[:,t+1]).
+
+    In fp32 at least, also under autocast: a bf16 log-probability has two digits.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits[:, :-1].to(wide)  # the last position scores a token that is not there
+    return -F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(ids[:, 1:].shape)
+
+
+def _pieces(h: Tensor, weight: Tensor) -> list[slice]:
+    """Slices of the rows of h whose logits fit a CPU's cache (2 million numbers), or a small part of a GPU's memory."""
+    rows = max(1, (2**21 if h.device.type == "cpu" else 2**28) // len(weight))
+    return [slice(i, i + rows) for i in range(0, len(h), rows)]
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """token_logprobs(h @ weight.T) a few rows at a time, so that the logits [N,V] never exist as a whole.
+
+    For a small model with a large vocabulary the logits are by far the largest tensor, and writing and reading them
+    costs more than computing them: the backward pass computes each piece again instead of keeping it.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """h [N,D], weight [V,D], targets [N] -> log p(targets) [N], in fp32 at least."""
+        wide = torch.promote_types(h.dtype, torch.float32)
+        out, norm = h.new_empty(len(h), dtype=wide), h.new_empty(len(h), dtype=wide)
+        for part in _pieces(h, weight):
+            logits = (h[part] @ weight.T).to(wide)  # [n,V]
+            norm[part] = logits.logsumexp(-1)
+            out[part] = logits.gather(1, targets[part, None]).squeeze(1) - norm[part]
+        ctx.save_for_backward(h, weight, targets, norm)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """d log p / d logits = onehot - softmax."""
+        h, weight, targets, norm = ctx.saved_tensors
+        learns = ctx.needs_input_grad[1]  # not beside adapters: a frozen head's gradient is a third of the work
+        grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=norm.dtype) if learns else None
+        for part in _pieces(h, weight):
+            d = (h[part] @ weight.T).to(norm.dtype).sub_(norm[part, None]).exp_()  # [n,V] softmax
+            d.mul_(-grad[part, None]).scatter_add_(1, targets[part, None], grad[part, None])
+            d = d.to(h.dtype)
+            grad_h[part] = d @ weight
+            if learns:
+                grad_weight += d.T @ h[part]
+        return grad_h, grad_weight.to(weight.dtype) if learns else None, None
+
+
+class _HeadLogprobSum(torch.autograd.Function):
+    """The sum of _HeadLogprobs. A sum gives every target the same factor, so the gradients for factor 1 can be made
+    while the logits of a piece are at hand; the backward pass multiplies, and computes no logits again."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """h [N,D], weight [V,D], targets [N] -> sum of log p(targets), in fp32 at least."""
+        wide = torch.promote_types(h.dtype, torch.float32)
+        total = h.new_zeros((), dtype=wide)
+        learns = ctx.needs_input_grad[1]  # as in _HeadLogprobs: not beside adapters
+        if any(ctx.needs_input_grad):
+            grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=wide) if learns else None
+            ctx.save_for_backward(grad_h, grad_weight)
+        for part in _pieces(h, weight):
+            d = (h[part] @ weight.T).to(wide)  # [n,V], the logits
+            index = targets[part, None]  # [n,1]
+            d -= d.amax(-1, keepdim=True)  # softmax does not change, and exp cannot overflow
+            total += d.gather(1, index).sum()
+            sums = d.exp_().sum(-1, keepdim=True)  # [n,1]
+            total -= sums.log().sum()
+            if any(ctx.needs_input_grad):
+                # onehot - softmax, in place
+                d = d.div_(-sums).scatter_add_(1, index, torch.ones_like(index, dtype=wide)).to(h.dtype)
+                grad_h[part] = d @ weight
+                if learns:
+                    grad_weight += d.T @ h[part]
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """grad: the factor, a scalar."""
+        grad_h, grad_weight = ctx.saved_tensors
+        return *(None if g is None else (g * grad).to(grad_h.dtype) for g in (grad_h, grad_weight)), None
+
+
+def head_logprobs(h: Tensor, weight: Tensor, targets: Tensor, summed: bool = False) -> Tensor:
+    """log p of target tokens under the head: h [N,D], weight [V,D], targets int64 [N] -> [N], or with `summed` their
+    sum, whose gradient is cheaper still. In fp32 at least."""
+    return (_HeadLogprobSum if summed else _HeadLogprobs).apply(h, weight, targets)
