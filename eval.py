@@ -537,7 +537,7 @@ def keep(rows, args):
 
 def kept(args):
     """The rows of eval_results.jsonl, without what others may have written there."""
-    rows = records.read_rows(Path(args.save_dir) / "eval_results.jsonl")
+    rows = records.read_objects(Path(args.save_dir) / "eval_results.jsonl")
     return [row for row in rows if isinstance(row.get("weight"), str) and isinstance(row.get("group"), str)]
 
 

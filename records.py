@@ -6,7 +6,7 @@ line that is none is left out, and a field of another kind than KINDS says is as
 not look twice.
 
 What this file does not do: say where such files lie and write them (checkpoint.py, logs.py, results.py), or read rows
-of training data, where damage is an error (dataset.py).
+of training data, where damage is an error (rows.py).
 """
 import json
 import math
@@ -39,7 +39,7 @@ def read_fields(path) -> dict:
         return {}
 
 
-def read_rows(path, waiting: bytes = b"") -> list[dict]:
+def read_objects(path, waiting: bytes = b"") -> list[dict]:
     """The objects of a JSONL file; lines that are none, such as a half-written last one (kill -9 can leave it), are
     left out. waiting: what a full disk has not taken yet."""
     path, rows = Path(path), []
@@ -54,7 +54,7 @@ def read_rows(path, waiting: bytes = b"") -> list[dict]:
 
 def read_metrics(folder, waiting: bytes = b"") -> list[dict]:
     """The rows of a log folder's metrics.jsonl, without those that have no step."""
-    return [row for row in read_rows(Path(folder) / "metrics.jsonl", waiting) if isinstance(row.get("step"), int)]
+    return [row for row in read_objects(Path(folder) / "metrics.jsonl", waiting) if isinstance(row.get("step"), int)]
 
 
 def finite(value):

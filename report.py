@@ -25,7 +25,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from records import GROUPS, STAGES, fields, read_fields, read_metrics, read_rows
+from records import GROUPS, STAGES, fields, read_fields, read_metrics, read_objects
 
 # One picture each: title, keys, whether a logarithmic axis serves it. Pictures without data are left out.
 PANELS = [
@@ -289,7 +289,7 @@ def tidy(svg, title):
 def build(folder, found):
     """The page's sections, [(title, [(kind, content)])], from an output folder and eval.py's findings (report.json)."""
     stages = read_stages(folder)
-    scores = read_rows(Path(folder) / "eval_results.jsonl")
+    scores = read_objects(Path(folder) / "eval_results.jsonl")
     sections = [("Overview", overview(stages)), ("Warnings", warning_blocks(stages)),
                 ("Samples", sample_blocks(found)), ("Scores", score_blocks(scores)), ("Curves", curves(stages)),
                 ("Experts", expert_blocks(stages)), ("Tokenizer and data", data_blocks(stages, found)),
