@@ -275,7 +275,7 @@ pub struct Encoder<T> {
 
 impl<T: TokenId> Encoder<T> {
     /// `tokens` in the order in which they are joined (lowest rank first), `ids` the id of each. Time: about linear in
-    /// the bytes of all tokens, 30 ms for 32,768.
+    /// the bytes of all tokens, 30 ms for 32,768; memory: that of the vocabulary, and 8 MiB for words.
     ///
     /// Errors: lengths differ, an id too large for T, an empty or doubled token, a byte without a token.
     pub fn new(tokens: &[&[u8]], ids: &[u32]) -> Result<Self, String> {
@@ -415,7 +415,8 @@ impl<T: TokenId> Encoder<T> {
     ///
     /// `seam`: of the bytes that meet, see [`seam_of`].
     fn stay_apart(&self, mut left: u32, mut right: u32, seam: usize) -> bool {
-        let first = self.seams[seam]; // no join at the seam is of lower rank
+        // What crosses the seam is joined from two halves that meet in these two bytes: so nothing of lower rank does
+        let first = self.seams[seam];
         let mut bound = NONE; // a join at the seam would have to be below this rank to come in time
         loop {
             if bound <= first {
@@ -459,9 +460,10 @@ const NO_KEY: u128 = u128::MAX;
 ///
 /// A place is a cache line and holds two words of four numbers: the key in two halves (0 = free), four ids, and a last
 /// number with what is left of the ids in its upper half, below it how often this word was replaced, and in the lowest
-/// byte the number of ids. There is no lock (a "seqlock"): who replaces a word writes BUSY into the last number first
-/// and a new last number at the end; who reads a word and finds the same last number before and after has read one
-/// word, and not half of each.
+/// byte the number of ids. There is no lock (a "seqlock", Boehm 2012): who replaces a word writes BUSY into the last
+/// number first and a new last number at the end; who reads a word and finds the same last number before and after has
+/// read one word, and not half of each. (Were a word replaced 2^24 times while one thread reads it, the count would be
+/// what it was.)
 #[derive(Default)]
 #[repr(align(64))]
 struct Place([[AtomicU64; 4]; 2]);
@@ -517,7 +519,7 @@ struct Scratch {
 
 impl<T: TokenId> Encoder<T> {
     /// Encode documents. `num_threads`: 0 = one per core. Returns the ids in parts, in order, and the number of ids of
-    /// each document. Time: linear in the text; memory: the ids, and 8 MiB a thread (16 MiB with u32).
+    /// each document. Time: linear in the text; memory: the ids.
     ///
     /// `interrupted` is asked about every 20 ms, on the calling thread. Error: it said yes, or a text cannot be had.
     pub fn encode_batch(
