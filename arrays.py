@@ -106,15 +106,6 @@ def write_json(path: Path, value: dict) -> None:
     os.replace(temporary, path)
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object, {} where none can be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def content_hash(path: Path, known: dict) -> str:
     """SHA-256 of a file, 16 hex digits. `known` remembers it for as long as size and modification time stay."""
     state, name = path.stat(), str(path.resolve())

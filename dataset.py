@@ -34,7 +34,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arrays import FORMAT_VERSION, ArrayFile, Ragged, content_hash, flatten, open_array, read_json, write_json
+from arrays import FORMAT_VERSION, ArrayFile, Ragged, content_hash, flatten, open_array, write_json
+from records import read_object
 from rows import conversation, document, expand_paths, first_question, preference, scan, split_heldout
 
 CHUNK_BYTES = 1 << 20  # text given to the tokenizer at a time: enough to amortise a call, little enough to forget
@@ -271,7 +272,7 @@ class TokenData:
     def _facts(self, record: bool) -> dict:
         """All that the stored arrays depend on. With `record`, file hashes are remembered for the next start."""
         register = self.cache_dir / "files.json"
-        before = read_json(register)
+        before = read_object(register)
         known = dict(before)
         hashes = [content_hash(path, known) for path in self.paths]
         if record and known != before:
@@ -323,7 +324,7 @@ class TokenData:
     def _explain(self, facts: dict) -> None:
         """Print in what the newest earlier store of the same files and part differs."""
         stores = sorted(self.cache_dir.glob(f"{self.kind}-*.json"), key=lambda path: path.stat().st_mtime_ns)
-        records = [(path, read_json(path)) for path in reversed(stores)]
+        records = [(path, read_object(path)) for path in reversed(stores)]
         for path, record in records:
             old = record.get("facts", {})
             if record.get("paths") == self._sources() and old.get("part") == self.part:

@@ -31,12 +31,18 @@ def fields(value) -> dict:
             if isinstance(entry, KINDS.get(key, object))}
 
 
-def read_fields(path) -> dict:
-    """A file's JSON object as fields(); {} where the file is missing, broken or something else."""
+def read_object(path) -> dict:
+    """A file's JSON object; {} where the file is missing, broken or something else."""
     try:
-        return fields(json.loads(Path(path).read_text(encoding="utf-8")))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_fields(path) -> dict:
+    """read_object() as fields()."""
+    return fields(read_object(path))
 
 
 def read_objects(path, waiting: bytes = b"") -> list[dict]:

@@ -300,11 +300,12 @@ def main(args):
         lr = optim.set_lr(optimizer, scale)
         optim.to_gradient_point(optimizer)  # Schedule-Free only; the step, taken or skipped, leads back
 
-        # all micro-batches first: the loss is divided by the number of targets of the whole step, which must be known
-        # before backward
         # never fewer than before, should --max_minutes or a resume have moved the end away
         progress["blocks"] = model.model.depth = max(progress["blocks"], trained_blocks(
             step / progress["max_steps"], args.depth_warmup, model.config.num_hidden_layers))
+
+        # all micro-batches first: the loss is divided by the number of targets of the whole step, which must be known
+        # before backward
         parts = row_parts(step / progress["max_steps"], args.length_warmup)
         rows, batches = lengths[parts], []
         for micro in range(args.accumulation_steps):

@@ -384,24 +384,17 @@ def test_patience_is_over_when_nothing_became_better(metric, values, patience, o
     assert common.out_of_patience({"watched": values}, args) is over
 
 
-def test_killed_run_with_shorter_rows_equals_uninterrupted_run(run):
-    """Killed in step 4, saved behind step 2: rows of an eighth, a quarter and a half of the length come before."""
-    flags = ["--length_warmup", "0.8", "--save_interval", "2"]
-    whole = run("train_pretrain", "whole", *flags)
-    run("train_pretrain", "broken", *flags, kill=3)
-    assert run("train_pretrain", "broken", *flags, "--from_resume", "1") == whole
+@pytest.mark.parametrize("flags", [
+    ["--length_warmup", "0.8"],  # rows of an eighth, a quarter and a half of the length come before
+    ["--depth_warmup", "0.5"]])  # the upper half of the blocks joins with step 4
+def test_killed_run_that_begins_smaller_equals_uninterrupted_run(run, flags):
+    """Killed in step 4, saved behind step 2, of 6."""
+    interval = ["--save_interval", "2"]
+    whole = run("train_pretrain", "whole", *flags, *interval)
+    run("train_pretrain", "broken", *flags, *interval, kill=3)
+    assert run("train_pretrain", "broken", *flags, *interval, "--from_resume", "1") == whole
     assert_same_run(run.out / "whole", run.out / "broken")
-    assert run("train_pretrain", "plain", "--save_interval", "2")["val_loss"] != whole["val_loss"]
-
-
-def test_killed_run_whose_blocks_join_later_equals_uninterrupted_run(run):
-    """Killed in step 4, saved behind step 2, of 6: the upper half of the blocks joins with step 4."""
-    flags = ["--depth_warmup", "0.5", "--save_interval", "2"]
-    whole = run("train_pretrain", "whole", *flags)
-    run("train_pretrain", "broken", *flags, kill=3)
-    assert run("train_pretrain", "broken", *flags, "--from_resume", "1") == whole
-    assert_same_run(run.out / "whole", run.out / "broken")
-    assert run("train_pretrain", "plain", "--save_interval", "2")["val_loss"] != whole["val_loss"]
+    assert run("train_pretrain", "plain", *interval)["val_loss"] != whole["val_loss"]
 
 
 def test_blocks_that_have_joined_stay_when_a_resume_moves_the_end_away(run):

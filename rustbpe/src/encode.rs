@@ -469,7 +469,6 @@ const NO_KEY: u128 = u128::MAX;
 struct Place([[AtomicU64; 4]; 2]);
 
 const BUSY: u64 = 0xFF;
-const REPLACED: u64 = 1 << 8; // one more time
 
 impl Place {
     /// The ids of a word and how many they are, if it is here.
@@ -489,14 +488,14 @@ impl Place {
 
     /// Put a newcomer in the place of the word that has been here longer, if it has few ids.
     fn keep<T: TokenId>(&self, key: u128, ids: &[T]) {
-        let width = 96 / T::unpack(0, 0).as_ref().len();
+        let width = 8 * size_of::<T>();
         if ids.len() * width > 96 {
             return;
         }
         let packed = ids.iter().rev().fold(0, |packed, id| packed << width | id.get() as u128);
         let [first, second] = [0, 1].map(|n| self.0[n][3].load(Relaxed));
-        let older = (second as u32 / REPLACED as u32) < first as u32 / REPLACED as u32;
-        let (word, last) = if older { (&self.0[1], second) } else { (&self.0[0], first) };
+        let replaced = |last: u64| last as u32 >> 8; // how often
+        let (word, last) = if replaced(second) < replaced(first) { (&self.0[1], second) } else { (&self.0[0], first) };
         // whoever else is at it may go on
         if last & BUSY == BUSY || word[3].compare_exchange(last, last | BUSY, Relaxed, Relaxed).is_err() {
             return;
@@ -505,8 +504,8 @@ impl Place {
         word[0].store(key as u64, Relaxed);
         word[1].store((key >> 64) as u64, Relaxed);
         word[2].store(packed as u64, Relaxed);
-        let replaced = ((last as u32 & !(BUSY as u32)).wrapping_add(REPLACED as u32)) as u64;
-        word[3].store(((packed >> 64) as u64) << 32 | replaced | ids.len() as u64, Release);
+        let once_more = (replaced(last) << 8).wrapping_add(1 << 8) as u64;
+        word[3].store(((packed >> 64) as u64) << 32 | once_more | ids.len() as u64, Release);
     }
 }
 
@@ -541,9 +540,13 @@ impl<T: TokenId> Encoder<T> {
             }
             (ids, counts)
         })?;
-        let mut totals = vec![0; texts.lengths().len()];
-        for (document, count) in parts.iter().flat_map(|(_, counts)| counts) {
-            totals[*document] += count;
+        let mut totals = Vec::new();
+        for &(document, count) in parts.iter().flat_map(|(_, counts)| counts) {
+            if document == totals.len() {
+                totals.push(count);
+            } else {
+                totals[document] += count; // one more part of a long document
+            }
         }
         Ok((parts.into_iter().map(|(ids, _)| ids).collect(), totals))
     }
