@@ -288,7 +288,8 @@ def _read_targets(model, states, sources, targets):
 @torch.no_grad()
 def reward_scores(model, tokenizer, conversations: Sequence[list[dict]], texts: Sequence[str], batch_size: int = 64,
                   autocast: Callable = contextlib.nullcontext) -> list[float]:
-    """What a reward model gives each text as the answer to its conversation, read at the end token as in training."""
+    """What a reward model gives each text as the answer to its conversation, read at the end token as in training.
+    Raises: ValueError for a score that is not finite, which would lose every comparison as if it were a bad one."""
     rows = []
     for messages, text in zip(conversations, texts, strict=True):
         ids, mask = tokenizer.render([*messages, {"role": "assistant", "content": text}])
@@ -299,6 +300,9 @@ def reward_scores(model, tokenizer, conversations: Sequence[list[dict]], texts: 
         ids = _padded(part, tokenizer.pad_id, device)  # [B,T]
         with autocast():
             scores += model(ids, torch.tensor([len(row) for row in part], device=device)).float().tolist()  # [B]
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("the reward model gives scores that are not finite; they say nothing about any answer; "
+                         "train it again, or give another")
     return scores
 
 

@@ -215,6 +215,8 @@ def main(args):
     model.gradient_checkpointing = bool(args.gradient_checkpointing)
     runtime.print(f"teacher {parent}: {teacher.num_parameters() / 1e6:.2f}M parameters; student "
                   f"{origin or args.preset}: {model.num_parameters() / 1e6:.2f}M parameters")
+    if runtime.rank:  # all were seeded alike; from here on each rank draws its own dropout, also on a resume
+        torch.manual_seed(args.seed + runtime.rank)
 
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,

@@ -228,6 +228,8 @@ def main(args):
     source = f"from {parent}" if parent else args.preset
     runtime.print(f"model {source}: {model.num_parameters() / 1e6:.2f}M parameters, "
                   f"{model.flops_per_token(args.max_seq_len) / 1e6:.0f} MFLOP a token")
+    if runtime.rank:  # all were seeded alike; from here on each rank draws its own dropout, also on a resume
+        torch.manual_seed(args.seed + runtime.rank)
 
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import train_pretrain
 from dataset import PretrainData
 
 BENCH = Path(__file__).parent.parent / "bench" / "training.py"
@@ -60,6 +61,14 @@ def test_documents_are_cut_or_padded_and_crops_begin_anywhere(bench, data):
     assert sorted((1 + mask[:, 1:].sum(1).int()).tolist()) == lengths
     ids, mask = bench.Rows(data, bench.RECIPES["nanogpt"], seed=0).batch(40, 32)
     assert mask[:, 1:].all() and (ids[:, 0] != bos).any()
+
+
+def test_our_recipe_is_what_pretraining_does_by_default(bench):
+    ours, args = bench.RECIPES["minillm"], train_pretrain.parse_args([])
+    same = ("batch_size", "accumulation_steps", "optimizer", "learning_rate", "muon_learning_rate", "weight_decay",
+            "schedule", "grad_clip", "length_warmup", "depth_warmup")
+    assert {name: getattr(ours, name) for name in same} == {name: getattr(args, name) for name in same}
+    assert (ours.betas[0], ours.warmup) == (args.adam_beta1, args.warmup_steps)
 
 
 def test_variants_change_single_fields(bench):

@@ -6,6 +6,7 @@ and nothing hangs.
     python -m pytest tests/test_ddp.py -m "slow or not slow"      # every case with two and with four processes
 """
 import argparse
+import dataclasses
 import functools
 import importlib
 import os
@@ -393,3 +394,18 @@ def test_killed_rank_is_started_again_and_the_run_goes_on_by_itself(stage, tmp_p
     assert text.count("resumed at step 2 of 6") == 1, text
     assert difference(tmp_path / "out" / "broken", tmp_path / "out" / "whole") < 1e-9
     assert history(tmp_path / "out" / "broken") == pytest.approx(history(tmp_path / "out" / "whole"), rel=1e-6)
+
+
+@pytest.mark.parametrize("script, flags", [("train_pretrain", []), ("train_sft", ["--eval_prompts", "0"]),
+                                           ("train_distill", [])])
+def test_each_rank_draws_its_own_dropout(stage, monkeypatch, script, flags):
+    """A rank is pretended: all are seeded alike at first, and only the draws of the training may differ."""
+    setup, lr_scale, drawn = common.setup, common.lr_scale, []
+    monkeypatch.setattr(common, "setup", lambda *inputs: dataclasses.replace(setup(*inputs), rank=ranks.pop(0)))
+    monkeypatch.setattr(common, "lr_scale", lambda *inputs: drawn.append(torch.rand(4)) or lr_scale(*inputs))
+    monkeypatch.setattr(checkpoint, "begin", lambda *inputs: "fresh")  # rank 0 decides it for all
+    ranks = [0, 1, 1]
+    while ranks:
+        module, argv = stage(script, "--max_steps", "1", *flags)
+        module.main(module.parse_args(argv))
+    assert torch.equal(drawn[1], drawn[2]) and not torch.equal(drawn[0], drawn[1])

@@ -958,6 +958,9 @@ def test_the_judge_reads_an_answer_as_training_did(stage, parse, data, tmp_path,
     with torch.no_grad():
         expected = reward.model(pairs["ids"], pairs["lengths"])
     assert [*sides[0], *sides[1]] == pytest.approx(expected.tolist(), abs=1e-5) and len(set(sides[0])) > 6
+    torch.nn.init.constant_(reward.model.model.norm.weight, math.nan)
+    with pytest.raises(ValueError, match="scores that are not finite"):
+        metrics.reward_scores(reward.model, reward.tokenizer, asked, [row["chosen"] for row in rows])
 
 
 def test_pass_k_draws_several_answers(stage, parse, data, tmp_path, tokenizer, monkeypatch, capsys):

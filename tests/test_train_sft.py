@@ -5,15 +5,12 @@
 Elsewhere: packing and masks (test_dataset.py), adapters (test_lora.py), resume and several processes (test_resume.py,
 test_ddp.py).
 """
-import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-import common
 import records
 import train_sft
 from train_sft import add_noise
@@ -50,19 +47,6 @@ def test_noise_changes_training_and_not_the_evaluation(stage, tmp_path):
     assert any((plain[key] - value).abs().max() > 1e-4 for key, value in noisy.items())
     first = [records.read_metrics(tmp_path / "out" / "logs" / name)[0] for name in ("plain", "noisy")]
     assert first[0]["step"] == 0 and first[0] == first[1]
-
-
-def test_each_rank_draws_its_own_noise(stage, monkeypatch):
-    """A rank is pretended: all are seeded alike at first, and only the draws of the training may differ."""
-    setup, lr_scale, drawn = common.setup, common.lr_scale, []
-    monkeypatch.setattr(common, "setup", lambda *inputs: dataclasses.replace(setup(*inputs), rank=ranks.pop(0)))
-    monkeypatch.setattr(common, "lr_scale", lambda *inputs: drawn.append(torch.rand(4)) or lr_scale(*inputs))
-    monkeypatch.setattr(checkpoint, "begin", lambda *inputs: "fresh")  # rank 0 decides it for all
-    ranks = [0, 1, 1]
-    while ranks:
-        module, argv = stage("train_sft", "--neftune_alpha", "5", "--max_steps", "1", "--eval_prompts", "0")
-        module.main(module.parse_args(argv))
-    assert torch.equal(drawn[1], drawn[2]) and not torch.equal(drawn[0], drawn[1])
 
 
 def metric(stage, *flags):
