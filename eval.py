@@ -127,8 +127,8 @@ def parse_args(argv=None):
     g.add_argument("--max_seq_len", type=count, default=0,
                    help="tokens per window in bits per byte, 0 = what the model was trained with, or its context")
     g.add_argument("--samples", type=count, default=0,
-                   help="answers shown to each of ten fixed held-out questions: one greedy, the others drawn; with "
-                        "scores: by the last of the weights")
+                   help="answers shown to each of ten fixed held-out questions: one greedy, the others drawn with "
+                        "--temperature and --top_p alone; with scores: by the last of the weights")
     g.add_argument("--pass_k", type=cli.positive(int), default=1,
                    help="samples of each checked prompt, in --tasks of each question that is answered in writing "
                         "(gsm8k), from 2 on; pass@k for k = 1, 2, 4, ... up to it")
