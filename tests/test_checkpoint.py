@@ -601,3 +601,26 @@ def test_launches_without_restarts_mark_nothing(tmp_path, monkeypatch):
     started(monkeypatch, 0, limit=0)
     assert decide(tmp_path, overwrite=1) == "fresh"
     assert not (tmp_path / "run" / checkpoint.EARLIER).exists()
+
+
+def test_stage_that_is_done_again_chooses_dtype_and_threads_afresh(tmp_path):
+    save(tmp_path, 5)
+    args = run_args(tmp_path, if_needed=1)
+    assert checkpoint.earlier_choice(args, checkpoint.read_minillm(tmp_path / "run")["key"])["dtype"] == "float32"
+    assert checkpoint.earlier_choice(args, "another-key") == {}
+
+
+def test_weights_are_found_without_the_state_of_the_run(tmp_path):
+    """Copied for use elsewhere, say: the state is two thirds of a folder."""
+    save(tmp_path, 5)
+    shutil.rmtree(tmp_path / "run" / "resume")
+    assert checkpoint.find(tmp_path, "run") == tmp_path / "run"
+    with pytest.raises(ValueError, match="resume/state.pt is missing"):
+        decide(tmp_path, from_resume=1)
+
+
+@pytest.mark.parametrize("best, patience, redone", [(False, 0, False), (True, 0, True), (False, 2, True)])
+def test_evaluations_count_as_far_as_they_decide_the_result(tmp_path, best, patience, redone):
+    keys = {checkpoint.stage_key(run_args(tmp_path, eval_interval=interval, patience=patience), best=best)
+            for interval in (5, 10)}
+    assert (len(keys) == 2) == redone

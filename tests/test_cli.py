@@ -369,3 +369,12 @@ def test_data_are_up_to_date_only_when_all_files_of_the_same_making_are_there(tm
     assert up_to_date("true") and not up_to_date("true", "made otherwise")
     assert not up_to_date("rm data/b")
     assert up_to_date("touch data/b") and not up_to_date("rm data/.made_from")
+
+
+@pytest.mark.parametrize("name, steps", [("train_ppo", 10), ("train_grpo", 20), ("train_sft", 0)])
+def test_usual_number_of_steps_gives_way_to_a_length_that_was_asked_for(name, steps):
+    parse = importlib.import_module(name).parse_args
+    assert (parse([]).max_steps, parse([]).epochs) == (steps, 1.0)
+    assert (parse(["--epochs", "3"]).max_steps, parse(["--epochs", "3"]).epochs) == (0, 3.0)
+    assert parse(["--max_minutes", "5"]).max_steps == 0
+    assert parse(["--epochs", "3", "--max_steps", "7"]).max_steps == 7

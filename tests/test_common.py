@@ -709,3 +709,14 @@ def test_bug_of_ours_is_not_hidden(monkeypatch, capsys):
 def test_success_returns(monkeypatch):
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("no exit needed"))
     common.run(lambda args: {}, lambda: argparse.Namespace())
+
+
+@pytest.mark.parametrize("flags, advice", [
+    (dict(batch_size=6, accumulation_steps=2), "--batch_size 3 --accumulation_steps 4 (the result stays the same)"),
+    (dict(batch_size=9), "--batch_size 3 --accumulation_steps 3 (the"),
+    (dict(batch_size=1, gradient_checkpointing=0), "with --gradient_checkpointing 1, or --max_seq_len 64"),
+    (dict(batch_size=1, gradient_checkpointing=1), "with --max_seq_len 64"),
+    (dict(batch_size=8, replay_path=["text.jsonl"]), "--batch_size 4 --accumulation_steps 2, or")])
+def test_advice_when_memory_is_out_keeps_the_rows_of_a_step(flags, advice):
+    args = argparse.Namespace(**{"accumulation_steps": 1, "max_seq_len": 128} | flags)
+    assert advice in common._smaller(args)
