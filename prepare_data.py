@@ -34,7 +34,7 @@ import dataset
 import logs
 import tensors
 from download import GITHUB, GROUPS, MIRRORS, SETS, get_set, mirror_list
-from rows import conversation, document_hash, expand_paths, first_question, preference, read_rows
+from rows import conversation, document_hash, expand_paths, first_question, preference, question, read_rows
 from selection import Contamination, Fingerprints, Source, language, plan, read_config
 from tokenizer import ROLES, Tokenizer
 
@@ -43,7 +43,8 @@ OUTPUTS = [f"{stage}.{part}.jsonl" for stage in STAGES for part in ("train", "he
 KEPT = ("answer", "check", "lang", "skill", "kind")  # fields beside the text that the scripts and scores know
 # what rows of public benchmarks ask or show; their answers are too short to be told from other text
 ASKED = ("question", "Question", "query", "ctx", "context", "context_options", "passage", "sentence", "goal", "sol1",
-         "sol2", "problem", "prompt", "instruction")
+         "sol2", "problem", "prompt")
+TASK = ("instruction", "input", "history")  # Alpaca's columns: only together they are what is asked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,6 +141,9 @@ def item_texts(row, where="row"):
         return [gap.replace("_", name) for name in names]
     found = [text for key in ASKED if key in row for text in (row[key] if isinstance(row[key], list) else [row[key]])]
     found = [text.removeprefix("Question: ").removesuffix("\nAnswer:") for text in found if isinstance(text, str)]
+    if isinstance(row.get("instruction"), str):
+        turns, _ = question({key: row[key] for key in TASK if key in row}, where)
+        found += [turn["content"] for turn in turns if turn["role"] == "user"]
     return found or [question_of(standard_row(row, where)[1])]
 
 

@@ -64,6 +64,11 @@ def expand_paths(data_path: str | Path | Sequence[str | Path] | None) -> list[Pa
     return files
 
 
+def row_format(path: Path) -> str:
+    """How a file is read: its ending without .gz, such as ".jsonl". The same bytes are other rows under another."""
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
 def _open(path: Path) -> io.BufferedIOBase:
     return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
 
@@ -180,11 +185,18 @@ def _csv_rows(path: Path, skip_bad: bool, bad: list[str]) -> Iterator[tuple[int,
     # rest of the file into memory.
     csv.field_size_limit(DOCUMENT_LIMIT)
     taken = []  # numbers of the lines that the row being read is made of: a quoted text may hold line ends
+    ended = []  # holds something when the reader has asked for a line behind the last one
 
     def text():
         for number, line, _ in _decoded(path, _decode, skip_bad, bad):
             taken.append(number)
             yield line + "\n"
+        ended.append(True)
+
+    def refuse(reason, start=""):
+        for number in taken:  # a row of many lines, most likely from an open quote to the next one, loses them all
+            lost = f"{reason}, in the row that begins in line {taken[0]}" if number > taken[0] else reason
+            _refuse(f"{path}:{number}", lost, start, skip_bad, bad)
 
     rows, header = csv.reader(text(), strict=True), None
     while True:
@@ -192,18 +204,20 @@ def _csv_rows(path: Path, skip_bad: bool, bad: list[str]) -> Iterator[tuple[int,
         try:
             cells = next(rows, None)
         except csv.Error as error:
-            _refuse(f"{path}:{taken[0]}", f"not valid CSV ({error})", "", skip_bad, bad)
+            if ended or len(taken) > 1 and "field limit" in str(error):
+                raise ValueError(f"{path}:{taken[0]}: not valid CSV ({error}): a quote that opens in this row is not "
+                                 f"closed; nobody knows which lines behind it are rows; close or remove it") from None
+            refuse(f"not valid CSV ({error})")
             continue
         if cells is None:
             return
-        where = f"{path}:{taken[0]}"
         if header is None and any(cells):
             header = cells
             if len(set(header)) < len(header):
-                raise ValueError(f"{where}: found a column name twice in {header}; every column needs a name of its "
-                                 "own, in the first row; rename it")
+                raise ValueError(f"{path}:{taken[0]}: found a column name twice in {header}; every column needs a name "
+                                 "of its own, in the first row; rename it")
         elif any(cells) and len(cells) != len(header):
-            _refuse(where, f"{len(cells)} cells under {len(header)} columns", ",".join(cells), skip_bad, bad)
+            refuse(f"{len(cells)} cells under {len(header)} columns", ",".join(cells))
         elif any(cells):
             yield taken[0], dict(zip(header, cells, strict=True)), sum(map(len, cells))
 
@@ -273,7 +287,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict, int]]:
 def scan(paths: Sequence[Path], skip_bad: bool, bad: list[str]) -> Iterator[tuple[dict, str, int]]:
     """(row, "file:line", bytes) of every row of the files: what read_rows() yields, with the size of the row's text."""
     for path in paths:
-        kind = Path(path.name.removesuffix(".gz")).suffix
+        kind = row_format(path)
         if kind == ".parquet":
             rows = _parquet_rows(path)
         elif kind == ".jsonl":

@@ -485,6 +485,21 @@ def test_fingerprint_names_content_tokenizer_and_row_length_but_not_the_order(ma
     others = [make(PretrainData, rows, max_seq_len=8), make(PretrainData, rows, tokenizer=ByteTokenizer("other")),
               make(PretrainData, rows[:1]), make(PretrainData, rows, part="train", val_ratio=0.01)]
     assert len({first, *(data.fingerprint for data in others)}) == 5
+    assert first == "pretrain-a55ab49e41a92749"  # shipped reference curves know such names, so they must not change
+
+
+@pytest.mark.parametrize("change", ["ending", "bos"])
+def test_what_neither_contents_nor_vocabulary_tell_makes_another_store(make, tmp_path, change):
+    """The bytes of a .txt file are the same as those of the .jsonl; the second tokenizer has another bos_token."""
+    first = make(PretrainData, documents(5, 9))
+    tokenizer, path = ByteTokenizer(), tmp_path / "data.jsonl"
+    if change == "ending":
+        path = path.rename(tmp_path / "data.txt")
+    else:
+        tokenizer.bos_id = START
+    other = make(PretrainData, path, tokenizer=tokenizer)
+    assert other.stats["used"] == (1 if change == "ending" else 9) and other.tokens.items[0] == tokenizer.bos_id
+    assert other.fingerprint != first.fingerprint
 
 
 def test_windows_of_another_length_need_no_new_tokens(make, count_builds):

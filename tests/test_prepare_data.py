@@ -439,6 +439,8 @@ def test_contamination_in_both_languages(item, row, kind):
     ({"goal": "g", "sol1": "s", "sol2": "t", "label": 1}, ["g", "s", "t"]),
     ({"question": "q", "passage": "p", "answer": True}, ["q", "p"]),
     ({"context_options": ["c", "d"], "continuation": "e", "gold": 0}, ["c", "d"]),
+    ({"instruction": "i", "input": "q", "output": "a"}, ["i\nq"]), ({"instruction": "i", "input": ""}, ["i"]),
+    ({"instruction": "i", "input": "q", "history": [["h", "a"]], "output": "a"}, ["h", "i\nq"]),
     ({"text": "t"}, ["t"]), ({"conversations": chat("q", "a"), "answer": "a"}, ["q"]),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["q"]), ({"messages": chat("q", "")[1:]}, [""]),
     ({"prompt": chat("q", "a")[:1], "completion": chat("q", "a")[1:]}, ["q"])])
