@@ -36,8 +36,7 @@ import torch
 
 from arrays import FORMAT_VERSION, ArrayFile, Ragged, content_hash, flatten, open_array, write_json
 from records import read_object
-from rows import (conversation, document, expand_paths, first_question, preference, row_format, scan,
-                  split_heldout)
+from rows import conversation, document, expand_paths, first_question, preference, row_format, scan, split_heldout
 
 CHUNK_BYTES = 1 << 20  # text given to the tokenizer at a time: enough to amortise a call, little enough to forget
 OPEN_ROWS = 64  # rows that packing keeps open; on 28k short conversations at T = 512 rows were 98.7% full, 97.9% with 4
@@ -709,7 +708,7 @@ class PromptData(TokenData, Sequence):
     columns = {"tokens": None, "facts": np.uint8}
 
     def parse(self, row, where):
-        turns = preference(row, where)[0] if "chosen" in row else conversation(row, where)
+        turns = preference(row, where)[0] if row.get("chosen") is not None else conversation(row, where)
         return first_question(turns), turns[:-1] if turns[-1]["role"] == "assistant" else turns
 
     def encode(self, sample, row, counts):

@@ -35,7 +35,7 @@ import logs
 import tensors
 from download import GITHUB, GROUPS, MIRRORS, SETS, get_set, mirror_list
 from rows import conversation, document_hash, expand_paths, first_question, preference, question, read_rows
-from selection import Contamination, Fingerprints, Source, language, plan, read_config
+from selection import Contamination, Fingerprints, Source, language, plan, read_config, sizes_itself
 from tokenizer import ROLES, Tokenizer
 
 STAGES = ("pretrain", "sft", "preference", "rl")
@@ -188,12 +188,12 @@ def source_rows(source, skip_bad, counts, bad):
         yield stage, new | ({"source": own} if isinstance(own, str) and own else {}), text, where
 
 
-def json_line(row):
-    """A row as a line of .jsonl, bytes."""
+def json_line(value, indent=None):
+    """A row as a line of .jsonl, or with an indent a whole JSON file, bytes."""
     try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(value, ensure_ascii=False, indent=indent).encode() + b"\n"
     except UnicodeEncodeError:
-        return json.dumps(row).encode() + b"\n"  # lone surrogates, which UTF-8 refuses, stay escapes
+        return json.dumps(value, indent=indent).encode() + b"\n"  # lone surrogates, which UTF-8 refuses, stay escapes
 
 
 class Outputs:
@@ -317,14 +317,14 @@ def mix(args):
         outputs.commit()
     finally:
         outputs.discard()
-    asked = {category: targets[category] for category in config.get("targets", {})}
+    asked = {category: targets[category] for category, own in config.get("targets", {}).items() if sizes_itself(own)}
     warnings = list(_warnings(sources, asked, counts, examples, args.global_sample_ratio, folder, outputs.facts))
     stats = {"config": config, "global_sample_ratio": args.global_sample_ratio, "targets": targets,
              "sources": {source.name: {"category": source.category, **counts[source.name]} for source in sources},
              "evaluation texts": len(items.places), "contamination": examples, "files": outputs.facts,
              "warnings": warnings}
     temporary = folder / "dataset_stats.json.tmp"
-    temporary.write_text(json.dumps(stats, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    temporary.write_bytes(json_line(stats, indent=1))
     os.replace(temporary, folder / "dataset_stats.json")
     print_mix(stats, folder)
     return stats

@@ -117,6 +117,7 @@ def test_turns_of_other_shapes_train_the_same_tokens(make):
     (PreferenceData, {"chosen": "a", "rejected": "b"}, r"\[chosen, rejected\]; expected prompt"),
     (PreferenceData, {"chosen": chat("p", "a"), "rejected": chat("q", "b")}, "differ before their last turn"),
     (PromptData, {"question": "a"}, r"\[question\]; expected conversations"),
+    (PromptData, {"question": "a", "chosen": None}, "expected conversations"),
 ])
 def test_wrong_keys_say_file_line_found_expected_and_fix(make, kind, row, found):
     good = {"text": "x", "conversations": chat("q", "a"), "prompt": "p", "chosen": "c", "rejected": "r"}

@@ -19,7 +19,7 @@ from hypothesis import settings as trials
 from hypothesis import strategies as st
 
 import rows as rows_file
-from rows import conversation, expand_paths, preference, read_rows
+from rows import conversation, expand_paths, preference, question, read_rows
 
 
 def chat(*contents, system=None):
@@ -162,6 +162,28 @@ def test_parquet_reads_like_lines(tmp_path):
         list(read_rows(tmp_path / "page.parquet"))
 
 
+def test_parquet_columns_that_are_no_json_become_text(tmp_path, monkeypatch):
+    """The types themselves in Python need pandas (ns) or a time zone that exists."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    second, turn = 10**9, arrow.struct([("content", arrow.string()), ("at", arrow.timestamp("ns", "UTC"))])
+    columns = {"text": arrow.array(["a", "b"]),
+               "ns": arrow.array([second + 1, None], arrow.timestamp("ns")),
+               "nowhere": arrow.array([0, second], arrow.timestamp("us", "Asia/Nowhere")),
+               "day": arrow.array([0, 1], arrow.date32()),
+               "answer": arrow.array(["40.0", "65.0"]).cast(arrow.decimal128(9, 1)),
+               "turns": arrow.array([[{"content": "q", "at": second + 1}], None], arrow.list_(turn)),
+               "raw": arrow.array([b"caf\xc3\xa9", b"\x89PNG"]),
+               "picture": arrow.array([{"bytes": b"\xff", "path": "p"}] * 2)}
+    parquet.write_table(arrow.table(columns), tmp_path / "a.parquet")
+    one, two = (row for row, _ in read_rows(tmp_path / "a.parquet"))
+    assert one == {"text": "a", "ns": "1970-01-01 00:00:01.000000001", "nowhere": "1970-01-01 00:00:00.000000",
+                     "day": "1970-01-01", "answer": "40.0", "raw": "café",
+                     "turns": [{"content": "q", "at": "1970-01-01 00:00:01.000000001"}],
+                     "picture": {"bytes": None, "path": "p"}}
+    assert [two[name] for name in ("ns", "turns", "raw", "answer")] == [None, None, None, "65.0"]
+
+
 def test_without_pyarrow_parquet_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # an import of it then fails
@@ -294,6 +316,13 @@ def test_a_damaged_file_gives_rows_or_a_message_with_its_name_never_another_erro
 ])
 def test_every_shape_gives_the_same_conversation(row):
     assert conversation(row) == chat("q", "a", system="s")
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "q", "chosen": None, "rejected": None}, {"prompt": "q", "completion": None, "output": None},
+    {"messages": chat("q"), "chosen": None, "response": None}, {"messages": chat("q", "a"), "chosen": None}])
+def test_empty_columns_of_a_table_say_nothing(row):
+    assert question(row) == (chat("q"), "a" if len(row["messages"] if "messages" in row else []) == 2 else None)
 
 
 def test_instruction_rows_join_their_input_and_keep_their_history():
