@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arrays import FORMAT_VERSION, ArrayFile, Ragged, content_hash, flatten, open_array, write_json
+from arrays import FORMAT_VERSION, ArrayFile, Ragged, content_hash, flatten, open_array, remove_orphans, write_json
 from records import read_object
 from rows import conversation, document, expand_paths, first_question, preference, row_format, scan, split_heldout
 
@@ -351,6 +351,7 @@ class TokenData:
     def _build(self, facts: dict) -> None:
         """Stream all rows through _convert into the arrays; the JSON with counts and statistics comes last."""
         base, bad, counts, shortest = self._base(facts), [], Counter(), 0
+        remove_orphans(self.cache_dir, base)
         files = {}
         try:
             for name, dtype in self.columns.items():

@@ -40,6 +40,7 @@ from tokenizer import ROLES, Tokenizer
 
 STAGES = ("pretrain", "sft", "preference", "rl")
 OUTPUTS = [f"{stage}.{part}.jsonl" for stage in STAGES for part in ("train", "heldout")]
+FORMATS = ("npz", "pt", "jsonl")  # of export
 KEPT = ("answer", "check", "lang", "skill", "kind")  # fields beside the text that the scripts and scores know
 # what rows of public benchmarks ask or show; their answers are too short to be told from other text
 ASKED = ("question", "Question", "query", "ctx", "context", "context_options", "passage", "sentence", "goal", "sol1",
@@ -477,8 +478,26 @@ def download(args):
 # 5. export
 
 
+def _settle_format(args):
+    """Fill in --format and --max_length where they are not given. Raises ValueError for flags that do not go
+    together: one of them would be ignored in silence."""
+    named = Path(args.output).suffix[1:]
+    if args.format and named in FORMATS and named != args.format:
+        raise ValueError(f"--output {args.output} with --format {args.format}; the ending of a file says what is in "
+                         "it; leave --format out, or give another --output")
+    args.format = args.format or (named if named in FORMATS else "npz")
+    if args.format == "jsonl":
+        given = {"--tokenizer": args.tokenizer, "--max_length": args.max_length, "--add_bos 0": not args.add_bos,
+                 "--add_eos 1": args.add_eos}
+        if useless := [flag for flag, value in given.items() if value]:
+            raise ValueError(f"{', '.join(useless)} with jsonl; rows are written as they are, without tokens; leave "
+                             f"{'it' if len(useless) == 1 else 'them'} out, or give --format npz")
+    args.max_length = args.max_length or 2048
+
+
 def export(args):
     """Write tensors of a stage for other programs, or rows of any stage as lines; returns the counts."""
+    _settle_format(args)
     path = Path(args.output or f"out/export/{args.stage or 'rows'}.{args.format}")
     if path.is_dir() or path.resolve() in [source.resolve() for source in expand_paths(args.data_path)]:
         raise ValueError(f"--output {path} is {'a folder' if path.is_dir() else 'in --data_path as well'}; an export "
@@ -590,10 +609,12 @@ def parse_args(argv=None):
                      help="what the rows are read as (left out: rows of any stage, with --format jsonl only)")
     sub.add_argument("--data_path", nargs="+", required=True, help="files or globs")
     sub.add_argument("--tokenizer", default="", help="folder of a tokenizer or checkpoint, for npz and pt")
-    sub.add_argument("--format", default="npz", choices=("npz", "pt", "jsonl"),
-                     help="numpy archive, torch.save of a dict, or the rows themselves, not as tokens")
+    sub.add_argument("--format", default="", choices=FORMATS,
+                     help="numpy archive, torch.save of a dict, or the rows themselves, not as tokens (left out: the "
+                          "ending of --output, else npz)")
     sub.add_argument("--output", default="", help="file to write (left out: out/export/STAGE.FORMAT)")
-    sub.add_argument("--max_length", type=cli.positive(int), default=2048, help="tokens of a row; longer ones are cut")
+    sub.add_argument("--max_length", type=cli.positive(int),
+                     help="tokens of a row; longer ones are cut (left out: 2048)")
     cli.switch(sub, "--add_bos", 1, "begin every row with the tokenizer's first token, where it has one")
     cli.switch(sub, "--add_eos", 0, "pretrain: end every document that is not cut with the end token")
     reading(sub)

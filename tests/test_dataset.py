@@ -4,6 +4,7 @@
 """
 import errno
 import json
+import os
 import random
 import subprocess
 import sys
@@ -562,6 +563,20 @@ def test_an_interrupted_build_leaves_nothing_that_looks_complete(make, tmp_path,
         with pytest.raises(KeyboardInterrupt):
             make(PretrainData, rows)
     assert make(PretrainData, rows).stats["used"] == 30
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes are asked for with os.kill")
+def test_files_of_a_killed_build_are_removed_at_the_next_one(make, tmp_path):
+    rows, gone = documents(7, 30), subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    base = make(PretrainData, rows)._base(make(PretrainData, rows)._facts(record=False))
+    cache = tmp_path / "cache"
+    (cache / f"{base}.json").unlink()
+    names = [f"{base}.tokens.bin.tmp{gone.pid}", f"{base}.tokens.bin.tmp{os.getppid()}", f"other.tmp{gone.pid}"]
+    for name in names:
+        (cache / name).touch()
+    make(PretrainData, rows)
+    assert [(cache / name).exists() for name in names] == [False, True, True]
 
 
 def test_one_process_builds_and_the_others_wait_for_it(make, count_builds):

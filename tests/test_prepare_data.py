@@ -1082,6 +1082,20 @@ def test_exported_lines_are_rows_in_the_form_that_training_reads(export, tmp_pat
     assert not list(tmp_path.glob("other*"))
 
 
+def test_the_ending_of_the_output_is_the_format_and_no_flag_is_ignored_in_silence(export, tmp_path):
+    export("sft", chats("a", 2))  # makes the tokenizer as well
+    words = ["export", "--stage", "sft", "--data_path", tmp_path / "rows.jsonl"]
+    tensors = [*words, "--tokenizer", tmp_path / "tok"]
+    run(*tensors, "--output", tmp_path / "own.pt")
+    assert set(torch.load(tmp_path / "own.pt", weights_only=True)) == {"input_ids", "labels", "loss_mask", "lengths"}
+    assert run(*words, "--output", tmp_path / "own.jsonl")["written"] == 2
+    with pytest.raises(ValueError, match="--output .*own.pt with --format npz; .*; leave --format out"):
+        run(*tensors, "--output", tmp_path / "own.pt", "--format", "npz")
+    for flags in (["--tokenizer", tmp_path / "tok"], ["--max_length", 5], ["--add_bos", 0], ["--add_eos", 1]):
+        with pytest.raises(ValueError, match=f"{flags[0]}.* with jsonl; .*; leave it out"):
+            run(*words, "--format", "jsonl", "--output", tmp_path / "own.jsonl", *flags)
+
+
 def test_export_maps_columns_and_refuses_a_second_end_token(export):
     arrays, _ = export("sft", [{"q": "2 + 3?", "a": "5"}], "--map", "prompt=q", "completion=a")
     plain, _ = export("sft", [{"messages": chat("2 + 3?", "5")}])
@@ -1104,9 +1118,10 @@ def test_errors_of_an_export_name_the_file_and_the_flags_of_the_user(export, fla
 @pytest.mark.parametrize("form", ["npz", "jsonl"])
 def test_an_export_replaces_neither_its_source_nor_a_folder(tmp_path, tokenizer, form):
     tokenizer.save_pretrained(tmp_path / "tok")
-    path = write(tmp_path / "a.jsonl", chats("a", 3))
-    words = ["export", "--stage", "sft", "--format", form, "--tokenizer", tmp_path / "tok", "--data_path", path]
-    for output, why in ((tmp_path / "tok" / ".." / "a.jsonl", "in --data_path as well"), (tmp_path, "a folder")):
+    path = write(tmp_path / "a.json", chats("a", 3))
+    words = ["export", "--stage", "sft", "--format", form, "--data_path", path]
+    words += ["--tokenizer", tmp_path / "tok"] if form == "npz" else []
+    for output, why in ((tmp_path / "tok" / ".." / "a.json", "in --data_path as well"), (tmp_path, "a folder")):
         with pytest.raises(ValueError, match=f"--output .* is {why}; .*; give another"):
             run(*words, "--output", output)
     assert len(list(read_rows(path))) == 3 and not list(tmp_path.parent.glob("*.tmp"))
