@@ -340,8 +340,8 @@ class TokenData:
         for path, record in records:
             old = record.get("facts", {})
             if record.get("paths") == self._sources() and old.get("part") == self.part:
-                changed = [f"{key} {old.get(key)}, now {facts.get(key)}" for key in {**facts, **old}
-                           if facts.get(key) != old.get(key)]
+                changed = [f"{key} {old.get(key, 'as usual')}, now {facts.get(key, 'as usual')}"
+                           for key in {**facts, **old} if facts.get(key) != old.get(key)]
                 print(f"cache {path.with_suffix('')} was built with {'; '.join(changed)}: rebuilding", flush=True)
                 return
 

@@ -491,7 +491,7 @@ def test_fingerprint_names_content_tokenizer_and_row_length_but_not_the_order(ma
 
 
 @pytest.mark.parametrize("change", ["ending", "bos"])
-def test_what_neither_contents_nor_vocabulary_tell_makes_another_store(make, tmp_path, change):
+def test_what_neither_contents_nor_vocabulary_tell_makes_another_store(make, tmp_path, change, capsys):
     """The bytes of a .txt file are the same as those of the .jsonl; the second tokenizer has another bos_token."""
     first = make(PretrainData, documents(5, 9))
     tokenizer, path = ByteTokenizer(), tmp_path / "data.jsonl"
@@ -502,6 +502,8 @@ def test_what_neither_contents_nor_vocabulary_tell_makes_another_store(make, tmp
     other = make(PretrainData, path, tokenizer=tokenizer)
     assert other.stats["used"] == (1 if change == "ending" else 9) and other.tokens.items[0] == tokenizer.bos_id
     assert other.fingerprint != first.fingerprint
+    said = f"was built with bos, eos, pad as usual, now [{START}, {END}, {PAD}]: rebuilding"
+    assert (said in capsys.readouterr().out) == (change == "bos")  # a file of another name has no earlier store
 
 
 def test_windows_of_another_length_need_no_new_tokens(make, count_builds):
