@@ -52,6 +52,20 @@ class ArrayFile:
         self.temporary.unlink(missing_ok=True)
 
 
+def remove_orphans(folder: Path, base: str) -> None:
+    """Remove the temporary files base.*.tmpPID of processes that are gone: a kill -9 leaves them behind."""
+    if os.name != "posix":
+        return  # there os.kill() ends the process instead of asking for it
+    for path in folder.glob(f"{base}.*.tmp*"):
+        owner = path.suffix.removeprefix(".tmp")
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (ValueError, OSError, OverflowError):
+            pass  # no number, or a process of somebody else
+
+
 def open_array(path: Path, count: int) -> np.ndarray:
     """Memory-map an array file, read-only. Raises ValueError with the reason if it is not whole or not `count` long."""
     size = path.stat().st_size

@@ -34,9 +34,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arrays import FORMAT_VERSION, ArrayFile, Ragged, content_hash, flatten, open_array, write_json
+from arrays import FORMAT_VERSION, ArrayFile, Ragged, content_hash, flatten, open_array, remove_orphans, write_json
 from records import read_object
-from rows import conversation, document, expand_paths, first_question, preference, scan, split_heldout
+from rows import conversation, document, expand_paths, first_question, preference, row_format, scan, split_heldout
 
 CHUNK_BYTES = 1 << 20  # text given to the tokenizer at a time: enough to amortise a call, little enough to forget
 OPEN_ROWS = 64  # rows that packing keeps open; on 28k short conversations at T = 512 rows were 98.7% full, 97.9% with 4
@@ -282,7 +282,19 @@ class TokenData:
         # purpose, the order is made anew at every start.
         return {"format": FORMAT_VERSION, "kind": self.kind, "data": hashes, "tokenizer": self.tokenizer.fingerprint,
                 "dtype": self.token_dtype.__name__, "max_seq_len": length, "part": self.part,
-                "val_ratio": self.val_ratio, "skip_bad": self.skip_bad}
+                "val_ratio": self.val_ratio, "skip_bad": self.skip_bad, **self._unusual()}
+
+    def _unusual(self) -> dict:
+        """Facts that neither contents nor the tokenizer's fingerprint tell. Those of our own data and tokenizers are
+        left out: the names of their stores are known to reference curves (assets/curves)."""
+        tok, found = self.tokenizer, {}
+        formats, controls = [row_format(path) for path in self.paths], [tok.bos_id, tok.eos_id, tok.pad_id]
+        if set(formats) != {".jsonl"}:
+            found["formats"] = formats
+        # which tokens part documents is said by tokenizer_config.json alone
+        if [None if i is None else tok.token_bytes[i] for i in controls] != [b"<|bos|>", b"<|im_end|>", b"<|pad|>"]:
+            found["bos, eos, pad"] = controls
+        return found
 
     def _base(self, facts: dict) -> str:
         """Name of the store: its files are <base>.<column>.bin, <base>.<column>_lengths.bin and <base>.json."""
@@ -328,7 +340,8 @@ class TokenData:
         for path, record in records:
             old = record.get("facts", {})
             if record.get("paths") == self._sources() and old.get("part") == self.part:
-                changed = [f"{key} {old.get(key)}, now {facts[key]}" for key in facts if facts[key] != old.get(key)]
+                changed = [f"{key} {old.get(key, 'as usual')}, now {facts.get(key, 'as usual')}"
+                           for key in {**facts, **old} if facts.get(key) != old.get(key)]
                 print(f"cache {path.with_suffix('')} was built with {'; '.join(changed)}: rebuilding", flush=True)
                 return
 
@@ -338,6 +351,7 @@ class TokenData:
     def _build(self, facts: dict) -> None:
         """Stream all rows through _convert into the arrays; the JSON with counts and statistics comes last."""
         base, bad, counts, shortest = self._base(facts), [], Counter(), 0
+        remove_orphans(self.cache_dir, base)
         files = {}
         try:
             for name, dtype in self.columns.items():
@@ -695,7 +709,7 @@ class PromptData(TokenData, Sequence):
     columns = {"tokens": None, "facts": np.uint8}
 
     def parse(self, row, where):
-        turns = preference(row, where)[0] if "chosen" in row else conversation(row, where)
+        turns = preference(row, where)[0] if row.get("chosen") is not None else conversation(row, where)
         return first_question(turns), turns[:-1] if turns[-1]["role"] == "assistant" else turns
 
     def encode(self, sample, row, counts):

@@ -233,11 +233,13 @@ def fetch(url, path, sha256=""):
     state, tries = {}, 0
     with contextlib.suppress(OSError, ValueError):
         state = json.loads(part.with_suffix(".state").read_text(encoding="utf-8"))
-    while True:
+    # stopped between the last byte and the rename: there is nothing left to ask for
+    whole = bool(state.get("etag")) and part.exists() and part.stat().st_size == state.get("size")
+    while not whole:
         before = part.stat().st_size if part.exists() else 0
         try:
             request(url, part, state)
-            break
+            whole = True
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
             if getattr(error, "code", 0) == 416:
                 state.clear()  # what is there is longer than the file: begin anew
@@ -249,7 +251,7 @@ def fetch(url, path, sha256=""):
             kept = after if state.get("etag") else 0  # without one nobody knows whether it is still the same file
             print(f"{path.name}: {error}; trying again in {wait} s, {kept} bytes are kept", flush=True)
             time.sleep(wait)
-    wanted, found, size = sha256 or state["sha256"], file_hash(part), part.stat().st_size
+    wanted, found, size = sha256 or state.get("sha256", ""), file_hash(part), part.stat().st_size
     part.with_suffix(".state").unlink()
     if not size or state["size"] not in (None, size) or wanted not in ("", found):
         part.unlink()
@@ -310,6 +312,10 @@ def get_set(name, folder, mirrors, shards=1):
     paths. Raises OSError where a file is not to be had."""
     public = SETS[name]
     print(f"{name}: licence {public.licence}{public.note and f'; {public.note}'}", flush=True)
+    stated = re.search(r"-of-(\d+)", public.shards)
+    if stated and shards > int(stated[1]):
+        shards = int(stated[1])
+        print(f"{name}: has {shards} shards; all of them are fetched", flush=True)
     sources = list(public.files) + [public.shards.format(i) for i in range(shards) if public.shards]
     paths = [get(public, source, Path(folder) / name / Path(source).name, mirrors) for source in sources]
     for path in paths:

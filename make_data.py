@@ -755,7 +755,7 @@ def read_persona(path):
     given = {}
     if path:
         try:
-            given = json.loads(Path(path).read_text(encoding="utf-8"))
+            given = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"--persona {path}: {error}; the file must hold one JSON object; correct it") from None
     if not isinstance(given, dict):

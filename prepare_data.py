@@ -34,16 +34,18 @@ import dataset
 import logs
 import tensors
 from download import GITHUB, GROUPS, MIRRORS, SETS, get_set, mirror_list
-from rows import conversation, document_hash, expand_paths, first_question, preference, read_rows
-from selection import Contamination, Fingerprints, Source, language, plan, read_config
+from rows import conversation, document_hash, expand_paths, first_question, preference, question, read_rows
+from selection import Contamination, Fingerprints, Source, language, plan, read_config, sizes_itself
 from tokenizer import ROLES, Tokenizer
 
 STAGES = ("pretrain", "sft", "preference", "rl")
 OUTPUTS = [f"{stage}.{part}.jsonl" for stage in STAGES for part in ("train", "heldout")]
+FORMATS = ("npz", "pt", "jsonl")  # of export
 KEPT = ("answer", "check", "lang", "skill", "kind")  # fields beside the text that the scripts and scores know
 # what rows of public benchmarks ask or show; their answers are too short to be told from other text
 ASKED = ("question", "Question", "query", "ctx", "context", "context_options", "passage", "sentence", "goal", "sol1",
-         "sol2", "problem", "prompt", "instruction")
+         "sol2", "problem", "prompt")
+TASK = ("instruction", "input", "history")  # Alpaca's columns: only together they are what is asked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,6 +142,9 @@ def item_texts(row, where="row"):
         return [gap.replace("_", name) for name in names]
     found = [text for key in ASKED if key in row for text in (row[key] if isinstance(row[key], list) else [row[key]])]
     found = [text.removeprefix("Question: ").removesuffix("\nAnswer:") for text in found if isinstance(text, str)]
+    if isinstance(row.get("instruction"), str):
+        turns, _ = question({key: row[key] for key in TASK if key in row}, where)
+        found += [turn["content"] for turn in turns if turn["role"] == "user"]
     return found or [question_of(standard_row(row, where)[1])]
 
 
@@ -184,12 +189,12 @@ def source_rows(source, skip_bad, counts, bad):
         yield stage, new | ({"source": own} if isinstance(own, str) and own else {}), text, where
 
 
-def json_line(row):
-    """A row as a line of .jsonl, bytes."""
+def json_line(value, indent=None):
+    """A row as a line of .jsonl, or with an indent a whole JSON file, bytes."""
     try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(value, ensure_ascii=False, indent=indent).encode() + b"\n"
     except UnicodeEncodeError:
-        return json.dumps(row).encode() + b"\n"  # lone surrogates, which UTF-8 refuses, stay escapes
+        return json.dumps(value, indent=indent).encode() + b"\n"  # lone surrogates, which UTF-8 refuses, stay escapes
 
 
 class Outputs:
@@ -313,14 +318,14 @@ def mix(args):
         outputs.commit()
     finally:
         outputs.discard()
-    asked = {category: targets[category] for category in config.get("targets", {})}
+    asked = {category: targets[category] for category, own in config.get("targets", {}).items() if sizes_itself(own)}
     warnings = list(_warnings(sources, asked, counts, examples, args.global_sample_ratio, folder, outputs.facts))
     stats = {"config": config, "global_sample_ratio": args.global_sample_ratio, "targets": targets,
              "sources": {source.name: {"category": source.category, **counts[source.name]} for source in sources},
              "evaluation texts": len(items.places), "contamination": examples, "files": outputs.facts,
              "warnings": warnings}
     temporary = folder / "dataset_stats.json.tmp"
-    temporary.write_text(json.dumps(stats, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    temporary.write_bytes(json_line(stats, indent=1))
     os.replace(temporary, folder / "dataset_stats.json")
     print_mix(stats, folder)
     return stats
@@ -473,8 +478,26 @@ def download(args):
 # 5. export
 
 
+def _settle_format(args):
+    """Fill in --format and --max_length where they are not given. Raises ValueError for flags that do not go
+    together: one of them would be ignored in silence."""
+    named = Path(args.output).suffix[1:]
+    if args.format and named in FORMATS and named != args.format:
+        raise ValueError(f"--output {args.output} with --format {args.format}; the ending of a file says what is in "
+                         "it; leave --format out, or give another --output")
+    args.format = args.format or (named if named in FORMATS else "npz")
+    if args.format == "jsonl":
+        given = {"--tokenizer": args.tokenizer, "--max_length": args.max_length, "--add_bos 0": not args.add_bos,
+                 "--add_eos 1": args.add_eos}
+        if useless := [flag for flag, value in given.items() if value]:
+            raise ValueError(f"{', '.join(useless)} with jsonl; rows are written as they are, without tokens; leave "
+                             f"{'it' if len(useless) == 1 else 'them'} out, or give --format npz")
+    args.max_length = args.max_length or 2048
+
+
 def export(args):
     """Write tensors of a stage for other programs, or rows of any stage as lines; returns the counts."""
+    _settle_format(args)
     path = Path(args.output or f"out/export/{args.stage or 'rows'}.{args.format}")
     if path.is_dir() or path.resolve() in [source.resolve() for source in expand_paths(args.data_path)]:
         raise ValueError(f"--output {path} is {'a folder' if path.is_dir() else 'in --data_path as well'}; an export "
@@ -586,10 +609,12 @@ def parse_args(argv=None):
                      help="what the rows are read as (left out: rows of any stage, with --format jsonl only)")
     sub.add_argument("--data_path", nargs="+", required=True, help="files or globs")
     sub.add_argument("--tokenizer", default="", help="folder of a tokenizer or checkpoint, for npz and pt")
-    sub.add_argument("--format", default="npz", choices=("npz", "pt", "jsonl"),
-                     help="numpy archive, torch.save of a dict, or the rows themselves, not as tokens")
+    sub.add_argument("--format", default="", choices=FORMATS,
+                     help="numpy archive, torch.save of a dict, or the rows themselves, not as tokens (left out: the "
+                          "ending of --output, else npz)")
     sub.add_argument("--output", default="", help="file to write (left out: out/export/STAGE.FORMAT)")
-    sub.add_argument("--max_length", type=cli.positive(int), default=2048, help="tokens of a row; longer ones are cut")
+    sub.add_argument("--max_length", type=cli.positive(int),
+                     help="tokens of a row; longer ones are cut (left out: 2048)")
     cli.switch(sub, "--add_bos", 1, "begin every row with the tokenizer's first token, where it has one")
     cli.switch(sub, "--add_eos", 0, "pretrain: end every document that is not cut with the end token")
     reading(sub)

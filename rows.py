@@ -64,6 +64,11 @@ def expand_paths(data_path: str | Path | Sequence[str | Path] | None) -> list[Pa
     return files
 
 
+def row_format(path: Path) -> str:
+    """How a file is read: its ending without .gz, such as ".jsonl". The same bytes are other rows under another."""
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
 def _open(path: Path) -> io.BufferedIOBase:
     return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
 
@@ -180,11 +185,18 @@ def _csv_rows(path: Path, skip_bad: bool, bad: list[str]) -> Iterator[tuple[int,
     # rest of the file into memory.
     csv.field_size_limit(DOCUMENT_LIMIT)
     taken = []  # numbers of the lines that the row being read is made of: a quoted text may hold line ends
+    ended = []  # holds something when the reader has asked for a line behind the last one
 
     def text():
         for number, line, _ in _decoded(path, _decode, skip_bad, bad):
             taken.append(number)
             yield line + "\n"
+        ended.append(True)
+
+    def refuse(reason, start=""):
+        for number in taken:  # a row of many lines, most likely from an open quote to the next one, loses them all
+            lost = f"{reason}, in the row that begins in line {taken[0]}" if number > taken[0] else reason
+            _refuse(f"{path}:{number}", lost, start, skip_bad, bad)
 
     rows, header = csv.reader(text(), strict=True), None
     while True:
@@ -192,18 +204,20 @@ def _csv_rows(path: Path, skip_bad: bool, bad: list[str]) -> Iterator[tuple[int,
         try:
             cells = next(rows, None)
         except csv.Error as error:
-            _refuse(f"{path}:{taken[0]}", f"not valid CSV ({error})", "", skip_bad, bad)
+            if ended or len(taken) > 1 and "field limit" in str(error):
+                raise ValueError(f"{path}:{taken[0]}: not valid CSV ({error}): a quote that opens in this row is not "
+                                 f"closed; nobody knows which lines behind it are rows; close or remove it") from None
+            refuse(f"not valid CSV ({error})")
             continue
         if cells is None:
             return
-        where = f"{path}:{taken[0]}"
         if header is None and any(cells):
             header = cells
             if len(set(header)) < len(header):
-                raise ValueError(f"{where}: found a column name twice in {header}; every column needs a name of its "
-                                 "own, in the first row; rename it")
+                raise ValueError(f"{path}:{taken[0]}: found a column name twice in {header}; every column needs a name "
+                                 "of its own, in the first row; rename it")
         elif any(cells) and len(cells) != len(header):
-            _refuse(where, f"{len(cells)} cells under {len(header)} columns", ",".join(cells), skip_bad, bad)
+            refuse(f"{len(cells)} cells under {len(header)} columns", ",".join(cells))
         elif any(cells):
             yield taken[0], dict(zip(header, cells, strict=True)), sum(map(len, cells))
 
@@ -250,21 +264,60 @@ def _array_rows(file: io.TextIOBase, path: Path, skip_bad: bool, bad: list[str])
         at, number = end, number + 1
 
 
+def _with_leaves(arrow, kind, leaf: Callable):
+    """An Arrow type with leaf(type) in the place of the types that its lists and structs are made of."""
+    if arrow.types.is_struct(kind):
+        return arrow.struct([field.with_type(_with_leaves(arrow, field.type, leaf)) for field in kind])
+    if arrow.types.is_list(kind):
+        return arrow.list_(kind.value_field.with_type(_with_leaves(arrow, kind.value_type, leaf)))
+    return leaf(kind)
+
+
+def _times_as_text(arrow, batch):
+    """An Arrow batch as a table, with times, dates and decimals as text. JSON has none of them, and in Python some need
+    pandas or a time zone that the machine knows."""
+
+    def without_zone(kind):  # the time of UTC stays
+        return arrow.timestamp(kind.unit) if arrow.types.is_timestamp(kind) else kind
+
+    def as_text(kind):
+        return arrow.string() if arrow.types.is_temporal(kind) or arrow.types.is_decimal(kind) else kind
+
+    table = arrow.Table.from_batches([batch])
+    for leaf in (without_zone, as_text):
+        schema = arrow.schema([field.with_type(_with_leaves(arrow, field.type, leaf)) for field in table.schema])
+        table = table if schema == table.schema else table.cast(schema)
+    return table
+
+
+def _without_bytes(value: object) -> object:
+    """The same with bytes as text, or as None where they are none (pictures, sounds): JSON has no bytes."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+    if isinstance(value, dict):
+        return {key: _without_bytes(entry) for key, entry in value.items()}
+    return [_without_bytes(entry) for entry in value] if isinstance(value, list) else value
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[int, dict, int]]:
-    """The rows of a parquet file, counted from 1; pyarrow is asked for only here."""
+    """The rows of a parquet file as JSON values, counted from 1; pyarrow is asked for only here."""
     try:
-        parquet = importlib.import_module("pyarrow.parquet")
+        arrow, parquet = map(importlib.import_module, ("pyarrow", "pyarrow.parquet"))
     except ImportError:
         raise ValueError(f"{path}: parquet is read with pyarrow, which is not installed; it is optional here; run: "
                          "pip install pyarrow, or convert the file to .jsonl") from None
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            holds_bytes = "binary" in str(file.schema_arrow.types)
             for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
+                for row in _times_as_text(arrow, batch).to_pylist():
                     number += 1
-                    yield number, row, batch.nbytes // batch.num_rows
-    except (OSError, ValueError) as error:
+                    yield number, _without_bytes(row) if holds_bytes else row, batch.nbytes // batch.num_rows
+    except (OSError, ValueError, NotImplementedError) as error:
         reason = str(error).split("\n")[0][:200]
         raise ValueError(f"{path}:{number + 1}: broken parquet data ({reason}); the file must be whole; copy or "
                          "download it again") from None
@@ -273,7 +326,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict, int]]:
 def scan(paths: Sequence[Path], skip_bad: bool, bad: list[str]) -> Iterator[tuple[dict, str, int]]:
     """(row, "file:line", bytes) of every row of the files: what read_rows() yields, with the size of the row's text."""
     for path in paths:
-        kind = Path(path.name.removesuffix(".gz")).suffix
+        kind = row_format(path)
         if kind == ".parquet":
             rows = _parquet_rows(path)
         elif kind == ".jsonl":
@@ -411,9 +464,10 @@ def preference(row: dict, where: str = "row") -> tuple[list[dict], dict, dict]:
 def question(row: dict, where: str = "row") -> tuple[list[dict], str | None]:
     """(turns up to the question, text of the answer behind it or None) of a row in any of the formats above, or with
     nothing but a prompt."""
-    if "chosen" in row:
+    if row.get("chosen") is not None:  # columns of a table are in every row, mostly empty
         return preference(row, where)[0], None
-    bare = None if {"completion", "response", "output"} & row.keys() else _prompt(row, where)
+    answered = any(row.get(key) is not None for key in ("completion", "response", "output"))
+    bare = None if answered else _prompt(row, where)
     *turns, last = conversation(row, where) if bare is None else _with_system(row, _check_turns(bare, where), where)
     return (turns, last["content"]) if last["role"] == "assistant" else ([*turns, last], None)
 

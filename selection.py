@@ -136,7 +136,7 @@ def _checked_keys(given, known, what):
 def read_config(path):
     """(list of Source, {category: {"count" or "share", "max_repeat"}}, config) of a mix. Raises ValueError."""
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--config {path}: {error}; it must hold one JSON object; write {EXAMPLE}") from None
     shared = ("val_ratio", "min_chars", "max_chars", "languages")
@@ -160,14 +160,23 @@ def read_config(path):
     return sources, _targets(path, config, {source.category for source in sources}), config
 
 
+def sizes_itself(target):
+    """Whether a target of the config says how many rows it wants; else those of TARGETS are wanted."""
+    return bool({"count", "share"} & target.keys())
+
+
 def _targets(path, config, categories):
-    """{category: {"count", "share", "max_repeat"}}, the given ones over TARGETS."""
+    """{category: {"count", "max_repeat"}}, the given ones over TARGETS; count None = all rows."""
     given = config.get("targets", {})
     _checked_keys(given, sorted(categories), f"--config {path}, targets (of the categories of the sources)")
     targets = {}
-    for category in categories:
-        target = given.get(category, TARGETS.get(category, {}))
+    for category in sorted(categories):
+        target = given.get(category, {})
         _checked_keys(target, ("count", "share", "max_repeat"), f"--config {path}, target {category}")
+        target = target if sizes_itself(target) else TARGETS.get(category, {}) | target
+        if "count" in target and "share" in target:
+            raise ValueError(f"--config {path}, target {category}: count {target['count']!r} and share "
+                             f"{target['share']!r}; each says how many rows are wanted; leave one of them out")
         share, total, repeat = target.get("share"), config.get("total"), target.get("max_repeat", 1)
         if share is not None and (not (_is_share(share) or share == 1) or not share or not _is_count(total)):
             raise ValueError(f"--config {path}, target {category}: share is {share!r} with total {total!r}; a share "
@@ -177,6 +186,9 @@ def _targets(path, config, categories):
         if not (_is_count(repeat) and repeat and (count is None or _is_count(count) and count)):
             raise ValueError(f"--config {path}, target {category}: count {count!r}, max_repeat {repeat!r}; both are "
                              'whole numbers above 0 and below 10^15; write {"count": 10000, "max_repeat": 2}')
+        if repeat > 1 and count is None:
+            raise ValueError(f"--config {path}, target {category}: max_repeat {repeat} without a count; rows are only "
+                             'repeated to reach a number of them; write {"count": 10000, "max_repeat": 2}')
         targets[category] = {"count": count, "max_repeat": repeat}
     return targets
 

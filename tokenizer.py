@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 import time
 import unicodedata
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 import cli
 from bpe import MAX_IDS, PATTERN, count_words, learn_merges, read_tokenizer_json, refusal, repair, tokenizer_json
-from rows import all_texts, expand_paths, read_rows
+from rows import all_texts, expand_paths, read_rows, row_format
 
 SPECIALS = [
     "<|bos|>",
@@ -395,7 +396,8 @@ class Tokenizer:
 
     @property
     def fingerprint(self):
-        """16 hex digits that change with anything that changes ids: pattern, normaliser, ranks, special tokens."""
+        """16 hex digits that change with anything that changes the ids of a text: pattern, normaliser, ranks, special
+        tokens. Not with the tokens that play bos, eos and pad."""
         digest = hashlib.sha256(f"{self.pattern}\0{self.nfc}\0{sorted(self.special_ids)}".encode())
         for index, token in enumerate(self.token_bytes):
             if token:
@@ -641,7 +643,7 @@ def _given_text(args):
     if args.text is not None:
         return args.text
     if args.file is not None:
-        return Path(args.file).read_text(encoding="utf-8", errors="replace")
+        return Path(args.file).read_bytes().decode("utf-8", "replace")  # read_text() drops the \r of \r\n
     return None
 
 
@@ -664,8 +666,17 @@ def training_key(args, paths):
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-        digest.update(b"next file")
+        digest.update(f"a {row_format(path)} file ends".encode())
     return digest.hexdigest()[:16]
+
+
+def _made_before(mark, key):
+    """The tokenizer beside a mark that vouches for this training and for just this tokenizer, or None."""
+    try:
+        tokenizer = Tokenizer.from_pretrained(mark.parent)
+        return tokenizer if mark.read_text() == f"{key} {tokenizer.fingerprint}" else None
+    except (OSError, ValueError):  # missing, damaged or from elsewhere
+        return None
 
 
 def command_train(args):
@@ -674,17 +685,16 @@ def command_train(args):
     paths = expand_paths(args.data_path)
     key = training_key(args, paths)
     mark = Path(args.output) / "trained_from.txt"
-    if not args.retrain_tokenizer and mark.is_file() and mark.read_text() == key:
-        tokenizer = Tokenizer.from_pretrained(args.output)
+    if not args.retrain_tokenizer and (tokenizer := _made_before(mark, key)):
         print(f"tokenizer: {args.output} was made from this text with these settings; --retrain_tokenizer 1 redoes it")
         return {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
     texts = _require_text(sample_texts(paths, args.sample_mb, args.skip_bad), args.data_path)
     tokenizer = train(texts, args.vocab_size, args.backend)
     mark.unlink(missing_ok=True)  # first, and written last: an interrupted save must not look whole
     tokenizer.save_pretrained(args.output)
-    mark.write_text(key)
+    mark.write_text(f"{key} {tokenizer.fingerprint}")
     print(f"tokenizer: vocab_size {tokenizer.vocab_size}, fingerprint {tokenizer.fingerprint}, saved to {args.output}")
-    print(f"next: python tokenizer.py inspect --tokenizer {args.output}")
+    print(f"next: python tokenizer.py inspect --tokenizer {shlex.quote(args.output)}")
     return {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
 
 
@@ -790,6 +800,8 @@ def main(args):
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character must not end a run
+        stream.reconfigure(errors="replace")
     try:
         main(parse_args())
         sys.stdout.flush()

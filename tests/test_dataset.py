@@ -4,6 +4,7 @@
 """
 import errno
 import json
+import os
 import random
 import subprocess
 import sys
@@ -117,6 +118,7 @@ def test_turns_of_other_shapes_train_the_same_tokens(make):
     (PreferenceData, {"chosen": "a", "rejected": "b"}, r"\[chosen, rejected\]; expected prompt"),
     (PreferenceData, {"chosen": chat("p", "a"), "rejected": chat("q", "b")}, "differ before their last turn"),
     (PromptData, {"question": "a"}, r"\[question\]; expected conversations"),
+    (PromptData, {"question": "a", "chosen": None}, "expected conversations"),
 ])
 def test_wrong_keys_say_file_line_found_expected_and_fix(make, kind, row, found):
     good = {"text": "x", "conversations": chat("q", "a"), "prompt": "p", "chosen": "c", "rejected": "r"}
@@ -485,6 +487,23 @@ def test_fingerprint_names_content_tokenizer_and_row_length_but_not_the_order(ma
     others = [make(PretrainData, rows, max_seq_len=8), make(PretrainData, rows, tokenizer=ByteTokenizer("other")),
               make(PretrainData, rows[:1]), make(PretrainData, rows, part="train", val_ratio=0.01)]
     assert len({first, *(data.fingerprint for data in others)}) == 5
+    assert first == "pretrain-a55ab49e41a92749"  # shipped reference curves know such names, so they must not change
+
+
+@pytest.mark.parametrize("change", ["ending", "bos"])
+def test_what_neither_contents_nor_vocabulary_tell_makes_another_store(make, tmp_path, change, capsys):
+    """The bytes of a .txt file are the same as those of the .jsonl; the second tokenizer has another bos_token."""
+    first = make(PretrainData, documents(5, 9))
+    tokenizer, path = ByteTokenizer(), tmp_path / "data.jsonl"
+    if change == "ending":
+        path = path.rename(tmp_path / "data.txt")
+    else:
+        tokenizer.bos_id = START
+    other = make(PretrainData, path, tokenizer=tokenizer)
+    assert other.stats["used"] == (1 if change == "ending" else 9) and other.tokens.items[0] == tokenizer.bos_id
+    assert other.fingerprint != first.fingerprint
+    said = f"was built with bos, eos, pad as usual, now [{START}, {END}, {PAD}]: rebuilding"
+    assert (said in capsys.readouterr().out) == (change == "bos")  # a file of another name has no earlier store
 
 
 def test_windows_of_another_length_need_no_new_tokens(make, count_builds):
@@ -546,6 +565,20 @@ def test_an_interrupted_build_leaves_nothing_that_looks_complete(make, tmp_path,
         with pytest.raises(KeyboardInterrupt):
             make(PretrainData, rows)
     assert make(PretrainData, rows).stats["used"] == 30
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes are asked for with os.kill")
+def test_files_of_a_killed_build_are_removed_at_the_next_one(make, tmp_path):
+    rows, gone = documents(7, 30), subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    base = make(PretrainData, rows)._base(make(PretrainData, rows)._facts(record=False))
+    cache = tmp_path / "cache"
+    (cache / f"{base}.json").unlink()
+    names = [f"{base}.tokens.bin.tmp{gone.pid}", f"{base}.tokens.bin.tmp{os.getppid()}", f"other.tmp{gone.pid}"]
+    for name in names:
+        (cache / name).touch()
+    make(PretrainData, rows)
+    assert [(cache / name).exists() for name in names] == [False, True, True]
 
 
 def test_one_process_builds_and_the_others_wait_for_it(make, count_builds):

@@ -426,6 +426,11 @@ def test_a_model_trained_on_a_persona_answers_so(tmp_path):
     assert len(right) >= 10 and sum(right) >= 0.8 * len(right), list(zip(asked, answers, strict=True))
 
 
+def test_a_persona_may_begin_with_the_byte_order_mark_of_windows_editors(tmp_path):
+    (tmp_path / "persona.json").write_text(json.dumps({"name": "Sunny"}), encoding="utf-8-sig")
+    assert make_data.read_persona(tmp_path / "persona.json")["name"] == {"en": "Sunny", "zh": "Sunny"}
+
+
 @pytest.mark.parametrize("bad", ["[1]", "{", '{"age": "3"}', '{"name": {"en": "A"}}'])
 def test_a_bad_persona_is_explained(tmp_path, bad):
     path = tmp_path / "persona.json"

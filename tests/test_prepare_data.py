@@ -211,8 +211,11 @@ def test_categories_without_a_target_have_the_sizes_of_the_documents(mix):
     text = (Path(prepare_data.__file__).parent / "docs/data.md").read_text(encoding="utf-8")
     for category, target in selection.TARGETS.items():
         assert f"{category} {target['count']:,}" in text
-    stats, files = mix([("a", "general", chats("a", 10), {}), ("b", "identity", chats("b", 10), {})], val_ratio=0)
-    assert Counter(row["source"] for row in files["sft.train.jsonl"]) == {"a": 10, "b": 20} and not stats["warnings"]
+    sources = [("a", "general", chats("a", 10), {}), ("b", "identity", chats("b", 10), {})]
+    for targets, copies in (({}, 2), ({"identity": {"max_repeat": 3}}, 3)):
+        stats, files = mix(sources, val_ratio=0, targets=targets)
+        assert Counter(row["source"] for row in files["sft.train.jsonl"]) == {"a": 10, "b": 10 * copies}
+        assert not stats["warnings"] and list(stats["targets"]) == ["general", "identity"]
 
 
 def test_a_short_category_is_a_warning(mix, capsys):
@@ -254,6 +257,10 @@ def test_bad_rows_are_an_error_or_counted_and_nothing_is_left_behind(mix, tmp_pa
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {"share": 0.5}}}, "needs a total"),
     ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {"share": 2}}, "total": 9},
      "share is 2"),
+    ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {"count": 5, "share": 1}}, "total": 9},
+     "count 5 and share 1;"),
+    ({"sources": [{"name": "a", "category": "x", "path": "p"}], "targets": {"x": {"max_repeat": 3}}},
+     "max_repeat 3 without a count"),
     ({"sources": 5}, "sources is 5"), ({"sources": True}, "sources is True"),
     ("[" * 100_000, "must hold one JSON object"),
     *(({"near_duplicates": value}, "near_duplicates is .* true or false") for value in ("no", None, [], 2)),
@@ -264,6 +271,12 @@ def test_a_bad_config_is_explained(tmp_path, config, message):
     with pytest.raises(ValueError, match=message) as error:
         run("mix", "--config", tmp_path / "mix.json", "--output", tmp_path / "out")
     assert str(error.value).count("; ") >= 2
+
+
+def test_a_config_may_begin_with_the_byte_order_mark_of_windows_editors(tmp_path):
+    config = {"sources": [{"name": "a", "category": "x", "path": write(tmp_path / "a.jsonl", chats("a", 3))}]}
+    (tmp_path / "mix.json").write_text(json.dumps(config), encoding="utf-8-sig")
+    assert run("mix", "--config", tmp_path / "mix.json", "--output", tmp_path / "out")["sources"]["a"]["read"] == 3
 
 
 def test_a_config_that_is_not_there_is_explained(tmp_path):
@@ -285,6 +298,11 @@ def test_lone_surrogates_survive_a_mix(mix, tmp_path):
     _, files = mix([("a", "x", [], {"path": str(tmp_path / "odd.jsonl")})], val_ratio=0)
     assert [row["text"] for row in files["pretrain.train.jsonl"]] == ["half \ud83d of a pair \u4f60"]
     assert run("inspect", tmp_path / "odd.jsonl")["rows"] == 1
+    odd = chats("half \ud83d", 1)
+    (tmp_path / "exam.jsonl").write_text(json.dumps(odd[0]))
+    stats, _ = mix([("b", "x", [], {"path": str(tmp_path / "exam.jsonl")})], exclude=str(tmp_path / "exam.jsonl"))
+    assert json.loads((tmp_path / "out/dataset_stats.json").read_bytes()) == stats
+    assert stats["contamination"]["b"]["text"] == odd[0]["conversations"][0]["content"]
 
 
 MEMORY = """
@@ -439,6 +457,8 @@ def test_contamination_in_both_languages(item, row, kind):
     ({"goal": "g", "sol1": "s", "sol2": "t", "label": 1}, ["g", "s", "t"]),
     ({"question": "q", "passage": "p", "answer": True}, ["q", "p"]),
     ({"context_options": ["c", "d"], "continuation": "e", "gold": 0}, ["c", "d"]),
+    ({"instruction": "i", "input": "q", "output": "a"}, ["i\nq"]), ({"instruction": "i", "input": ""}, ["i"]),
+    ({"instruction": "i", "input": "q", "history": [["h", "a"]], "output": "a"}, ["h", "i\nq"]),
     ({"text": "t"}, ["t"]), ({"conversations": chat("q", "a"), "answer": "a"}, ["q"]),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["q"]), ({"messages": chat("q", "")[1:]}, [""]),
     ({"prompt": chat("q", "a")[:1], "completion": chat("q", "a")[1:]}, ["q"])])
@@ -699,6 +719,21 @@ def test_a_second_start_goes_on_with_what_the_first_one_left(server):
     assert Path("got/toy/toy.bin").read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_stop_behind_the_last_byte_asks_for_nothing_again(server, monkeypatch, damaged):
+    toy = download.SETS["toy"]
+    monkeypatch.setitem(download.SETS, "toy", dataclasses.replace(toy, sha256={"data/toy.bin": SHA}))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(download, "file_hash", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        get(server)
+    assert left() == ["toy.bin.part", "toy.bin.state"]
+    if damaged:  # of the right size, but not what came: the hash tells, and the next mirror serves it
+        Path("got/toy/toy.bin.part").write_bytes(CONTENT[::-1])
+    get(server, "--mirror", server.address, f"{server.address}/second")
+    assert len(server.requests) == 1 + damaged and left() == ["toy.bin"]
+    assert Path("got/toy/toy.bin").read_bytes() == CONTENT
+
+
 def test_a_file_that_changed_meanwhile_is_fetched_anew(server):
     server.plan = ("drops", "HTTP 403")
     with pytest.raises(OSError):
@@ -875,13 +910,16 @@ def test_without_pyarrow_a_benchmark_stays_as_it_came(server, monkeypatch, capsy
     assert left() == ["test.parquet"] and "pip install pyarrow" in capsys.readouterr().out
 
 
-def test_shards_and_groups_name_their_files(server, monkeypatch):
+def test_shards_and_groups_name_their_files(server, monkeypatch, capsys):
     monkeypatch.setitem(download.SETS, "toy", download.Public("me/toy", {"last": 1}, "", "part_{:03d}", 1))
     monkeypatch.setitem(download.GROUPS, "both", ("toy", "toy"))
     server.content = b"x"
     done = get(server, "--mirror", server.address, "--shards", "2", name="both")
     assert [path.name for path in done["toy"]] == ["last", "part_000", "part_001"] and left() == [
         "last", "part_000", "part_001"]
+    monkeypatch.setitem(download.SETS, "few", download.Public("me/few", {}, "", "part-{:05d}-of-00002.txt", 1))
+    assert len(get(server, "--mirror", server.address, "--shards", "8", name="few")["few"]) == 2
+    assert "few: has 2 shards; all of them are fetched" in capsys.readouterr().out
     with pytest.raises(ValueError, match="download nothing: no set of that name; .*; .*"):
         run("download", "nothing")
     with pytest.raises(ValueError, match="--mirror mirror.example; .*; "):
@@ -1044,6 +1082,20 @@ def test_exported_lines_are_rows_in_the_form_that_training_reads(export, tmp_pat
     assert not list(tmp_path.glob("other*"))
 
 
+def test_the_ending_of_the_output_is_the_format_and_no_flag_is_ignored_in_silence(export, tmp_path):
+    export("sft", chats("a", 2))  # makes the tokenizer as well
+    words = ["export", "--stage", "sft", "--data_path", tmp_path / "rows.jsonl"]
+    tensors = [*words, "--tokenizer", tmp_path / "tok"]
+    run(*tensors, "--output", tmp_path / "own.pt")
+    assert set(torch.load(tmp_path / "own.pt", weights_only=True)) == {"input_ids", "labels", "loss_mask", "lengths"}
+    assert run(*words, "--output", tmp_path / "own.jsonl")["written"] == 2
+    with pytest.raises(ValueError, match="--output .*own.pt with --format npz; .*; leave --format out"):
+        run(*tensors, "--output", tmp_path / "own.pt", "--format", "npz")
+    for flags in (["--tokenizer", tmp_path / "tok"], ["--max_length", 5], ["--add_bos", 0], ["--add_eos", 1]):
+        with pytest.raises(ValueError, match=f"{flags[0]}.* with jsonl; .*; leave it out"):
+            run(*words, "--format", "jsonl", "--output", tmp_path / "own.jsonl", *flags)
+
+
 def test_export_maps_columns_and_refuses_a_second_end_token(export):
     arrays, _ = export("sft", [{"q": "2 + 3?", "a": "5"}], "--map", "prompt=q", "completion=a")
     plain, _ = export("sft", [{"messages": chat("2 + 3?", "5")}])
@@ -1066,9 +1118,10 @@ def test_errors_of_an_export_name_the_file_and_the_flags_of_the_user(export, fla
 @pytest.mark.parametrize("form", ["npz", "jsonl"])
 def test_an_export_replaces_neither_its_source_nor_a_folder(tmp_path, tokenizer, form):
     tokenizer.save_pretrained(tmp_path / "tok")
-    path = write(tmp_path / "a.jsonl", chats("a", 3))
-    words = ["export", "--stage", "sft", "--format", form, "--tokenizer", tmp_path / "tok", "--data_path", path]
-    for output, why in ((tmp_path / "tok" / ".." / "a.jsonl", "in --data_path as well"), (tmp_path, "a folder")):
+    path = write(tmp_path / "a.json", chats("a", 3))
+    words = ["export", "--stage", "sft", "--format", form, "--data_path", path]
+    words += ["--tokenizer", tmp_path / "tok"] if form == "npz" else []
+    for output, why in ((tmp_path / "tok" / ".." / "a.json", "in --data_path as well"), (tmp_path, "a folder")):
         with pytest.raises(ValueError, match=f"--output .* is {why}; .*; give another"):
             run(*words, "--output", output)
     assert len(list(read_rows(path))) == 3 and not list(tmp_path.parent.glob("*.tmp"))

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -637,6 +638,15 @@ def test_command_line_trains_encodes_decodes_and_inspects(tmp_path):
     shown = cli("inspect", "--tokenizer", output, "--text", "Hello, 世界").stdout
     assert "vocab_size  400" in shown and "13 bytes, " in shown
     assert "Hello|,|" in shown.split("fall into tokens")[1]
+    (tmp_path / "windows.txt").write_bytes(b"one\r\ntwo\r\n")
+    ids = cli("encode", "--tokenizer", output, "--file", tmp_path / "windows.txt").stdout.split()
+    assert list(map(int, ids)) == Tokenizer.from_pretrained(output).encode("one\r\ntwo\r\n")
+
+
+def test_a_terminal_without_chinese_gets_question_marks(folder, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    done = cli("inspect", "--tokenizer", folder, "--merges", "1")
+    assert done.returncode == 0 and "?|?" in done.stdout and "bytes per token" in done.stdout
 
 
 def test_inspect_compares_compression_by_language_and_lists_merges(tmp_path, tok, capsys):
@@ -677,8 +687,17 @@ def test_training_is_skipped_while_text_and_settings_stay(tmp_path, capsys):
     path.write_text(ENGLISH.replace("cat", "dog"), encoding="utf-8")
     changed, skipped = run("--vocab_size", "310")
     assert not skipped and changed != first
-    (tmp_path / "tok" / "trained_from.txt").unlink()  # as after a save that was cut off
-    assert run("--vocab_size", "310") == (changed, False)
+    mark, vocabulary = tmp_path / "tok" / "trained_from.txt", tmp_path / "tok" / "tokenizer.json"
+    train([CHINESE], 300, "python", progress=False).save_pretrained(tmp_path / "foreign")
+    for damage in (mark.unlink,  # as after a save that was cut off
+                   vocabulary.unlink, lambda: vocabulary.write_text("{"),
+                   lambda: shutil.copy(tmp_path / "foreign" / "tokenizer.json", vocabulary)):
+        damage()
+        assert run("--vocab_size", "310") == (changed, False)
+    assert run("--vocab_size", "310") == (changed, True)
+    path = path.rename(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="rows.jsonl:1: not valid JSON"):  # so the same bytes were read as other rows
+        run("--vocab_size", "310")
 
 
 def test_command_line_errors_are_one_message_and_exit_code_2(tmp_path):
