@@ -532,13 +532,7 @@ def row_of(player, group, numbers, args, start):
 
 def keep(rows, args):
     """Put new rows into eval_results.jsonl: at once, for what comes next may take hours."""
-    results.write(Path(args.save_dir) / "eval_results.jsonl", kept(args), rows)
-
-
-def kept(args):
-    """The rows of eval_results.jsonl, without what others may have written there."""
-    rows = records.read_objects(Path(args.save_dir) / "eval_results.jsonl")
-    return [row for row in rows if isinstance(row.get("weight"), str) and isinstance(row.get("group"), str)]
+    results.write(Path(args.save_dir) / "eval_results.jsonl", rows)
 
 
 def show(tables, lines):
@@ -645,7 +639,7 @@ def task_outcomes(player, name, items, args):
             known[todo[place]] = result
             file.write(json.dumps([todo[place], result]) + "\n")
             bar.update()
-    path.unlink()
+    path.unlink(missing_ok=True)  # the same evaluation may have run twice at once
     ordered = [known[n] for n in range(len(groups))]
     if task.kind == "generate":
         greedy, *turns = (ordered[first:first + len(items)] for first in range(0, len(ordered), len(items)))
@@ -781,10 +775,11 @@ def judged(texts, items, styles, args, runtime):
 # 6. Summary, samples, report
 def summary(args):
     """Print the last scores of all weights again, and last what every stage changed."""
-    rows = [row for row in kept(args) if not row["group"].endswith(":files")]
+    path = Path(args.save_dir) / "eval_results.jsonl"
+    rows = [row for row in results.read(path) if not row["group"].endswith(":files")]
     if not rows:
-        raise FileNotFoundError(f"no scores in {args.save_dir}/eval_results.jsonl; a summary repeats them; make them: "
-                                "python eval.py --mode score")
+        raise FileNotFoundError(f"no scores in {path}; a summary repeats them; make them: python eval.py "
+                                "--mode score")
     rows.sort(key=lambda row: checkpoint.stage_order(row["weight"]))
     show(*results.held_out(rows))
     show(*results.benchmarks(rows))

@@ -690,7 +690,7 @@ def write(folder, found=None):
 
 def _replace(path, text):
     """Put a text in place of a file: who reads it meanwhile sees the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     temporary.write_text(text, encoding="utf-8", errors="replace")
     os.replace(temporary, path)
     return path

@@ -3,7 +3,7 @@
     python -m pytest tests/test_eval.py
 """
 import gzip
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -564,6 +564,32 @@ def test_a_score_is_on_the_disk_before_the_next_one_begins(stage, parse, data, t
     assert set(results_of(tmp_path)) == {("sft", "bits_per_byte")}
 
 
+WRITER = """
+import pathlib, sys, results
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(60):
+    results.write(pathlib.Path(sys.argv[1]), [{"weight": sys.argv[2], "group": f"g{i}"}])
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fcntl") is None, reason="this system has no such locks")
+def test_two_evaluations_at_once_keep_each_others_scores(tmp_path):
+    path = tmp_path / "out" / "eval_results.jsonl"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], cwd=ROOT, stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE) for name in "ab"]
+    for writer in writers:
+        assert writer.stdout.readline() == b"ready" + os.linesep.encode()
+    for writer in writers:  # both are there: now they write at the same time
+        writer.stdin.write(b"\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate(timeout=100)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert results_of(tmp_path).keys() == {(name, f"g{i}") for name in "ab" for i in range(60)}
+    assert not list(path.parent.glob("*.tmp*"))
+
+
 ASKED, SAID = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}
 
 
@@ -678,6 +704,15 @@ def test_an_interrupted_benchmark_goes_on_where_it_was(stage, parse, tmp_path, m
         file.write("[7, [[-3.")  # what a kill in the middle of a write leaves
     again, = evaluation.main(parse(*flags))["results"]
     assert asked == [10, 6] and again["scores"] == whole["scores"] and "4 of 10 are known" in capsys.readouterr().out
+
+    def overtaken(model, groups, *args, **kwargs):
+        for n, found in enumerate(scores(model, groups, *args, **kwargs)):
+            if n == 4:  # the same command elsewhere is done first, and has removed what both wrote
+                path.unlink()
+            yield found
+
+    monkeypatch.setattr(metrics, "sequence_scores", overtaken)
+    assert evaluation.main(parse(*flags))["results"][0]["scores"] == whole["scores"]
 
 
 @pytest.fixture
