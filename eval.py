@@ -783,6 +783,8 @@ def summary(args):
     rows.sort(key=lambda row: checkpoint.stage_order(row["weight"]))
     show(*results.held_out(rows))
     show(*results.benchmarks(rows))
+    for name, text in report.outdated(report.read_stages(args.save_dir), rows, {}):
+        print(f"\n{name}: {text}")
     header = ["stage", "metric", "before", "after", "seconds", "where"]
     print("\n" + logs.table(header, checkpoint.stage_rows(args.save_dir)))
     return {"results": rows}
@@ -827,7 +829,7 @@ def write_report(args, runtime):
                                 "training scripts left; give their --save_dir")
     # a folder's own questions first: the smoke test has other ones than the default run
     places = [place for place in (out / "data", Path(args.data_dir)) if (place / "sft.heldout.jsonl").is_file()]
-    found, samples = None, []
+    found, samples, written = None, [], {}
     for name in checkpoint.names(out) if places else ():
         try:
             folder = checkpoint.find(out, out / name)
@@ -844,7 +846,9 @@ def write_report(args, runtime):
         samples = samples or [sample | {"answers": {}} for sample in answered]
         for sample, own in zip(samples, answered, strict=True):
             sample["answers"][player.name] = own["answers"][0]
-        found = {"seed": args.seed, "samples": samples, "compression": compression(player.tokenizer, args.data_dir)}
+        written[player.name] = player.facts.get("written", "")
+        found = {"seed": args.seed, "samples": samples, "checkpoints": written,
+                 "compression": compression(player.tokenizer, args.data_dir)}
     page = report.write(out, found)[0]
     print(f"report: {page}")
     return {"report": str(page)}
