@@ -295,6 +295,13 @@ def check_decoding(args):
                          "--min_new_tokens")
 
 
+def speed_up(player, args):
+    """Give a player the copy of its weights that --decoder asks for, and say what it is."""
+    if args.decoder != "plain":
+        narrow = player.runtime.dtype if player.runtime.dtype == torch.bfloat16 else None
+        print(accelerate(player.model, int8=args.decoder == "int8", dtype=narrow))
+
+
 def speaker(args, runtime):
     """The Player for chat, single answers and batches; says which one it is and what it can do."""
     check_decoding(args)
@@ -308,9 +315,7 @@ def speaker(args, runtime):
     about += ", not finished" * (not player.facts.get("finished", True))
     print(f"model {folder} ({about}), {player.model.num_parameters() / 1e6:.2f}M parameters, context {player.context} "
           "tokens")
-    if args.decoder != "plain":
-        narrow = runtime.dtype if runtime.dtype == torch.bfloat16 else None
-        print(accelerate(player.model, int8=args.decoder == "int8", dtype=narrow))
+    speed_up(player, args)
     if not player.chat:
         # without this line users take a base model's continuation for a bad answer
         print("this is a base model: it only continues text, it does not answer (for answers: --weight sft)")
@@ -544,8 +549,8 @@ def show(tables, lines):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Benchmarks (tasks.py)
-def score_tasks(args, runtime):
-    """Measure all weights on --tasks and print the table. Returns {"results": rows}."""
+def asked_tasks(args):
+    """Names of the benchmarks in --tasks. Raises ValueError for a flag that would be overlooked."""
     names = list(tasks.TASKS) if args.tasks == "all" else [name.strip() for name in args.tasks.split(",")]
     unknown = [name for name in names if name not in tasks.TASKS]
     if unknown:
@@ -556,6 +561,18 @@ def score_tasks(args, runtime):
     if args.pass_k > 1 and not args.temperature:
         raise ValueError(f"--pass_k {args.pass_k} with --temperature 0; all answers would be the same; give a higher "
                          "--temperature, or leave it out")
+    overlooked = [f"--{name} {getattr(args, name)}" for name, off in (
+        ("min_p", 0), ("repetition_penalty", 1), ("min_new_tokens", 0), ("num_beams", 1), ("speculate", 0))
+        if getattr(args, name) != off]
+    if overlooked:
+        raise ValueError(f"{', '.join(overlooked)} with --tasks; answers there are the likeliest ones, or drawn with "
+                         "--temperature, --top_k and --top_p alone; leave the others out")
+    return names
+
+
+def score_tasks(args, runtime):
+    """Measure all weights on --tasks and print the table. Returns {"results": rows}."""
+    names = asked_tasks(args)
     rows = []
     for player in speakers(args, runtime):
         for name in names:
@@ -732,6 +749,7 @@ def compare(args, runtime):
         if is_reward(folder):
             raise ValueError(f"--compare {name} is a reward model; it gives no answers; name it in --judge")
         player = load(folder, args, runtime)
+        speed_up(player, args)
         first = first or player
         fitted = chat.fit_all(player, [(item["messages"], item["where"]) for item in items], args.max_new_tokens)
         found = chat.decode_rows(player, [prompt for prompt, _, _ in fitted], args, range(len(items)))

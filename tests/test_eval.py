@@ -784,6 +784,11 @@ def test_pass_k_that_would_mean_nothing_is_refused(stage, parse, tmp_path, drawn
         evaluation.main(parse("--tasks", "piqa", "--task_dir", FILES, "--pass_k", 2))
     with pytest.raises(ValueError, match="--pass_k 2 with --temperature 0; .*; give a higher"):
         evaluation.main(parse("--tasks", "gsm8k", "--task_dir", tmp_path, "--pass_k", 2, "--temperature", 0))
+    for flag in (["--min_p", 0.1], ["--repetition_penalty", 1.5], ["--min_new_tokens", 2], ["--num_beams", 2],
+                 ["--speculate", 2]):
+        with pytest.raises(ValueError, match=f"{flag[0]} {flag[1]} with --tasks; .*; leave the others out"):
+            evaluation.main(parse("--tasks", "gsm8k", "--task_dir", tmp_path, "--pass_k", 2, *flag))
+    assert not drawn, "all of that is known before the first answer"
     assert parse().temperature == 0.7 and parse("--tasks", "gsm8k", "--temperature", 0.5).temperature == 0.5
 
 
@@ -937,7 +942,8 @@ def test_compare_writes_a_table_and_says_who_wins(stage, parse, data, tmp_path, 
     # on the held-out preferences a rule judges as well; with one set of answers all are ties
     result = evaluation.main(parse("--data_dir", data, *flags, "--judge", "reward"))
     assert [row["win_rate"] for row in result["results"]] == [0.5, 0.5] and result["results"][0]["n"] == 12
-    assert "judged by the rule: won 0.500 (0.000) of 12" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "judged by the rule: won 0.500 (0.000) of 12" in shown and shown.count("decoding with") == 4
     with pytest.raises(ValueError, match="--compare reward is a reward model.*--judge"):
         evaluation.main(parse("--prompts", tmp_path / "p.txt", "--compare", "sft,reward"))
     with pytest.raises(ValueError, match="--judge sft is no reward model"):
