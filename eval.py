@@ -322,6 +322,36 @@ def speaker(args, runtime):
     return player
 
 
+def players(args, runtime, judges=True):
+    """The weights to measure, loaded one after another; reward models where judges are wanted. Of all that there are,
+    one that cannot be opened is named and passed over; one that was asked for by name is an error."""
+    every = checkpoint.names(args.save_dir) if args.weight in ("", "all") else []
+    # of all, chosen() would end at the first damaged one
+    return opened(every or checkpoint.chosen(args.save_dir, args.weight), bool(every), judges, args, runtime)
+
+
+def opened(names, every, judges, args, runtime):
+    """The loop of players(): names below --save_dir (every), or folders."""
+    found = False
+    for name in names:
+        try:
+            folder = checkpoint.find(args.save_dir, os.path.join(args.save_dir, name)) if every else name
+            if is_reward(folder) and not judges:
+                print(f"{folder} is a reward model: it scores answers and cannot give any")
+                continue
+            player = load(folder, args, runtime)
+        except (OSError, ValueError) as error:
+            if not every:
+                raise
+            print(error)
+            continue
+        found = True
+        yield player
+    if not found and not judges:
+        raise ValueError(f"--weight {args.weight or 'all'} is nothing but reward models; they score answers and cannot "
+                         "give any; name another checkpoint")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Questions, and answers to many of them
 def read_prompts(args):
@@ -437,7 +467,8 @@ def score_questions(player, items, args):
 def score_preferences(player, items, args, played):
     """Share of polite answers, and of prompts on which the rule prefers this answer to the parent's.
 
-    played: {folder: answers} of the players so far, so that a parent answers once. None without styles.json.
+    played: {folder: answers} of the players so far, so that a parent answers once; one that cannot be opened is named
+    and takes the win rate with it. None without styles.json.
     """
     styles = read_styles(args)
     if styles is None:
@@ -447,9 +478,14 @@ def score_preferences(player, items, args, played):
     result = {"polite": polite, "standard_error": metrics.standard_error(polite, len(own)), "n": len(own),
               "exact_match": metrics.exact_match(own, items)["total"], "loop_rate": metrics.loop_rate(own)}
     parent = checkpoint.chat_parent(player.facts, args.save_dir)
+    if parent and parent.resolve() not in played:
+        try:
+            other = load(checkpoint.find(args.save_dir, parent), args, player.runtime)
+        except (OSError, ValueError) as error:
+            print(f"{player.name} has no win rate: {error}")
+            return result
+        played[parent.resolve()] = answers(other, items, args, temperature=1.0)
     if parent:
-        if parent.resolve() not in played:
-            played[parent.resolve()] = answers(load(parent, args, player.runtime), items, args, temperature=1.0)
         scores = [[metrics.rule_score(answer.text, item["answer"], item["check"], styles)
                    for answer, item in zip(side, items, strict=True)] for side in (own, played[parent.resolve()])]
         rate, error = metrics.win_rate(*scores)
@@ -495,17 +531,16 @@ def groups(player, sets, args, played):
 
 def score(args, runtime):
     """Measure all weights on held-out data and print the table. Returns {"results": rows}."""
-    folders = checkpoint.chosen(args.save_dir, args.weight)
+    measured = players(args, runtime)
     if args.bpb:
         documents = [row for row, _ in islice(read_rows(args.bpb), args.limit if args.limit > 0 else None)]
         sets = dict.fromkeys(CAPS, ()) | {"pretrain": documents}
     else:
         sets = held_out(args)
     rows, played = [], {}
-    for folder in folders:
-        player = load(folder, args, runtime)
+    for player in measured:
         if not player.facts.get("finished", True):
-            print(f"{folder} is not finished: step {player.facts.get('progress', {}).get('step')}")
+            print(f"{player.folder} is not finished: step {player.facts.get('progress', {}).get('step')}")
         for group, function in groups(player, sets, args, played):
             start = time.perf_counter()
             result = function()
@@ -574,7 +609,7 @@ def score_tasks(args, runtime):
     """Measure all weights on --tasks and print the table. Returns {"results": rows}."""
     names = asked_tasks(args)
     rows = []
-    for player in speakers(args, runtime):
+    for player in players(args, runtime, judges=False):
         for name in names:
             try:
                 items, source = tasks.load(name, args.task_dir, max(0, args.limit), args.few_shot)
@@ -599,19 +634,6 @@ def score_tasks(args, runtime):
                                 f"read; fetch them with: python prepare_data.py download eval --output {args.task_dir}")
     show(*results.benchmarks(rows))
     return {"results": rows}
-
-
-def speakers(args, runtime):
-    """The weights to measure, loaded one after another; reward models are passed over."""
-    folders = checkpoint.chosen(args.save_dir, args.weight)
-    if all(map(is_reward, folders)):
-        raise ValueError(f"--weight {args.weight or 'all'} is nothing but reward models; they score answers and cannot "
-                         "give any; name another checkpoint")
-    for folder in folders:
-        if is_reward(folder):
-            print(f"{folder} is a reward model: it scores answers and cannot give any")
-        else:
-            yield load(folder, args, runtime)
 
 
 def drawn_rates(name, items, drawn, args):
@@ -690,6 +712,7 @@ def score_references(args, runtime):
     if not args.references:
         raise ValueError("--mode references without a file; it holds questions and their answers; give --references "
                          "FILE")
+    metrics.text_libraries()  # what is not installed is said before hours of answering
     items, wanted = [], []
     for row, where in islice(read_rows(args.references), args.limit if args.limit > 0 else None):
         messages, text = question(row, where)
@@ -702,7 +725,7 @@ def score_references(args, runtime):
     if not items:
         raise ValueError(f"{args.references} has no rows; there is nothing to compare with; give another file")
     rows = []
-    for player in speakers(args, runtime):
+    for player in players(args, runtime, judges=False):
         start = time.perf_counter()
         scores = metrics.text_scores([c.text for c in answers(player, items, args, temperature=0.0)], wanted)
         rows.append(row_of(player, "references", scores | {"n": len(items), "data": args.references}, args, start))
@@ -716,7 +739,7 @@ def score_references(args, runtime):
 def score_regression(args, runtime):
     """The suite of fixed prompts: share passed, and the first failures. Returns {"results": rows}."""
     items, rows = metrics.fixed_prompts(read_rows(args.regression_path)), []
-    for player in speakers(args, runtime):
+    for player in players(args, runtime, judges=False):
         start = time.perf_counter()
         prompts = [player.ids(item["messages"]) for item in items]
         rate, failures = metrics.run_regression(player.model, player.tokenizer, items, runtime, prompts,
@@ -734,20 +757,13 @@ def score_regression(args, runtime):
 def compare(args, runtime):
     """Answers of several checkpoints side by side, and how often the first wins against each other one. Returns
     {"answers": {name: texts}, "results": rows}."""
-    check_decoding(args)
-    names = [name.strip() for name in args.compare.split(",") if name.strip()]
-    if not names:
-        raise ValueError("--mode compare without names; it puts the answers of checkpoints side by side; give "
-                         "--compare NAME,NAME")
+    names, folders, judge = contestants(args)
     if args.prompts:
         items, styles = [{"messages": messages, "where": where} for messages, where in read_prompts(args)], None
     else:
         items, styles = held_out(args, ["preference"])["preference"], read_styles(args)
     texts, start, first = [], time.perf_counter(), None
-    for name in names:
-        folder = checkpoint.find(args.save_dir, name)
-        if is_reward(folder):
-            raise ValueError(f"--compare {name} is a reward model; it gives no answers; name it in --judge")
+    for folder in folders:
         player = load(folder, args, runtime)
         speed_up(player, args)
         first = first or player
@@ -755,7 +771,7 @@ def compare(args, runtime):
         found = chat.decode_rows(player, [prompt for prompt, _, _ in fitted], args, range(len(items)))
         texts.append([chat.row_answer(player, ids, args)["answer"] for ids in found])
     rows = []
-    for by, sides in judged(texts, items, styles, args, runtime).items():
+    for by, sides in judged(texts, items, styles, judge, args, runtime).items():
         for name, scores in zip(names[1:], sides[1:], strict=True):
             rate, error = metrics.win_rate(sides[0], scores)
             facts = {"win_rate": rate, "standard_error": error, "n": len(items), "data": args.prompts or args.data_dir}
@@ -772,19 +788,33 @@ def compare(args, runtime):
     return {"answers": dict(zip(names, texts, strict=True)), "results": rows}
 
 
-def judged(texts, items, styles, args, runtime):
-    """{judge: scores of each list of texts}: the rule where there are styles, the reward model in --judge."""
+def contestants(args):
+    """(names, their folders, folder of the judge or None) of --compare, all looked up before any of them answers."""
+    check_decoding(args)
+    names = [name.strip() for name in args.compare.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--mode compare without names; it puts the answers of checkpoints side by side; give "
+                         "--compare NAME,NAME")
+    folders = [checkpoint.find(args.save_dir, name) for name in names]
+    mute = [name for name, folder in zip(names, folders, strict=True) if is_reward(folder)]
+    if mute:
+        raise ValueError(f"--compare {mute[0]} is a reward model; it gives no answers; name it in --judge")
+    judge = checkpoint.find(args.save_dir, args.judge) if args.judge else None
+    if judge and not is_reward(judge):
+        raise ValueError(f"--judge {args.judge} is no reward model; it must score answers; train one with "
+                         "train_reward.py")
+    return names, folders, judge
+
+
+def judged(texts, items, styles, judge, args, runtime):
+    """{judge: scores of each list of texts}: the rule where there are styles, the reward model in folder `judge`."""
     scores = {}
     if styles:
         scores["rule"] = [[metrics.rule_score(text, item["answer"], item["check"], styles)
                            for text, item in zip(side, items, strict=True)] for side in texts]
-    if args.judge:
-        folder = checkpoint.find(args.save_dir, args.judge)
-        if not is_reward(folder):
-            raise ValueError(f"--judge {args.judge} is no reward model; it must score answers; train one with "
-                             "train_reward.py")
-        judge, asked = load(folder, args, runtime), [item["messages"] for item in items]
-        scores["reward model"] = [metrics.reward_scores(judge.model, judge.tokenizer, asked, side, args.batch_size,
+    if judge:
+        reader, asked = load(judge, args, runtime), [item["messages"] for item in items]
+        scores["reward model"] = [metrics.reward_scores(reader.model, reader.tokenizer, asked, side, args.batch_size,
                                                         runtime.autocast) for side in texts]
     return scores
 

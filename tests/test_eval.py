@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import cut
 
 import chat
 import checkpoint
@@ -564,6 +565,25 @@ def test_a_score_is_on_the_disk_before_the_next_one_begins(stage, parse, data, t
     assert set(results_of(tmp_path)) == {("sft", "bits_per_byte")}
 
 
+def test_a_checkpoint_that_cannot_be_opened_costs_only_its_own_scores(stage, parse, data, tmp_path, monkeypatch,
+                                                                      capsys):
+    """sft is damaged and pretrain has no tokenizer; dpo is whole, and wins against nobody."""
+    monkeypatch.setattr(metrics, "ANSWER_TOKENS", 6)
+    (stage("pretrain") / "tokenizer.json").unlink()
+    sft = stage("sft")
+    cut(sft / "model.safetensors")
+    stage("dpo", parents=[str(sft)])
+    for weight in ("", "all"):
+        evaluation.main(parse("--mode", "score", "--data_dir", data, "--weight", weight))
+        shown, rows = capsys.readouterr().out, results_of(tmp_path)
+        assert {weight for weight, _ in rows} == {"dpo"} and "win_rate" not in rows["dpo", "preference"]
+        assert f"checkpoint {sft} is damaged" in shown and "pretrain" in shown and "dpo has no win rate: " in shown
+        row, = evaluation.main(parse("--tasks", "piqa", "--task_dir", FILES, "--weight", weight))["results"]
+        assert row["weight"] == "dpo"
+    with pytest.raises(ValueError, match="is damaged"):
+        evaluation.main(parse("--mode", "score", "--data_dir", data, "--weight", "dpo,sft"))
+
+
 WRITER = """
 import pathlib, sys, results
 print("ready", flush=True)
@@ -948,6 +968,19 @@ def test_compare_writes_a_table_and_says_who_wins(stage, parse, data, tmp_path, 
         evaluation.main(parse("--prompts", tmp_path / "p.txt", "--compare", "sft,reward"))
     with pytest.raises(ValueError, match="--judge sft is no reward model"):
         evaluation.main(parse("--prompts", tmp_path / "p.txt", "--compare", "sft,dpo", "--judge", "sft"))
+
+
+def test_what_is_missing_is_said_before_the_first_answer(stage, parse, tmp_path, monkeypatch):
+    stage("sft")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "reference": "b"}\n')
+    monkeypatch.setattr(Transformer, "generate", lambda *inputs, **settings: pytest.fail("it has begun to answer"))
+    asked = ("--prompts", tmp_path / "p.jsonl", "--compare")
+    for flags in ((*asked, "sft,typo"), (*asked, "sft", "--judge", "typo")):
+        with pytest.raises(FileNotFoundError, match="'typo' not found"):
+            evaluation.main(parse(*flags))
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(ValueError, match="pip install sacrebleu rouge-score"):
+        evaluation.main(parse("--references", tmp_path / "p.jsonl"))
 
 
 @pytest.mark.parametrize("flags", [[], ["--top_k", 1], ["--min_new_tokens", 12], ["--num_beams", 2],
