@@ -61,14 +61,14 @@ from generation import accelerate, beam_search, lookup_decoding
 from model import ScalarHead, Transformer
 from rows import expand_paths, question, read_rows, text_lines
 from tokenizer import StreamDecoder, Tokenizer, bytes_per_token
-from weights import read_json
+from weights import is_reward
 
 # Items per set when --limit is not given: standard errors of one to three points, and about ten seconds for a model of
 # 6M parameters on two CPU cores. The win rate needs the most: it compares two noisy answers.
 CAPS = {"pretrain": 240, "sft": 300, "preference": 400, "rl": 200}
 SAMPLE_KINDS = {"story": ("story",), "arithmetic": ("add", "subtract"), "translation": ("translate",),
                 "small talk": ("chat",), "several turns": ("dialogue",)}
-# What a flag asks for when --mode is left out; the first that is given decides
+# What a flag asks for when --mode is left out
 MODES = {"compare": "compare", "batch": "prompts", "tasks": "tasks", "references": "references",
          "regression": "regression", "score": "bpb", "samples": "samples", "report": "report"}
 
@@ -116,7 +116,8 @@ def parse_args(argv=None):
     g.add_argument("--decoder", default="fast", choices=("fast", "int8", "plain"),
                    help="fast: a copy of the weights that a CPU decodes from sooner, if it does; int8: a copy in 8 "
                         "bits; plain: the model itself, which needs half the memory. Scores use the model itself")
-    g.add_argument("--stop", nargs="+", default=[], help="strings that end an answer; they are not shown")
+    g.add_argument("--stop", nargs="+", default=[], help="strings that end an answer; they are not shown; "
+                   "an answer to --prompts is cut when it is done, and is no row of training data")
     cli.switch(g, "--stream", 1, "show an answer while it is made")
     cli.switch(g, "--show_speed", 1, "show tokens per second after each answer")
     g = parser.add_argument_group("scores")
@@ -150,10 +151,15 @@ def parse_args(argv=None):
     g.add_argument("--batch_size", type=cli.positive(int), default=64, help="rows decoded or scored together")
     cli.machine_flags(g)
     args = parser.parse_args(argv)
-    if not args.mode:
-        # what is given says what is wanted: nobody types a prompt to start a chat
-        asked = {"single": args.prompt, **{mode: getattr(args, flag) for mode, flag in MODES.items()}}
-        args.mode = next((mode for mode, value in asked.items() if value), "chat")
+    # what is given says what is wanted: nobody types a prompt to start a chat
+    flags = {"single": "prompt", **MODES}
+    given = [mode for mode, flag in flags.items() if getattr(args, flag)]
+    args.mode = args.mode or next(iter(given), "chat")
+    besides = {"compare": ("batch",), "score": () if args.bpb else ("samples",)}.get(args.mode, ())
+    spare = [f"--{flags[mode]}" for mode in given if mode not in (args.mode, "report", *besides)]
+    if spare:
+        parser.error(f"{', '.join(spare)} with --mode {args.mode}, given or meant; one command does one thing; give "
+                     "each a command of its own")
     if args.mode == "report":
         args.report = args.report or args.save_dir
     # pass@k is about all that a model may say, a conversation about the better part of it
@@ -246,13 +252,6 @@ class Player:
     def memory(self):
         """What keeps the beginning of a conversation, so that it is read once."""
         return Prefix()
-
-
-def is_reward(folder):
-    """Whether a folder holds a model that scores answers and cannot give any."""
-    # the class in config.json, not our own stage: a folder from elsewhere has only that
-    names = read_json(Path(folder) / "config.json").get("architectures")
-    return isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
 
 
 def is_chat(facts, tokenizer, eval_mode):
@@ -831,6 +830,7 @@ def summary(args):
     rows.sort(key=lambda row: checkpoint.stage_order(row["weight"]))
     show(*results.held_out(rows))
     show(*results.benchmarks(rows))
+    show(*results.others(rows))
     for name, text in report.outdated(report.read_stages(args.save_dir), rows, {}):
         print(f"\n{name}: {text}")
     header = ["stage", "metric", "before", "after", "seconds", "where"]

@@ -154,3 +154,13 @@ def benchmarks(rows):
              f"{row['drawn'].get('temperature', math.nan):g}, {metric}: {pass_line(rates)}"
              for row in rows for metric, rates in part(part(row, "drawn"), "rates").items()]
     return [("benchmarks; majority: always the commonest right answer", header, cells)] * bool(cells), lines
+
+
+def others(rows):
+    """Table of what else eval.py measures: fixed prompts, answers beside references, one checkpoint against another.
+    Returns (tables, lines)."""
+    cells = [[row["weight"], row["group"], name.replace("_", " "), cell(row, name, "standard_error"), row.get("n", "-")]
+             for row in rows if "task" not in row and row["group"] not in GROUPS
+             for name in ("pass_rate", "win_rate", "bleu", "chrf", "rouge_l") if name in row]
+    header = ["weight", "what", "metric", "score", "n"]
+    return [("other scores, standard error in brackets", header, cells)] * bool(cells), []

@@ -196,7 +196,10 @@ def test_stop_string_ends_an_answer(player, scripted, tokenizer, capsys):
     sft, args = player("sft", "--stop", "###", "--show_speed", 0)
     answer = chat.speak(sft, sft.ids(MESSAGES), args)
     assert answer.text == "one " and answer.ended and capsys.readouterr().out == "one \n"
-    assert chat.row_answer(sft, [*tokenizer.encode("one ### two"), tokenizer.eos_id], args)["answer"] == "one "
+    # in a batch it has been decoded to its end: only the text is cut, and half an answer is no row to learn from
+    row = chat.row_answer(sft, [*tokenizer.encode("one ### two"), tokenizer.eos_id], args)
+    assert row["answer"] == "one " and not row["stopped"]
+    assert chat.row_answer(sft, [*tokenizer.encode("one two"), tokenizer.eos_id], args)["stopped"]
 
 
 def test_seed_decides_and_temperature_0_needs_none(stage, parse):
@@ -363,6 +366,25 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(stage, parse, tmp_pa
         evaluation.main(parse("--max_new_tokens", 4, *flags))
     assert {name: Path(name).read_bytes() for name in files} == files
     assert not (tmp_path / "out" / "eval_results.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--prompt", "hi", "--prompts", "p.jsonl"], ["--mode", "score", "--tasks", "piqa"],
+    ["--tasks", "piqa", "--bpb", "f"], ["--references", "f", "--regression", 1], ["--bpb", "f", "--samples", 2],
+    ["--mode", "chat", "--prompt", "hi"], ["--compare", "a,b", "--samples", 1]], ids=str)
+def test_a_command_does_one_thing(parse, flags, capsys):
+    with pytest.raises(SystemExit):
+        parse(*flags)
+    assert "one command does one thing; give each a command of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "mode"), [
+    ([], "chat"), (["--prompt", "hi", "--report", "o"], "single"), (["--compare", "a,b", "--prompts", "p"], "compare"),
+    (["--mode", "score", "--samples", 3, "--report", "out"], "score"), (["--mode", "score", "--bpb", "f"], "score"),
+    (["--mode", "batch", "--prompts", "p"], "batch"), (["--report", "out"], "report"), (["--samples", 1], "samples"),
+    (["--mode", "summary", "--report", "out"], "summary")], ids=str)
+def test_flags_say_what_to_do(parse, flags, mode):
+    assert parse(*flags).mode == mode
 
 
 # -- Batches -----------------------------------------------------------------------------------------------------------
@@ -964,6 +986,9 @@ def test_compare_writes_a_table_and_says_who_wins(stage, parse, data, tmp_path, 
     assert [row["win_rate"] for row in result["results"]] == [0.5, 0.5] and result["results"][0]["n"] == 12
     shown = capsys.readouterr().out
     assert "judged by the rule: won 0.500 (0.000) of 12" in shown and shown.count("decoding with") == 4
+    evaluation.main(parse("--mode", "summary"))
+    shown = capsys.readouterr().out
+    assert "other scores" in shown and "against dpo by reward model  win rate" in shown and "0.500 (0.000)" in shown
     with pytest.raises(ValueError, match="--compare reward is a reward model.*--judge"):
         evaluation.main(parse("--prompts", tmp_path / "p.txt", "--compare", "sft,reward"))
     with pytest.raises(ValueError, match="--judge sft is no reward model"):
