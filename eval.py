@@ -347,8 +347,8 @@ def opened(names, every, judges, args, runtime):
         found = True
         yield player
     if not found and not judges:
-        raise ValueError(f"--weight {args.weight or 'all'} is nothing but reward models; they score answers and cannot "
-                         "give any; name another checkpoint")
+        raise ValueError(f"--weight {args.weight or 'all'}: none that can be opened but reward models; they score "
+                         "answers and cannot give any; name another checkpoint")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
