@@ -28,15 +28,17 @@ from records import STAGES, finite, read_fields
 FORMAT_VERSION = 1  # of our checkpoint folders; part of every stage key, so that a new layout redoes old stages
 # Flags that cannot change what a run computes: they are left out of the stage key, and resume may change them freely.
 FREE_FLAGS = {"accumulation_steps", "batch_size", "cache_dir", "debug", "device", "dtype", "epochs", "eval_batches",
-              "eval_interval", "eval_prompts", "eval_rows", "from_resume", "fsdp", "if_needed", "keep_resume",
-              "learning_rate", "health", "log_interval", "max_minutes", "max_steps", "merge", "muon_learning_rate",
-              "overwrite", "patience", "plot_interval", "regression_interval", "regression_path", "save_dir",
-              "save_interval", "save_weight", "show_batch", "threads", "tracker", "use_compile", "use_wandb",
-              "value_learning_rate", "zero"}
+              "eval_interval", "eval_prompts", "eval_rows", "from_resume", "fsdp", "gradient_checkpointing", "health",
+              "if_needed", "keep_resume", "learning_rate", "log_interval", "max_minutes", "max_steps", "merge",
+              "muon_learning_rate", "overwrite", "patience", "plot_interval", "regression_interval", "regression_path",
+              "save_dir", "save_interval", "save_weight", "show_batch", "threads", "tracker", "use_compile",
+              "use_wandb", "value_learning_rate", "zero"}
 # ... but these do change the result of a whole stage, so the key keeps them although resume allows them: a run that
 # was stopped because its loss was not finite goes on at a lower rate.
 KEY_FLAGS = {"max_steps", "epochs", "max_minutes", "accumulation_steps", "batch_size", "learning_rate", "merge",
              "muon_learning_rate", "patience", "value_learning_rate"}
+# ... and these where evaluations decide what is kept, or when a run ends
+EVAL_FLAGS = {"eval_batches", "eval_interval", "eval_prompts"}
 # Empty file in a checkpoint that a launch with --max-restarts found and did not go on with: nor do its restarts.
 EARLIER = "of_an_earlier_run"
 
@@ -61,7 +63,7 @@ def atomic_folder(path):
             if file.is_file():
                 _fsync(file)
         _fsync(tmp)
-        if path.exists() and _damage(path, resume=True):
+        if path.exists() and _damage(path, "whole"):
             shutil.rmtree(path)  # the one before is the only good one: it stays until the new one is in place
         elif path.exists():
             shutil.rmtree(previous, ignore_errors=True)
@@ -88,9 +90,9 @@ def _fsync(path):
             raise
 
 
-def find(save_dir, name):
+def find(save_dir, name, resume=""):
     """Folder of a checkpoint given by name below save_dir or by path. A damaged one is named and its predecessor used
-    instead.
+    instead. resume: as in _damage(); who only reads the weights does without the state.
 
     Raises FileNotFoundError that lists what there is.
     """
@@ -100,10 +102,10 @@ def find(save_dir, name):
     path = (there or candidates[os.sep in str(name):])[0]
     previous = _previous(path)
     if (path / "config.json").is_file():
-        damage = _damage(path)
+        damage = _damage(path, resume)
         if not damage:
             return path
-        if (previous / "config.json").is_file() and not _damage(previous):
+        if (previous / "config.json").is_file() and not _damage(previous, resume):
             print(f"checkpoint {path} is damaged ({damage}); using {previous} instead", flush=True)
             return previous
         raise ValueError(f"checkpoint {path} is damaged ({damage}); there is no earlier one beside it; train that "
@@ -123,9 +125,10 @@ def _previous(path):
     return Path(f"{path}.previous")
 
 
-def _damage(path, resume=False):
+def _damage(path, resume=""):
     """Why a checkpoint folder cannot be used, or ''. Sizes and checksums were written beside the weights: flipped bits
-    make no error when they are loaded, only a worse model. The state in resume/ is read only on demand."""
+    make no error when they are loaded, only a worse model. Of the state in resume/ it matters by `resume` nothing, that
+    it is "there", or that it is "whole"."""
     facts = read_minillm(path)
     if not facts and (path / "minillm.json").exists():
         return "minillm.json is unreadable"
@@ -136,14 +139,14 @@ def _damage(path, resume=False):
         # a folder from elsewhere must not make us read what lies around it
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return f"minillm.json names {name}, which is outside"
+    for name in [name for name in sizes | checksums if resume or not name.startswith("resume")]:
         if not (path / name).is_file():
             return f"{name} is missing"
-    for name, size in sizes.items():
         found = (path / name).stat().st_size
-        if found != size:
-            return f"{name} has {found} bytes, not {size}"
+        if found != sizes.get(name, found):
+            return f"{name} has {found} bytes, not {sizes[name]}"
     for name, crc in checksums.items():
-        if (resume or not name.startswith("resume")) and _crc32(path / name) != crc:
+        if (resume == "whole" or not name.startswith("resume")) and _crc32(path / name) != crc:
             return f"{name} has other bytes than were written"
     return ""
 
@@ -247,7 +250,7 @@ def load_resume(runtime, args):
     """Resume state of out/<save_weight>, with this rank's random state restored. Raises ValueError naming changed
     flags that matter."""
     # with FSDP each rank needs a slice only: mapped, the file is not in memory once for every rank
-    folder, state = _load_state(find(args.save_dir, args.save_weight), mmap=runtime.lockstep)
+    folder, state = _load_state(find(args.save_dir, args.save_weight, "there"), mmap=runtime.lockstep)
     now = _plain(args)
     changed = {name: f"--{name}: was {old!r}, is {now[name]!r}" for name, old in state["args"].items()
                if name in now and now[name] != old}
@@ -278,7 +281,7 @@ def load_resume(runtime, args):
 def _load_state(folder, mmap):
     """(folder, content of its resume/state.pt); the predecessor's where this one is damaged. Raises ValueError when
     there is none."""
-    reason = _damage(folder, resume=True)
+    reason = _damage(folder, "whole")
     if not reason:
         try:
             return folder, torch.load(folder / "resume" / "state.pt", map_location="cpu", weights_only=True, mmap=mmap)
@@ -320,9 +323,10 @@ def _made(parent, fact):
     return [file_hash(f) for f in sorted(Path(parent).glob("model*.safetensors"))]
 
 
-def stage_key(args, files=(), parents=()):
+def stage_key(args, files=(), parents=(), best=False):
     """Hash of everything that decides a stage's result, as "flags-inputs": its flags and our format; the content of its
     input files and of its parent checkpoints (their own keys, or their weights where they come from elsewhere).
+    best: the stage keeps the best of what it evaluates, so when and on how much decides as well.
 
     Raises: ValueError when a parent is the folder that the run will write.
     """
@@ -330,7 +334,8 @@ def stage_key(args, files=(), parents=()):
     if any(Path(parent).resolve() in (folder.resolve(), _previous(folder).resolve()) for parent in parents):
         raise ValueError(f"--save_weight {args.save_weight} is a checkpoint that this run starts from; the second save "
                          "would delete it, and no resume could find it; give another --save_weight")
-    flags = {k: v for k, v in _plain(args).items() if k in KEY_FLAGS or k not in FREE_FLAGS}
+    decides = KEY_FLAGS | (EVAL_FLAGS if best or getattr(args, "patience", 0) else set())
+    flags = {k: v for k, v in _plain(args).items() if k in decides or k not in FREE_FLAGS}
     parts = [FORMAT_VERSION, flags], [[file_hash(f) for f in files], [_made(parent, "key") for parent in parents]]
     return "-".join(hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()[:12]
                     for part in parts)
@@ -408,7 +413,7 @@ def _decide(args, key):
         return ValueError(f"--save_dir {args.save_dir}: {error.strerror}; a run writes there; name another folder")
     folder = Path(args.save_dir) / args.save_weight
     try:
-        folder = find(args.save_dir, args.save_weight)
+        folder = find(args.save_dir, args.save_weight, "there")
     except FileNotFoundError:
         if folder.is_dir() and any(folder.iterdir()):
             return ValueError(f"{folder} holds files, but no checkpoint; a run would replace the whole folder; give "
@@ -450,12 +455,14 @@ def _decide(args, key):
                       "--save_weight")
 
 
-def earlier_choice(args):
-    """dtype and threads of the run that is being resumed, else {}."""
+def earlier_choice(args, key):
+    """dtype and threads of the run that is being resumed, else {}. key: stage_key() of this start."""
     folder = Path(args.save_dir) / args.save_weight
-    if not (getattr(args, "from_resume", 0) or getattr(args, "if_needed", 0) or _started_again(folder)):
+    facts = read_minillm(folder) or read_minillm(_previous(folder))
+    needed = getattr(args, "if_needed", 0) and facts.get("key") == key  # with another key it is done again, afresh
+    if not (getattr(args, "from_resume", 0) or needed or _started_again(folder)):
         return {}
-    earlier = (read_minillm(folder) or read_minillm(_previous(folder))).get("runtime", {})
+    earlier = facts.get("runtime", {})
     # threads are cores / processes: a run that goes on with more processes must not start cores threads in each
     same = earlier.get("world_size") == int(os.environ.get("WORLD_SIZE", 1))
     return earlier if same else {"dtype": earlier.get("dtype")}

@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
         self.by_optimizer = {}  # flag -> function of the optimizer's name that gives its default
         self.unserved = ()  # optimizers that this script refuses
+        self.length = ()  # default --max_steps and --epochs, of a training script
 
     def parse_args(self, args=None, namespace=None):
         """As argparse's, with hyphens in flags read as underscores, and defaults that depend on --optimizer."""
@@ -35,6 +36,11 @@ class Parser(argparse.ArgumentParser):
         # only the flag itself is rewritten: its value may be a path with hyphens
         args = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in args]
         args = super().parse_args(args, namespace)
+        if self.length:
+            steps, epochs = self.length
+            if args.max_steps is None:  # a stage's usual number of steps must not end what was asked for
+                args.max_steps = 0 if args.epochs is not None or args.max_minutes else steps
+            args.epochs = epochs if args.epochs is None else args.epochs
         for name, default in self.by_optimizer.items():
             if getattr(args, name) is None:
                 setattr(args, name, default(args.optimizer))
@@ -95,12 +101,12 @@ def positive(kind, zero=False, below=1e15):
 
 def folder_name(text):
     """A type for argparse: the name of a checkpoint, which stands beside folders with other uses."""
-    parts = Path(text).parts
-    if (not parts or ".." in parts or Path(text).is_absolute() or parts[0] in ("logs", "cache", "data", "tokenizer")
-            or parts[-1].endswith((".tmp", ".previous"))):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name for a checkpoint below --save_dir; logs, cache, data "
-                                         "and tokenizer are taken, .tmp and .previous mark folders that are being "
-                                         "written; give another")
+    # a folder in the folder of another run would go when that one is saved again
+    if (len(Path(text).parts) != 1 or text == ".." or Path(text).is_absolute()
+            or Path(text).name in ("logs", "cache", "data", "tokenizer") or text.endswith((".tmp", ".previous"))):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name for a checkpoint below --save_dir; it is one folder; "
+                                         "logs, cache, data and tokenizer are taken, .tmp and .previous mark folders "
+                                         "that are being written; give another")
     return text
 
 
@@ -181,10 +187,12 @@ def optim_flags(parser, batch_size, learning_rate, muon_learning_rate, max_steps
     g.add_argument("--batch_size", type=positive(int), default=batch_size, help="samples per process and micro-step")
     g.add_argument("--accumulation_steps", type=positive(int), default=accumulation_steps,
                    help="micro-steps per optimizer step")
-    g.add_argument("--max_steps", type=positive(int, zero=True), default=max_steps,
-                   help="optimizer steps, 0 = as --epochs says")
-    g.add_argument("--epochs", type=positive(float), default=epochs,
-                   help="passes over the data, when --max_steps is 0; may be a fraction")
+    instead = ", 0 where --epochs or --max_minutes is given" * (max_steps > 0)
+    g.add_argument("--max_steps", type=positive(int, zero=True),
+                   help=f"optimizer steps, 0 = as --epochs says (default: {max_steps}{instead})")
+    g.add_argument("--epochs", type=positive(float),
+                   help=f"passes over the data, when --max_steps is 0; may be a fraction (default: {epochs:g})")
+    parser.length = max_steps, epochs
     g.add_argument("--max_minutes", type=positive(float, zero=True), default=0.0,
                    help="wall-clock budget: sets the steps from the measured speed")
     parser.unserved = unserved

@@ -423,8 +423,11 @@ class Budget:
         half = self.probe_steps // 2
         per_step = (self.times[-1] - self.times[half]) / (self.probe_steps - half)
         left = 0.96 * 60 * self.minutes - (self.times[-1] - self.start)
-        total = runtime.sum(done + max(1, int(left / per_step))) / runtime.world_size
-        return min(max_steps, int(total)) if max_steps else int(total)
+        total = int(runtime.sum(done + max(1, int(left / per_step))) / runtime.world_size)
+        if max_steps and max_steps < total:
+            runtime.print(f"--max_minutes {self.minutes:g} would do for {total} steps; --max_steps or --epochs end the "
+                          f"run after {max_steps}")
+        return min(max_steps, total) if max_steps else total
 
 
 def out_of_patience(progress, args):
@@ -687,10 +690,15 @@ def run(main, parse_args):
 
 
 def _smaller(args):
-    """The out-of-memory message: the three flags to change, with values."""
+    """The out-of-memory message: the flags to change, with values."""
     batch, length = getattr(args, "batch_size", 2), getattr(args, "max_seq_len", 512)
-    return (f"out of memory; smaller micro-steps fit: --batch_size {max(1, batch // 2)} --accumulation_steps "
-            f"{2 * getattr(args, 'accumulation_steps', 1)} (the result stays the same), or --max_seq_len {length // 2}")
+    parts = next((n for n in range(2, batch + 1) if batch % n == 0), 1)  # as many micro-steps in place of one
+    # of replay every micro-step takes as many rows, however many others it has
+    same = "" if getattr(args, "replay_path", []) else " (the result stays the same)"
+    advice = [f"--batch_size {batch // parts} --accumulation_steps {parts * getattr(args, 'accumulation_steps', 1)}"
+              f"{same}"] * (parts > 1)
+    advice += ["--gradient_checkpointing 1"] * (getattr(args, "gradient_checkpointing", 1) == 0)
+    return f"out of memory; less is needed with {', or '.join([*advice, f'--max_seq_len {max(1, length // 2)}'])}"
 
 
 def _fail(args, error, code):

@@ -29,12 +29,13 @@ JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 FAST = ((7.711, -22.1138, 16.2488), (3.7872, -3.0659, 0.6533), (2.6684, -1.9829, 0.4533))
 
 
-def orthogonalize(g, fast=True, dtype=None):
+def orthogonalize(g, fast=False, dtype=None):
     """Approximate U V^T of the singular value decomposition of each matrix by Newton-Schulz iterations.
 
     Args:
         g: [..., rows, columns].
-        fast: three iterations, each with coefficients of its own, instead of Jordan's five (docs/experiments.md).
+        fast: three iterations, each with coefficients of its own, instead of Jordan's five: small singular values are
+            raised less (docs/experiments.md says what that saves and costs).
         dtype: dtype of the products; None = g's own. bfloat16 is enough (the iteration forgives rounding) where it is
             fast.
     Returns: tensor like g.
@@ -64,11 +65,11 @@ class Muon(torch.optim.Optimizer):
     Group keys: params, lr, algorithm "muon" (momentum, weight_decay) or "adamw" (betas, eps, weight_decay).
     momentum_warmup: steps in which Muon's momentum rises from 0.85, where it is lower, to `momentum`: at first old
     gradients say little about weights that have moved far (as Jordan's speed runs do; docs/experiments.md).
-    fast: as in orthogonalize(); False is torch.optim.Muon.
+    fast: as in orthogonalize(); without it this is torch.optim.Muon, but for the warm-up of the momentum.
     """
 
     def __init__(self, groups, momentum=0.95, betas=(0.9, 0.95), eps=1e-8, ns_dtype=None, momentum_warmup=300,
-                 fast=True):
+                 fast=False):
         self.ns_dtype, self.fast = ns_dtype, fast
         super().__init__(groups, dict(lr=1e-3, weight_decay=0.0, algorithm="muon", momentum=momentum, betas=betas,
                                       eps=eps, momentum_warmup=momentum_warmup, step=0))

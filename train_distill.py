@@ -179,21 +179,21 @@ def build_student(args, teacher, origin):
 
 def main(args):
     """Train and return the final metrics. The numbered banners are the same in every training script."""
-    # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
-    runtime = common.setup(args, checkpoint.earlier_choice(args))
-    folder = Path(args.save_dir) / "logs" / args.save_weight
-
-    # -- 2. Data -------------------------------------------------------------------------------------------------------
+    # -- 1. Inputs, processes, device, seed ----------------------------------------------------------------------------
     parent = checkpoint.find(args.save_dir, args.teacher)
     origin = checkpoint.find(args.save_dir, args.from_weight) if args.from_weight else None
     parents = [origin, parent] if origin else [parent]
+    files = expand_paths(args.data_path) + expand_paths(args.val_path)
+    key = checkpoint.stage_key(args, files, parents)
+    runtime = common.setup(args, checkpoint.earlier_choice(args, key))
+    folder = Path(args.save_dir) / "logs" / args.save_weight
+
+    # -- 2. Data -------------------------------------------------------------------------------------------------------
     tokenizer = Tokenizer.from_pretrained(parent)
     if origin and Tokenizer.from_pretrained(origin).fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{args.from_weight} and {args.teacher} have different tokenizers; predictions are compared "
                          "token by token; take a student that was trained with the teacher's tokenizer, or let the "
                          "teacher write answers and learn from them with train_sft.py")
-    files = expand_paths(args.data_path) + expand_paths(args.val_path)
-    key = checkpoint.stage_key(args, files, parents)
     start = checkpoint.begin(runtime, args, key)
     if start == "skip":
         return checkpoint.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]

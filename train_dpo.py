@@ -214,16 +214,16 @@ def play(model, reference, tokenizer, items, styles, args, runtime):
 
 def main(args):
     """Train and return the final metrics. The numbered banners are the same in every training script."""
-    # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
+    # -- 1. Inputs, processes, device, seed ----------------------------------------------------------------------------
     dpo_loss(*torch.zeros(4, 1), args.beta, args.label_smoothing, args.loss_type)  # refuses bad flags before any work
-    runtime = common.setup(args, checkpoint.earlier_choice(args))
+    parent = checkpoint.find(args.save_dir, args.from_weight)
+    files = expand_paths(args.data_path) + expand_paths(args.val_path)
+    key = checkpoint.stage_key(args, files, [parent])
+    runtime = common.setup(args, checkpoint.earlier_choice(args, key))
     folder = Path(args.save_dir) / "logs" / args.save_weight
 
     # -- 2. Data -------------------------------------------------------------------------------------------------------
-    parent = checkpoint.find(args.save_dir, args.from_weight)
     tokenizer = Tokenizer.from_pretrained(parent)
-    files = expand_paths(args.data_path) + expand_paths(args.val_path)
-    key = checkpoint.stage_key(args, files, [parent])
     start = checkpoint.begin(runtime, args, key)
     if start == "skip":
         return checkpoint.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
@@ -287,8 +287,8 @@ def main(args):
         runtime.print(logs.show_samples(data.samples(progress["position"]), tokenizer))
 
     per_micro_step = args.batch_size * runtime.world_size
-    # a short run needs only the pairs it will draw
-    drawn = min(len(data), progress["max_steps"] * args.accumulation_steps * per_micro_step)
+    # a short run needs only the pairs it will draw; a resumed one may have drawn more of them a step
+    drawn = min(len(data), progress["position"] + (progress["max_steps"] - progress["step"]) * per_step)
     wanted = {"held_out": (held_out, np.arange(min(len(held_out), args.eval_rows)))}
     if args.reference == "precomputed":
         wanted["train"] = (data, np.sort(data.position_batch(0, drawn)))

@@ -345,8 +345,11 @@ def before_and_after(before, after):
 
 def main(args):
     """Train and return the final metrics. The numbered banners are the same in every training script."""
-    # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
-    runtime = common.setup(args, checkpoint.earlier_choice(args))
+    # -- 1. Inputs, processes, device, seed ----------------------------------------------------------------------------
+    parent = checkpoint.find(args.save_dir, args.from_weight)
+    files = expand_paths(args.data_path) + expand_paths(args.val_path)
+    key = checkpoint.stage_key(args, files, [parent])
+    runtime = common.setup(args, checkpoint.earlier_choice(args, key))
     folder = Path(args.save_dir) / "logs" / args.save_weight
     answers = args.batch_size * args.accumulation_steps * runtime.world_size
     groups = answers // args.num_generations
@@ -357,10 +360,7 @@ def main(args):
                          "together; change one of them")
 
     # -- 2. Data -------------------------------------------------------------------------------------------------------
-    parent = checkpoint.find(args.save_dir, args.from_weight)
     tokenizer = Tokenizer.from_pretrained(parent)
-    files = expand_paths(args.data_path) + expand_paths(args.val_path)
-    key = checkpoint.stage_key(args, files, [parent])
     start = checkpoint.begin(runtime, args, key)
     if start == "skip":
         return checkpoint.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]

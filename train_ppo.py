@@ -490,8 +490,13 @@ def adapted(kl_coef, kl, target):
 
 def main(args):
     """Train and return the final metrics. The numbered banners are the same in every training script."""
-    # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
-    runtime = common.setup(args, checkpoint.earlier_choice(args))
+    # -- 1. Inputs, processes, device, seed ----------------------------------------------------------------------------
+    parent = checkpoint.find(args.save_dir, args.from_weight)
+    reward_folder = None if args.rule else checkpoint.find(args.save_dir, args.reward_weight)
+    parents = [parent] if args.rule else [parent, reward_folder]
+    files = expand_paths(args.data_path) + expand_paths(args.val_path)
+    key = checkpoint.stage_key(args, files, parents, best=True)
+    runtime = common.setup(args, checkpoint.earlier_choice(args, key))
     folder = Path(args.save_dir) / "logs" / args.save_weight
     per_step = args.batch_size * args.accumulation_steps * runtime.world_size
     if args.rollout_size % per_step:
@@ -501,12 +506,7 @@ def main(args):
                          "once; change one of them")
 
     # -- 2. Data -------------------------------------------------------------------------------------------------------
-    parent = checkpoint.find(args.save_dir, args.from_weight)
-    reward_folder = None if args.rule else checkpoint.find(args.save_dir, args.reward_weight)
-    parents = [parent] if args.rule else [parent, reward_folder]
     tokenizer = Tokenizer.from_pretrained(parent)
-    files = expand_paths(args.data_path) + expand_paths(args.val_path)
-    key = checkpoint.stage_key(args, files, parents)
     start = checkpoint.begin(runtime, args, key)
     if start == "skip":
         return checkpoint.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
@@ -601,7 +601,7 @@ def main(args):
 
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
     bar = log.progress(progress["max_steps"], "ppo", progress["step"])
-    stopped = ""
+    stopped = progress.get("stopped", "")
     while progress["step"] < progress["max_steps"] and not stopped:
         step, position = progress["step"], progress["position"]
         scale = common.lr_scale(step, progress["max_steps"], args.warmup_steps, args.schedule)
@@ -641,7 +641,7 @@ def main(args):
         step = progress["step"]
         progress["max_steps"] = bar.total = budget.steps(step, progress["max_steps"], runtime)
         eta.report(step, progress["max_steps"])
-        stopped = unhealthy(stats, progress.setdefault("first_entropy", stats["entropy"]), args)
+        stopped = progress["stopped"] = unhealthy(stats, progress.setdefault("first_entropy", stats["entropy"]), args)
         done = step >= progress["max_steps"] or bool(stopped)
         if step == 1:
             runtime.print(f"first ratio: off 1 by {stats['first_ratio']:.1e}")

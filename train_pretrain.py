@@ -192,16 +192,16 @@ def sampled_gradient(wrapped, batches, position, targets, args, runtime):
 
 def main(args):
     """Train and return the final metrics. The numbered banners are the same in every training script."""
-    # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
-    runtime = common.setup(args, checkpoint.earlier_choice(args))
+    # -- 1. Inputs, processes, device, seed ----------------------------------------------------------------------------
+    parent = checkpoint.find(args.save_dir, args.from_weight) if args.from_weight else None
+    files = expand_paths(args.data_path) + expand_paths(args.val_path)
+    origin = [parent] if parent else []
+    tokenizer = Tokenizer.from_pretrained(parent or args.tokenizer)
+    key = checkpoint.stage_key(args, [*files, Path(parent or args.tokenizer) / "tokenizer.json"], origin)
+    runtime = common.setup(args, checkpoint.earlier_choice(args, key))
     folder = Path(args.save_dir) / "logs" / args.save_weight
 
     # -- 2. Data -------------------------------------------------------------------------------------------------------
-    parent = checkpoint.find(args.save_dir, args.from_weight) if args.from_weight else None
-    tokenizer = Tokenizer.from_pretrained(parent or args.tokenizer)
-    files = expand_paths(args.data_path) + expand_paths(args.val_path)
-    origin = [parent] if parent else []
-    key = checkpoint.stage_key(args, [*files, Path(parent or args.tokenizer) / "tokenizer.json"], origin)
     start = checkpoint.begin(runtime, args, key)
     if start == "skip":
         return checkpoint.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]

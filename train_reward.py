@@ -127,15 +127,15 @@ def evaluate(model, data, args, runtime):
 
 def main(args):
     """Train and return the final metrics. The numbered banners are the same in every training script."""
-    # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
-    runtime = common.setup(args, checkpoint.earlier_choice(args))
+    # -- 1. Inputs, processes, device, seed ----------------------------------------------------------------------------
+    parent = checkpoint.find(args.save_dir, args.from_weight)
+    files = expand_paths(args.data_path) + expand_paths(args.val_path)
+    key = checkpoint.stage_key(args, files, [parent])
+    runtime = common.setup(args, checkpoint.earlier_choice(args, key))
     folder = Path(args.save_dir) / "logs" / args.save_weight
 
     # -- 2. Data -------------------------------------------------------------------------------------------------------
-    parent = checkpoint.find(args.save_dir, args.from_weight)
     tokenizer = Tokenizer.from_pretrained(parent)
-    files = expand_paths(args.data_path) + expand_paths(args.val_path)
-    key = checkpoint.stage_key(args, files, [parent])
     start = checkpoint.begin(runtime, args, key)
     if start == "skip":
         return checkpoint.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
@@ -182,6 +182,7 @@ def main(args):
         optim.load_state(optimizer, state["optimizer"])
         runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
+        model.score_mean, model.score_std = progress.get("scale", (0.0, 1.0))
         if not args.max_minutes and not common.out_of_patience(progress, args):
             # --max_steps, --epochs and what a step draws may be changed on resume
             progress["max_steps"] = common.count_steps(args, len(data), per_step, progress)
@@ -277,7 +278,7 @@ def main(args):
             bar.set_postfix_str(f"loss {loss_value:.3f}, accuracy {accuracy:.2f}, {rate} tok/s")
         if done or (args.eval_interval and step % args.eval_interval == 0):
             result = evaluate(model, held_out, args, runtime)
-            model.score_mean, model.score_std = result["score_mean"], result["score_std"]
+            model.score_mean, model.score_std = progress["scale"] = result["score_mean"], result["score_std"]
             by_kind = {f"val_accuracy_{kind}": value for kind, value in result["accuracy_by_kind"].items()}
             log.log(step, val_loss=result["val_loss"], val_accuracy=result["accuracy"], **by_kind,
                     length_correlation=result["length_correlation"])

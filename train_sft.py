@@ -175,15 +175,15 @@ def sampled_gradient(wrapped, batches, position, targets, args, runtime):
 
 def main(args):
     """Train and return the final metrics. The numbered banners are the same in every training script."""
-    # -- 1. Processes, device, seed ------------------------------------------------------------------------------------
-    runtime = common.setup(args, checkpoint.earlier_choice(args))
+    # -- 1. Inputs, processes, device, seed ----------------------------------------------------------------------------
+    parent = checkpoint.find(args.save_dir, args.from_weight)
+    files = expand_paths(args.data_path) + expand_paths(args.val_path) + expand_paths(args.replay_path)
+    key = checkpoint.stage_key(args, files, [parent])
+    runtime = common.setup(args, checkpoint.earlier_choice(args, key))
     folder = Path(args.save_dir) / "logs" / args.save_weight
 
     # -- 2. Data -------------------------------------------------------------------------------------------------------
-    parent = checkpoint.find(args.save_dir, args.from_weight)
     tokenizer = Tokenizer.from_pretrained(parent)
-    files = expand_paths(args.data_path) + expand_paths(args.val_path) + expand_paths(args.replay_path)
-    key = checkpoint.stage_key(args, files, [parent])
     start = checkpoint.begin(runtime, args, key)
     if start == "skip":
         return checkpoint.read_minillm(Path(args.save_dir) / args.save_weight)["metrics"]
@@ -251,6 +251,7 @@ def main(args):
             # --max_steps, --epochs and what a step draws may be changed on resume
             progress["max_steps"] = common.count_steps(args, len(data), per_step, progress)
         runtime.print(f"resumed at step {progress['step']} of {progress['max_steps']}")
+    progress.setdefault("replayed", progress["position"] // args.batch_size * args.replay_rows)  # rows, as `position`
     conditions = checkpoint.conditions(runtime, args, "sft", model.config, [data, held_out, replay], [parent],
                                        progress["max_steps"])
     log = logs.MetricLog(folder, runtime.is_main, progress["step"] if start == "resume" else None,
@@ -305,7 +306,8 @@ def main(args):
             first = progress["position"] + micro * per_micro_step + runtime.rank * args.batch_size
             batches.append(data.batch(data.position_batch(first, args.batch_size)))
             if replay:
-                rows = replay.position_batch(first // args.batch_size * args.replay_rows, args.replay_rows)
+                first = progress["replayed"] + (micro * runtime.world_size + runtime.rank) * args.replay_rows
+                rows = replay.position_batch(first, args.replay_rows)
                 batches[-1] = join_windows(batches[-1], replay.batch(rows))
         targets, tokens = runtime.sum(sum(b["mask"][:, 1:].sum() for b in batches),
                                       sum((b["documents"] >= 0).sum() for b in batches))
@@ -353,6 +355,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         progress["step"] += 1
         progress["position"] += per_micro_step * args.accumulation_steps
+        progress["replayed"] += args.replay_rows * runtime.world_size * args.accumulation_steps
         progress["tokens"] += int(tokens)
         log.count(tokens)
         bar.update()

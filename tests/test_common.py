@@ -204,13 +204,13 @@ def test_resumed_run_keeps_probed_dtype_but_threads_only_for_as_many_processes(t
     checkpoint.write_minillm(tmp_path / "run", {"runtime": facts})
     monkeypatch.setattr(common, "bf16_speedup", lambda: 99.0)
     args = run_args(tmp_path, from_resume=1, dtype="auto", threads=0)
-    runtime = common.setup(args, checkpoint.earlier_choice(args))
+    runtime = common.setup(args, checkpoint.earlier_choice(args, "key"))
     assert (runtime.dtype, runtime.threads) == (torch.float32, 1)
     checkpoint.write_minillm(tmp_path / "run", {"runtime": facts | {"world_size": 4, "threads": 1000}})
-    runtime = common.setup(args, checkpoint.earlier_choice(args))
+    runtime = common.setup(args, checkpoint.earlier_choice(args, "key"))
     assert (runtime.dtype, runtime.threads) != (torch.float32, 1000) and runtime.threads < 1000
     args = run_args(tmp_path, dtype="auto")
-    assert common.setup(args, checkpoint.earlier_choice(args)).dtype == torch.bfloat16, "a fresh run probes"
+    assert common.setup(args, checkpoint.earlier_choice(args, "key")).dtype == torch.bfloat16, "a fresh run probes"
     torch.set_num_threads(1)
 
 

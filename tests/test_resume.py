@@ -555,3 +555,45 @@ def test_killed_run_with_replay_equals_uninterrupted_run(run, tmp_path):
     assert_same_run(run.out / "whole", run.out / "broken")
     plain = run("train_sft", "plain", "--save_interval", "2")
     assert plain["val_loss"] != whole["val_loss"]
+
+
+def test_resume_with_another_batch_goes_on_in_the_replayed_text_where_it_stopped(run, tmp_path, monkeypatch):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{i} is a number that was read before."}) + "\n" for i in range(99)))
+    drawn, real = [], dataset.PretrainData.position_batch
+
+    def position_batch(self, first, count):
+        drawn.extend(range(first, first + count))
+        return real(self, first, count)
+
+    monkeypatch.setattr(dataset.PretrainData, "position_batch", position_batch)
+    flags = ["--replay_path", str(text), "--replay_rows", "2", "--save_interval", "1"]
+    run("train_sft", "broken", *flags, "--batch_size", "1", kill=3)
+    run("train_sft", "broken", *flags, "--batch_size", "3", "--from_resume", "1")
+    assert drawn == list(range(STEPS * 2 * 2)), "2 rows in each of 2 micro-batches of every step"
+
+
+def test_dpo_resumed_with_a_smaller_batch_has_references_for_all_it_draws(run):
+    """3 steps drew 24 pairs; as many pairs as 8 steps of the smaller batch would have drawn are but 16."""
+    flags = ["--save_interval", "1", "--eval_interval", "0"]
+    run("train_dpo", "broken", *flags, "--batch_size", "4", "--max_steps", "3", rows=48)
+    final = run("train_dpo", "broken", *flags, "--batch_size", "1", "--max_steps", "8", "--from_resume", "1", rows=48)
+    assert final["skipped_steps"] == 0 and final["steps"] == 8
+
+
+def test_ppo_that_was_stopped_by_its_limits_stays_so_after_a_resume(run):
+    flags = ["--kl_limit", "1e-9", "--learning_rate", "0.01", "--target_kl", "0", "--save_interval", "1"]
+    whole = run("train_ppo", "whole", *flags)
+    assert whole["stopped"] and whole["steps"] < STEPS
+    run("train_ppo", "broken", *flags, signals=(whole["steps"], signal.SIGTERM))
+    assert run("train_ppo", "broken", *flags, "--from_resume", "1") == whole
+
+
+def test_reward_scale_survives_a_resume_without_an_evaluation(run):
+    flags = ["--eval_interval", "2", "--save_interval", "1"]
+    run("train_reward", "broken", *flags, kill=2)
+    before = checkpoint.read_minillm(run.out / "broken")
+    run("train_reward", "broken", *flags, "--from_resume", "1", kill=1)
+    after = checkpoint.read_minillm(run.out / "broken")
+    assert before["progress"]["step"] == 2 and after["progress"]["step"] == 3 and before["score_std"] != 1
+    assert [after[key] for key in ("score_mean", "score_std")] == [before[key] for key in ("score_mean", "score_std")]
