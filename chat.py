@@ -204,8 +204,8 @@ def batch(player, args, questions):
     """Answer questions, pairs of (messages, "file:line"), several at a time: one JSON object a line to --output or the
     screen, in their order, as soon as known.
 
-    An answer that ended has its conversation beside it, so that train_sft.py can learn from it (--skip_bad 1 leaves out
-    the others): distillation from a teacher's answers (Kim and Rush 2016, arXiv:1606.07947).
+    An answer that ended by itself ("stopped") has its conversation beside it, so that train_sft.py can learn from it
+    (--skip_bad 1 leaves out the others): distillation from a teacher's answers (Kim and Rush 2016, arXiv:1606.07947).
     """
     conversations, prompts, cut = [], [], 0
     for prompt, messages, dropped in fit_all(player, questions, args.max_new_tokens):
@@ -244,10 +244,11 @@ def decode_rows(player, prompts, args, row_seeds):
 
 
 def row_answer(player, ids, args):
-    """Text and end of an answer that was decoded in a batch."""
+    """Text of an answer that was decoded in a batch, and whether all of it is there: it ended by itself, and no stop
+    string has cut it."""
     ended = bool(ids) and ids[-1] in player.stop_ids
     pieces = list(until_stop([player.tokenizer.decode(ids[:-1] if ended else ids)], args.stop))
-    return {"answer": "".join(text for text, _ in pieces), "stopped": ended or pieces[-1][1], "tokens": len(ids)}
+    return {"answer": "".join(text for text, _ in pieces), "stopped": ended and not pieces[-1][1], "tokens": len(ids)}
 
 
 def assistant_turn(text):

@@ -61,14 +61,14 @@ from generation import accelerate, beam_search, lookup_decoding
 from model import ScalarHead, Transformer
 from rows import expand_paths, question, read_rows, text_lines
 from tokenizer import StreamDecoder, Tokenizer, bytes_per_token
-from weights import read_json
+from weights import is_reward
 
 # Items per set when --limit is not given: standard errors of one to three points, and about ten seconds for a model of
 # 6M parameters on two CPU cores. The win rate needs the most: it compares two noisy answers.
 CAPS = {"pretrain": 240, "sft": 300, "preference": 400, "rl": 200}
 SAMPLE_KINDS = {"story": ("story",), "arithmetic": ("add", "subtract"), "translation": ("translate",),
                 "small talk": ("chat",), "several turns": ("dialogue",)}
-# What a flag asks for when --mode is left out; the first that is given decides
+# What a flag asks for when --mode is left out
 MODES = {"compare": "compare", "batch": "prompts", "tasks": "tasks", "references": "references",
          "regression": "regression", "score": "bpb", "samples": "samples", "report": "report"}
 
@@ -116,7 +116,8 @@ def parse_args(argv=None):
     g.add_argument("--decoder", default="fast", choices=("fast", "int8", "plain"),
                    help="fast: a copy of the weights that a CPU decodes from sooner, if it does; int8: a copy in 8 "
                         "bits; plain: the model itself, which needs half the memory. Scores use the model itself")
-    g.add_argument("--stop", nargs="+", default=[], help="strings that end an answer; they are not shown")
+    g.add_argument("--stop", nargs="+", default=[], help="strings that end an answer; they are not shown; "
+                   "an answer to --prompts is cut when it is done, and is no row of training data")
     cli.switch(g, "--stream", 1, "show an answer while it is made")
     cli.switch(g, "--show_speed", 1, "show tokens per second after each answer")
     g = parser.add_argument_group("scores")
@@ -150,10 +151,15 @@ def parse_args(argv=None):
     g.add_argument("--batch_size", type=cli.positive(int), default=64, help="rows decoded or scored together")
     cli.machine_flags(g)
     args = parser.parse_args(argv)
-    if not args.mode:
-        # what is given says what is wanted: nobody types a prompt to start a chat
-        asked = {"single": args.prompt, **{mode: getattr(args, flag) for mode, flag in MODES.items()}}
-        args.mode = next((mode for mode, value in asked.items() if value), "chat")
+    # what is given says what is wanted: nobody types a prompt to start a chat
+    flags = {"single": "prompt", **MODES}
+    given = [mode for mode, flag in flags.items() if getattr(args, flag)]
+    args.mode = args.mode or next(iter(given), "chat")
+    besides = {"compare": ("batch",), "score": () if args.bpb else ("samples",)}.get(args.mode, ())
+    spare = [f"--{flags[mode]}" for mode in given if mode not in (args.mode, "report", *besides)]
+    if spare:
+        parser.error(f"{', '.join(spare)} with --mode {args.mode}, given or meant; one command does one thing; give "
+                     "each a command of its own")
     if args.mode == "report":
         args.report = args.report or args.save_dir
     # pass@k is about all that a model may say, a conversation about the better part of it
@@ -248,13 +254,6 @@ class Player:
         return Prefix()
 
 
-def is_reward(folder):
-    """Whether a folder holds a model that scores answers and cannot give any."""
-    # the class in config.json, not our own stage: a folder from elsewhere has only that
-    names = read_json(Path(folder) / "config.json").get("architectures")
-    return isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
-
-
 def is_chat(facts, tokenizer, eval_mode):
     """Whether to hold a conversation with this checkpoint: as asked, else by its stage, else by its chat template."""
     if eval_mode != "auto":
@@ -295,6 +294,13 @@ def check_decoding(args):
                          "--min_new_tokens")
 
 
+def speed_up(player, args):
+    """Give a player the copy of its weights that --decoder asks for, and say what it is."""
+    if args.decoder != "plain":
+        narrow = player.runtime.dtype if player.runtime.dtype == torch.bfloat16 else None
+        print(accelerate(player.model, int8=args.decoder == "int8", dtype=narrow))
+
+
 def speaker(args, runtime):
     """The Player for chat, single answers and batches; says which one it is and what it can do."""
     check_decoding(args)
@@ -308,13 +314,41 @@ def speaker(args, runtime):
     about += ", not finished" * (not player.facts.get("finished", True))
     print(f"model {folder} ({about}), {player.model.num_parameters() / 1e6:.2f}M parameters, context {player.context} "
           "tokens")
-    if args.decoder != "plain":
-        narrow = runtime.dtype if runtime.dtype == torch.bfloat16 else None
-        print(accelerate(player.model, int8=args.decoder == "int8", dtype=narrow))
+    speed_up(player, args)
     if not player.chat:
         # without this line users take a base model's continuation for a bad answer
         print("this is a base model: it only continues text, it does not answer (for answers: --weight sft)")
     return player
+
+
+def players(args, runtime, judges=True):
+    """The weights to measure, loaded one after another; reward models where judges are wanted. Of all that there are,
+    one that cannot be opened is named and passed over; one that was asked for by name is an error."""
+    every = checkpoint.names(args.save_dir) if args.weight in ("", "all") else []
+    # of all, chosen() would end at the first damaged one
+    return opened(every or checkpoint.chosen(args.save_dir, args.weight), bool(every), judges, args, runtime)
+
+
+def opened(names, every, judges, args, runtime):
+    """The loop of players(): names below --save_dir (every), or folders."""
+    found = False
+    for name in names:
+        try:
+            folder = checkpoint.find(args.save_dir, os.path.join(args.save_dir, name)) if every else name
+            if is_reward(folder) and not judges:
+                print(f"{folder} is a reward model: it scores answers and cannot give any")
+                continue
+            player = load(folder, args, runtime)
+        except (OSError, ValueError) as error:
+            if not every:
+                raise
+            print(error)
+            continue
+        found = True
+        yield player
+    if not found and not judges:
+        raise ValueError(f"--weight {args.weight or 'all'}: none that can be opened but reward models; they score "
+                         "answers and cannot give any; name another checkpoint")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -432,7 +466,8 @@ def score_questions(player, items, args):
 def score_preferences(player, items, args, played):
     """Share of polite answers, and of prompts on which the rule prefers this answer to the parent's.
 
-    played: {folder: answers} of the players so far, so that a parent answers once. None without styles.json.
+    played: {folder: answers} of the players so far, so that a parent answers once; one that cannot be opened is named
+    and takes the win rate with it. None without styles.json.
     """
     styles = read_styles(args)
     if styles is None:
@@ -442,9 +477,14 @@ def score_preferences(player, items, args, played):
     result = {"polite": polite, "standard_error": metrics.standard_error(polite, len(own)), "n": len(own),
               "exact_match": metrics.exact_match(own, items)["total"], "loop_rate": metrics.loop_rate(own)}
     parent = checkpoint.chat_parent(player.facts, args.save_dir)
+    if parent and parent.resolve() not in played:
+        try:
+            other = load(checkpoint.find(args.save_dir, parent), args, player.runtime)
+        except (OSError, ValueError) as error:
+            print(f"{player.name} has no win rate: {error}")
+            return result
+        played[parent.resolve()] = answers(other, items, args, temperature=1.0)
     if parent:
-        if parent.resolve() not in played:
-            played[parent.resolve()] = answers(load(parent, args, player.runtime), items, args, temperature=1.0)
         scores = [[metrics.rule_score(answer.text, item["answer"], item["check"], styles)
                    for answer, item in zip(side, items, strict=True)] for side in (own, played[parent.resolve()])]
         rate, error = metrics.win_rate(*scores)
@@ -490,17 +530,16 @@ def groups(player, sets, args, played):
 
 def score(args, runtime):
     """Measure all weights on held-out data and print the table. Returns {"results": rows}."""
-    folders = checkpoint.chosen(args.save_dir, args.weight)
+    measured = players(args, runtime)
     if args.bpb:
         documents = [row for row, _ in islice(read_rows(args.bpb), args.limit if args.limit > 0 else None)]
         sets = dict.fromkeys(CAPS, ()) | {"pretrain": documents}
     else:
         sets = held_out(args)
     rows, played = [], {}
-    for folder in folders:
-        player = load(folder, args, runtime)
+    for player in measured:
         if not player.facts.get("finished", True):
-            print(f"{folder} is not finished: step {player.facts.get('progress', {}).get('step')}")
+            print(f"{player.folder} is not finished: step {player.facts.get('progress', {}).get('step')}")
         for group, function in groups(player, sets, args, played):
             start = time.perf_counter()
             result = function()
@@ -532,13 +571,7 @@ def row_of(player, group, numbers, args, start):
 
 def keep(rows, args):
     """Put new rows into eval_results.jsonl: at once, for what comes next may take hours."""
-    results.write(Path(args.save_dir) / "eval_results.jsonl", kept(args), rows)
-
-
-def kept(args):
-    """The rows of eval_results.jsonl, without what others may have written there."""
-    rows = records.read_objects(Path(args.save_dir) / "eval_results.jsonl")
-    return [row for row in rows if isinstance(row.get("weight"), str) and isinstance(row.get("group"), str)]
+    results.write(Path(args.save_dir) / "eval_results.jsonl", rows)
 
 
 def show(tables, lines):
@@ -550,8 +583,8 @@ def show(tables, lines):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Benchmarks (tasks.py)
-def score_tasks(args, runtime):
-    """Measure all weights on --tasks and print the table. Returns {"results": rows}."""
+def asked_tasks(args):
+    """Names of the benchmarks in --tasks. Raises ValueError for a flag that would be overlooked."""
     names = list(tasks.TASKS) if args.tasks == "all" else [name.strip() for name in args.tasks.split(",")]
     unknown = [name for name in names if name not in tasks.TASKS]
     if unknown:
@@ -562,8 +595,20 @@ def score_tasks(args, runtime):
     if args.pass_k > 1 and not args.temperature:
         raise ValueError(f"--pass_k {args.pass_k} with --temperature 0; all answers would be the same; give a higher "
                          "--temperature, or leave it out")
+    overlooked = [f"--{name} {getattr(args, name)}" for name, off in (
+        ("min_p", 0), ("repetition_penalty", 1), ("min_new_tokens", 0), ("num_beams", 1), ("speculate", 0))
+        if getattr(args, name) != off]
+    if overlooked:
+        raise ValueError(f"{', '.join(overlooked)} with --tasks; answers there are the likeliest ones, or drawn with "
+                         "--temperature, --top_k and --top_p alone; leave the others out")
+    return names
+
+
+def score_tasks(args, runtime):
+    """Measure all weights on --tasks and print the table. Returns {"results": rows}."""
+    names = asked_tasks(args)
     rows = []
-    for player in speakers(args, runtime):
+    for player in players(args, runtime, judges=False):
         for name in names:
             try:
                 items, source = tasks.load(name, args.task_dir, max(0, args.limit), args.few_shot)
@@ -588,19 +633,6 @@ def score_tasks(args, runtime):
                                 f"read; fetch them with: python prepare_data.py download eval --output {args.task_dir}")
     show(*results.benchmarks(rows))
     return {"results": rows}
-
-
-def speakers(args, runtime):
-    """The weights to measure, loaded one after another; reward models are passed over."""
-    folders = checkpoint.chosen(args.save_dir, args.weight)
-    if all(map(is_reward, folders)):
-        raise ValueError(f"--weight {args.weight or 'all'} is nothing but reward models; they score answers and cannot "
-                         "give any; name another checkpoint")
-    for folder in folders:
-        if is_reward(folder):
-            print(f"{folder} is a reward model: it scores answers and cannot give any")
-        else:
-            yield load(folder, args, runtime)
 
 
 def drawn_rates(name, items, drawn, args):
@@ -645,7 +677,7 @@ def task_outcomes(player, name, items, args):
             known[todo[place]] = result
             file.write(json.dumps([todo[place], result]) + "\n")
             bar.update()
-    path.unlink()
+    path.unlink(missing_ok=True)  # the same evaluation may have run twice at once
     ordered = [known[n] for n in range(len(groups))]
     if task.kind == "generate":
         greedy, *turns = (ordered[first:first + len(items)] for first in range(0, len(ordered), len(items)))
@@ -679,6 +711,7 @@ def score_references(args, runtime):
     if not args.references:
         raise ValueError("--mode references without a file; it holds questions and their answers; give --references "
                          "FILE")
+    metrics.text_libraries()  # what is not installed is said before hours of answering
     items, wanted = [], []
     for row, where in islice(read_rows(args.references), args.limit if args.limit > 0 else None):
         messages, text = question(row, where)
@@ -691,7 +724,7 @@ def score_references(args, runtime):
     if not items:
         raise ValueError(f"{args.references} has no rows; there is nothing to compare with; give another file")
     rows = []
-    for player in speakers(args, runtime):
+    for player in players(args, runtime, judges=False):
         start = time.perf_counter()
         scores = metrics.text_scores([c.text for c in answers(player, items, args, temperature=0.0)], wanted)
         rows.append(row_of(player, "references", scores | {"n": len(items), "data": args.references}, args, start))
@@ -705,7 +738,7 @@ def score_references(args, runtime):
 def score_regression(args, runtime):
     """The suite of fixed prompts: share passed, and the first failures. Returns {"results": rows}."""
     items, rows = metrics.fixed_prompts(read_rows(args.regression_path)), []
-    for player in speakers(args, runtime):
+    for player in players(args, runtime, judges=False):
         start = time.perf_counter()
         prompts = [player.ids(item["messages"]) for item in items]
         rate, failures = metrics.run_regression(player.model, player.tokenizer, items, runtime, prompts,
@@ -723,27 +756,21 @@ def score_regression(args, runtime):
 def compare(args, runtime):
     """Answers of several checkpoints side by side, and how often the first wins against each other one. Returns
     {"answers": {name: texts}, "results": rows}."""
-    check_decoding(args)
-    names = [name.strip() for name in args.compare.split(",") if name.strip()]
-    if not names:
-        raise ValueError("--mode compare without names; it puts the answers of checkpoints side by side; give "
-                         "--compare NAME,NAME")
+    names, folders, judge = contestants(args)
     if args.prompts:
         items, styles = [{"messages": messages, "where": where} for messages, where in read_prompts(args)], None
     else:
         items, styles = held_out(args, ["preference"])["preference"], read_styles(args)
     texts, start, first = [], time.perf_counter(), None
-    for name in names:
-        folder = checkpoint.find(args.save_dir, name)
-        if is_reward(folder):
-            raise ValueError(f"--compare {name} is a reward model; it gives no answers; name it in --judge")
+    for folder in folders:
         player = load(folder, args, runtime)
+        speed_up(player, args)
         first = first or player
         fitted = chat.fit_all(player, [(item["messages"], item["where"]) for item in items], args.max_new_tokens)
         found = chat.decode_rows(player, [prompt for prompt, _, _ in fitted], args, range(len(items)))
         texts.append([chat.row_answer(player, ids, args)["answer"] for ids in found])
     rows = []
-    for by, sides in judged(texts, items, styles, args, runtime).items():
+    for by, sides in judged(texts, items, styles, judge, args, runtime).items():
         for name, scores in zip(names[1:], sides[1:], strict=True):
             rate, error = metrics.win_rate(sides[0], scores)
             facts = {"win_rate": rate, "standard_error": error, "n": len(items), "data": args.prompts or args.data_dir}
@@ -760,19 +787,33 @@ def compare(args, runtime):
     return {"answers": dict(zip(names, texts, strict=True)), "results": rows}
 
 
-def judged(texts, items, styles, args, runtime):
-    """{judge: scores of each list of texts}: the rule where there are styles, the reward model in --judge."""
+def contestants(args):
+    """(names, their folders, folder of the judge or None) of --compare, all looked up before any of them answers."""
+    check_decoding(args)
+    names = [name.strip() for name in args.compare.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--mode compare without names; it puts the answers of checkpoints side by side; give "
+                         "--compare NAME,NAME")
+    folders = [checkpoint.find(args.save_dir, name) for name in names]
+    mute = [name for name, folder in zip(names, folders, strict=True) if is_reward(folder)]
+    if mute:
+        raise ValueError(f"--compare {mute[0]} is a reward model; it gives no answers; name it in --judge")
+    judge = checkpoint.find(args.save_dir, args.judge) if args.judge else None
+    if judge and not is_reward(judge):
+        raise ValueError(f"--judge {args.judge} is no reward model; it must score answers; train one with "
+                         "train_reward.py")
+    return names, folders, judge
+
+
+def judged(texts, items, styles, judge, args, runtime):
+    """{judge: scores of each list of texts}: the rule where there are styles, the reward model in folder `judge`."""
     scores = {}
     if styles:
         scores["rule"] = [[metrics.rule_score(text, item["answer"], item["check"], styles)
                            for text, item in zip(side, items, strict=True)] for side in texts]
-    if args.judge:
-        folder = checkpoint.find(args.save_dir, args.judge)
-        if not is_reward(folder):
-            raise ValueError(f"--judge {args.judge} is no reward model; it must score answers; train one with "
-                             "train_reward.py")
-        judge, asked = load(folder, args, runtime), [item["messages"] for item in items]
-        scores["reward model"] = [metrics.reward_scores(judge.model, judge.tokenizer, asked, side, args.batch_size,
+    if judge:
+        reader, asked = load(judge, args, runtime), [item["messages"] for item in items]
+        scores["reward model"] = [metrics.reward_scores(reader.model, reader.tokenizer, asked, side, args.batch_size,
                                                         runtime.autocast) for side in texts]
     return scores
 
@@ -781,13 +822,17 @@ def judged(texts, items, styles, args, runtime):
 # 6. Summary, samples, report
 def summary(args):
     """Print the last scores of all weights again, and last what every stage changed."""
-    rows = [row for row in kept(args) if not row["group"].endswith(":files")]
+    path = Path(args.save_dir) / "eval_results.jsonl"
+    rows = [row for row in results.read(path) if not row["group"].endswith(":files")]
     if not rows:
-        raise FileNotFoundError(f"no scores in {args.save_dir}/eval_results.jsonl; a summary repeats them; make them: "
-                                "python eval.py --mode score")
+        raise FileNotFoundError(f"no scores in {path}; a summary repeats them; make them: python eval.py "
+                                "--mode score")
     rows.sort(key=lambda row: checkpoint.stage_order(row["weight"]))
     show(*results.held_out(rows))
     show(*results.benchmarks(rows))
+    show(*results.others(rows))
+    for name, text in report.outdated(report.read_stages(args.save_dir), rows, {}):
+        print(f"\n{name}: {text}")
     header = ["stage", "metric", "before", "after", "seconds", "where"]
     print("\n" + logs.table(header, checkpoint.stage_rows(args.save_dir)))
     return {"results": rows}
@@ -832,7 +877,7 @@ def write_report(args, runtime):
                                 "training scripts left; give their --save_dir")
     # a folder's own questions first: the smoke test has other ones than the default run
     places = [place for place in (out / "data", Path(args.data_dir)) if (place / "sft.heldout.jsonl").is_file()]
-    found, samples = None, []
+    found, samples, written = None, [], {}
     for name in checkpoint.names(out) if places else ():
         try:
             folder = checkpoint.find(out, out / name)
@@ -849,7 +894,9 @@ def write_report(args, runtime):
         samples = samples or [sample | {"answers": {}} for sample in answered]
         for sample, own in zip(samples, answered, strict=True):
             sample["answers"][player.name] = own["answers"][0]
-        found = {"seed": args.seed, "samples": samples, "compression": compression(player.tokenizer, args.data_dir)}
+        written[player.name] = player.facts.get("written", "")
+        found = {"seed": args.seed, "samples": samples, "checkpoints": written,
+                 "compression": compression(player.tokenizer, args.data_dir)}
     page = report.write(out, found)[0]
     print(f"report: {page}")
     return {"report": str(page)}

@@ -33,6 +33,7 @@ from bpe import GPT2_PATTERN, PATTERN
 from configuration import ModelConfig, need
 from model import Transformer
 from tokenizer import Tokenizer
+from weights import is_reward
 
 ARCHITECTURES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe", "dots1": "dots1"}  # model_type -> llama.cpp's name
 # pattern -> name of the equal one in llama.cpp. Qwen's reads digits one by one, GPT-2's runs of any length.
@@ -262,6 +263,9 @@ def main(args):
     """Export. Returns the facts it prints."""
     gguf = load_gguf()
     folder = checkpoint.find(args.save_dir, args.weight)
+    if is_reward(folder):
+        raise ValueError(f"{folder} is a reward model; the programs that read GGUF write answers, and it can only "
+                         "score them; name another checkpoint")
     model, tokenizer = Transformer.from_pretrained(folder), Tokenizer.from_pretrained(folder)
     check_shape(model.config)
     name = folder.resolve().name.removesuffix(".previous")

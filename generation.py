@@ -35,7 +35,6 @@ from decoding import additive_mask, check_prompts
 
 
 # -- Beam search -------------------------------------------------------------------------------------------------------
-@torch.inference_mode()
 def beam_search(model, prompt: list[int], num_beams: int = 4, max_new_tokens: int = 64, length_penalty: float = 1.0,
                 stop_ids: Iterable[int] = (), num_return: int = 1) -> list[tuple[list[int], float]]:
     """The best answers to one prompt, best first, as (ids with their stop id, score).
@@ -53,10 +52,17 @@ def beam_search(model, prompt: list[int], num_beams: int = 4, max_new_tokens: in
         raise ValueError(f"num_beams={num_beams}, max_new_tokens={max_new_tokens}, num_return={num_return}; all are at "
                          "least 1 and no more answers are returned than there are beams; correct the value")
     steps = min(max_new_tokens, model.config.max_position_embeddings - len(prompt))
-    device = model.model.embed_tokens.weight.device
-    cache = model.new_cache(num_beams, len(prompt) + steps)
+    decoder, context = model.decoder()
+    with torch.inference_mode(), context():
+        return _search(decoder, list(prompt), num_beams, steps, length_penalty, stops)[:num_return]
+
+
+def _search(decoder, prompt, num_beams, steps, length_penalty, stops):
+    """The loop of beam_search(): all finished answers, best first."""
+    cache = decoder.new_cache(num_beams, len(prompt) + steps)
+    device = cache.kv.device
     cache.keep([0])  # all beams start as the same one: the prompt is read once
-    logits = model(torch.tensor([prompt], device=device), cache=cache, logits_to_keep=1)[:, -1]  # [1,V]
+    logits = decoder.lm_head(decoder.hidden_states(torch.tensor([prompt], device=device), cache=cache)[:, -1])  # [1,V]
     scores = torch.zeros(1, device=device, dtype=torch.promote_types(logits.dtype, torch.float32))  # [K]
     answers: list[list[int]] = [[]]
     finished: list[tuple[list[int], float]] = []
@@ -72,8 +78,8 @@ def beam_search(model, prompt: list[int], num_beams: int = 4, max_new_tokens: in
         scores = scores.new_tensor([score for _, _, score in running])
         cache.keep([beam for beam, _, _ in running])  # each beam goes on with the cache of the one it came from
         tokens = torch.tensor([ids[-1:] for ids in answers], device=device)  # [K,1]
-        logits = model(tokens, cache=cache)[:, -1]  # [K,V]
-    return finished[:num_return]
+        logits = decoder.lm_head(decoder.hidden_states(tokens, cache=cache)[:, -1])  # [K,V]
+    return finished
 
 
 def _split(totals, answers, stops, num_beams, last):

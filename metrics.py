@@ -472,13 +472,23 @@ def words(text: str) -> list[str]:
     return re.findall(rf"[{CJK}]|[^\W{CJK}]+", _fold(text))
 
 
+def text_libraries():
+    """The modules sacrebleu and rouge_score.rouge_scorer, imported only now. Raises ValueError where one is not
+    installed."""
+    try:
+        return importlib.import_module("sacrebleu"), importlib.import_module("rouge_score.rouge_scorer")
+    except ImportError as error:
+        raise ValueError(f"{error}; BLEU, chrF and ROUGE-L are computed by libraries that training does not need; "
+                         "install them: pip install sacrebleu rouge-score") from None
+
+
 def text_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """How much of the references the texts repeat, each score from 0 to 100: bleu and chrf over all texts together
     (sacrebleu), rouge_l as the mean F over the texts (rouge-score).
 
-    Raises ValueError where a library is not installed.
+    Raises ValueError as text_libraries().
     """
-    sacrebleu, rouge = _library("sacrebleu"), _library("rouge_score.rouge_scorer")
+    sacrebleu, rouge = text_libraries()
     # the usual tokenisation takes a Chinese sentence for one word; this one parts it and leaves other text alone
     chinese = any(re.search(f"[{CJK}]", text) for text in references)
     bleu = sacrebleu.corpus_bleu(list(texts), [list(references)], tokenize="zh" if chinese else "13a")
@@ -491,15 +501,6 @@ def text_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str, fl
 
 class _Words:
     tokenize = staticmethod(words)
-
-
-def _library(name):
-    """An optional library, imported only now."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"{error}; BLEU, chrF and ROUGE-L are computed by libraries that training does not need; "
-                         "install them: pip install sacrebleu rouge-score") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

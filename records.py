@@ -15,10 +15,10 @@ from pathlib import Path
 STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")  # in the order in which run.sh makes them
 GROUPS = ("bits_per_byte", "exact_match", "preference", "pass_at_1", "pair_accuracy")  # of eval.py --mode score
 # What the fields that somebody looks into must be
-KINDS = {**dict.fromkeys(("answers", "apart", "args", "bands", "by_lang", "by_skill", "compression", "conditions",
-                          "metrics", "model", "progress", "runtime"), dict),
+KINDS = {**dict.fromkeys(("answers", "apart", "args", "bands", "by_lang", "by_skill", "checkpoints", "compression",
+                          "conditions", "metrics", "model", "progress", "runtime"), dict),
          **dict.fromkeys(("data", "load", "messages", "parents", "samples"), list),
-         **dict.fromkeys(("command", "key", "stage", "torch", "written"), str),
+         **dict.fromkeys(("command", "key", "stage", "time", "torch", "written"), str),
          **dict.fromkeys(("batch_tokens", "beta", "max_seq_len", "ppo_epochs", "seconds", "tokens",
                           "updates_per_rollout"), (int, float))}
 

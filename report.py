@@ -187,8 +187,8 @@ def last_verdict(stage):
     return next((str(row["verdict"]) for row in reversed(stage["rows"]) if "verdict" in row), "")
 
 
-def warnings_of(stages):
-    """(stage, text) of everything that a reader must know before believing a number."""
+def warnings_of(stages, scores=(), samples=None):
+    """(stage, text) of everything that a reader must know before believing a number. scores, samples: of outdated()."""
     found, written = [], {stage["name"]: stage["facts"].get("written", "") for stage in stages}
     for stage in stages:
         facts, name = stage["facts"], stage["name"]
@@ -210,9 +210,30 @@ def warnings_of(stages):
         for parent in (Path(str(parent)).name for parent in facts.get("parents", [])):
             if written.get(parent, "") > facts.get("written", "~"):
                 found.append((name, f"{parent} was trained again after this stage had started from it"))
+    found += outdated(stages, scores, samples or {})
     torches = {stage["facts"]["torch"] for stage in stages if stage["facts"].get("torch")}
     return found + ([("all", f"stages ran under different versions of torch: {', '.join(sorted(torches))}")]
                     if len(torches) > 1 else [])
+
+
+def outdated(stages, scores, samples):
+    """(stage, text) of each checkpoint that was trained again after it had been measured, or had answered.
+
+    scores: rows of eval_results.jsonl; samples: report.json, whose "checkpoints" says when those that answered had been
+    written.
+    """
+    found, measured = [], defaultdict(list)  # weight -> (time, group)
+    for row in map(fields, scores):
+        measured[str(row.get("weight"))].append((row.get("time", "~"), str(row.get("group"))))
+    for stage in stages:
+        name, written = stage["name"], stage["facts"].get("written", "")
+        old = [group for measured_at, group in measured[name] if measured_at < written]
+        if old:
+            found.append((name, f"older than this checkpoint: its scores of {', '.join(old)}; measure it again, as "
+                                "with: python eval.py --mode score"))
+        if str(samples.get("checkpoints", {}).get(name, "~")) < written:
+            found.append((name, "its samples are older than this checkpoint: python eval.py --report FOLDER"))
+    return found
 
 
 def bad_verdicts(stage):
@@ -290,7 +311,8 @@ def build(folder, found):
     """The page's sections, [(title, [(kind, content)])], from an output folder and eval.py's findings (report.json)."""
     stages = read_stages(folder)
     scores = read_objects(Path(folder) / "eval_results.jsonl")
-    sections = [("Overview", overview(stages)), ("Warnings", warning_blocks(stages)),
+    known = warnings_of(stages, scores, found)
+    sections = [("Overview", overview(stages, known)), ("Warnings", warning_blocks(known)),
                 ("Samples", sample_blocks(found)), ("Scores", score_blocks(scores)), ("Curves", curves(stages)),
                 ("Experts", expert_blocks(stages)), ("Tokenizer and data", data_blocks(stages, found)),
                 ("Time, memory, cost", cost_blocks(stages)), ("What ran", config_blocks(stages))]
@@ -299,8 +321,8 @@ def build(folder, found):
     return [(title, blocks) for title, blocks in sections if blocks]
 
 
-def overview(stages):
-    """The whole run in a few numbers, and what every stage changed."""
+def overview(stages, known):
+    """The whole run in a few numbers (`known`: its warnings), and what every stage changed."""
     costs = [cost(stage) for stage in stages]
     done = [stage for stage in stages if stage["facts"].get("finished")]
     sizes = [parameters(stage["shapes"]) for stage in stages if stage["shapes"]]
@@ -308,7 +330,7 @@ def overview(stages):
     tiles = [(f"{len(done)} of {len(stages)}", "stages finished"), (duration(total["seconds"]), "in training scripts"),
              (big(max(sizes, default=None)), "parameters"), (big(total["tokens"] or None), "tokens"),
              (big(total["flop"] or None, "FLOP"), "computed, about"),
-             (str(len(warnings_of(stages))), "warnings")]
+             (str(len(known)), "warnings")]
     rows = []
     for stage in stages:
         metrics = stage["facts"].get("metrics", {})
@@ -321,9 +343,8 @@ def overview(stages):
     return [("tiles", tiles), ("table", (header, rows))] if stages else [("text", "There is no stage in this folder.")]
 
 
-def warning_blocks(stages):
-    """Everything in warnings_of(), or that there is nothing."""
-    found = warnings_of(stages)
+def warning_blocks(found):
+    """Everything that warnings_of() found, or that there is nothing."""
     if not found:
         return [("text", "None: every stage is finished, no alarm was raised, and nothing was dropped from the data.")]
     return [("warnings", found)]
@@ -676,7 +697,8 @@ def write(folder, found=None):
 
     Args:
         found: what only a model can tell, a dict of seed, samples [{kind, lang, messages, expected, answers: {weight:
-            text}}] and compression {lang: bytes per token}; kept in report.json. None: what is there already.
+            text}}], checkpoints {weight: when it was written} and compression {lang: bytes per token}; kept in
+            report.json. None: what is there already.
     Raises: OSError where the folder cannot be written.
     """
     folder = Path(folder)
@@ -690,7 +712,7 @@ def write(folder, found=None):
 
 def _replace(path, text):
     """Put a text in place of a file: who reads it meanwhile sees the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     temporary.write_text(text, encoding="utf-8", errors="replace")
     os.replace(temporary, path)
     return path

@@ -6,25 +6,43 @@ evaluation showed. A table is (title, header, rows of cells), for logs.table(); 
 
 What this file does not do: measure (eval.py, metrics.py, tasks.py); pages for the browser (report.py).
 """
+import contextlib
 import json
 import math
 import os
 from collections import defaultdict
 
-from records import GROUPS, finite
+from records import GROUPS, finite, read_objects
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The file
-def write(path, earlier, rows):
-    """Write rows behind the earlier ones, in place of those for the same weight and group."""
-    new = {(row["weight"], row["group"]) for row in rows}
-    kept = [row for row in earlier if (row["weight"], row["group"]) not in new]
+def read(path):
+    """The rows of a file of scores, without what others may have written there."""
+    return [row for row in read_objects(path)
+            if isinstance(row.get("weight"), str) and isinstance(row.get("group"), str)]
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Keep other processes from changing a file meanwhile, where the system can: two evaluations may run at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in [*kept, *rows]]
-    temporary.write_text("".join(lines), encoding="utf-8", errors="replace")
-    os.replace(temporary, path)  # as a whole: an interrupted run leaves the old scores
+    with open(path.with_suffix(".lock"), "w") as file:  # beside it: the file itself is another one after each write
+        with contextlib.suppress(ImportError, OSError):  # not on Windows, nor on every network drive
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write(path, rows):
+    """Write rows behind the earlier ones of the file, in place of those for the same weight and group."""
+    new = {(row["weight"], row["group"]) for row in rows}
+    with locked(path):
+        kept = [row for row in read(path) if (row["weight"], row["group"]) not in new]
+        temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+        lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in [*kept, *rows]]
+        temporary.write_text("".join(lines), encoding="utf-8", errors="replace")
+        os.replace(temporary, path)  # as a whole: an interrupted run leaves the old scores
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,3 +154,13 @@ def benchmarks(rows):
              f"{row['drawn'].get('temperature', math.nan):g}, {metric}: {pass_line(rates)}"
              for row in rows for metric, rates in part(part(row, "drawn"), "rates").items()]
     return [("benchmarks; majority: always the commonest right answer", header, cells)] * bool(cells), lines
+
+
+def others(rows):
+    """Table of what else eval.py measures: fixed prompts, answers beside references, one checkpoint against another.
+    Returns (tables, lines)."""
+    cells = [[row["weight"], row["group"], name.replace("_", " "), cell(row, name, "standard_error"), row.get("n", "-")]
+             for row in rows if "task" not in row and row["group"] not in GROUPS
+             for name in ("pass_rate", "win_rate", "bleu", "chrf", "rouge_l") if name in row]
+    header = ["weight", "what", "metric", "score", "n"]
+    return [("other scores, standard error in brackets", header, cells)] * bool(cells), []

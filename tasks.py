@@ -65,13 +65,21 @@ def clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
+def listed(row, key):
+    """The list in a field of a row. Of a text in its place, as tables (CSV) hold one, every character would be an
+    option."""
+    if not isinstance(row[key], list):
+        raise TypeError(f"{key} is no list")
+    return row[key]
+
+
 def hellaswag(row):
     """How does the scene go on? Four endings."""
     if "query" in row:
         return Item([row["query"]], row["choices"], int(row["gold"]))
     # capitalize() also makes the rest lower case; the harness does it, so it is part of the prompt
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return Item([clean(context)], [clean(ending) for ending in row["endings"]], int(row["label"]))
+    return Item([clean(context)], [clean(ending) for ending in listed(row, "endings")], int(row["label"]))
 
 
 def arc(row):
@@ -140,7 +148,7 @@ def letters(question: str, answer: str) -> Callable[[dict], Item]:
     question: key of the question in a row. answer: word that asks for the letter.
     """
     def item(row):
-        shown = row["choices"] if "choices" in row else [row[letter] for letter in "ABCD"]
+        shown = listed(row, "choices") if "choices" in row else [row[letter] for letter in "ABCD"]
         lines = [row[question].strip(), *(f"{letter}. {text}" for letter, text in zip("ABCD", shown, strict=True))]
         key = row["answer"] if "answer" in row else row["Answer"]
         # MMLU has a number, C-Eval and CMMLU have a letter
@@ -328,7 +336,7 @@ def find_files(folder, name: str, splits: Sequence[str]) -> list[Path]:
     """Files of the first split that is there: <name>_<split>*.jsonl, <name>/<split>.csv, <name>-exam/<split>/*.csv ...
 
     Case, and which of / _ - . parts the words, do not matter; [] where nothing fits. Raises ValueError where one folder
-    holds several candidates that are no subjects.
+    holds several candidates that are no subjects, or a subject in two forms.
     """
     files = [path for path in sorted(Path(folder).rglob("*")) if path.name.removesuffix(".gz").endswith(ENDINGS)]
     for split in splits:
@@ -339,7 +347,8 @@ def find_files(folder, name: str, splits: Sequence[str]) -> list[Path]:
                 found.append(path)
         if found:
             break
-    if len(found) > 1 and TASKS[name].description is None:
+    names = {path.parent / path.name.removesuffix(".gz").rpartition(".")[0] for path in found}
+    if len(found) > (1 if TASKS[name].description is None else len(names)):
         raise ValueError(f"{len(found)} files for the {split} split of {name}: {', '.join(p.name for p in found)}; one "
                          "is scored; move the others elsewhere")
     return found

@@ -33,6 +33,13 @@ def read_json(path: Path) -> dict:
     return out
 
 
+def is_reward(folder) -> bool:
+    """Whether a folder holds a model that scores answers and cannot give any. Raises as read_json()."""
+    # the class in config.json, not our own stage: a folder from elsewhere has only that
+    names = read_json(Path(folder) / "config.json").get("architectures")
+    return isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards that model.safetensors.index.json lists."""
     index = folder / "model.safetensors.index.json"

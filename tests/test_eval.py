@@ -3,7 +3,7 @@
     python -m pytest tests/test_eval.py
 """
 import gzip
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import cut
 
 import chat
 import checkpoint
@@ -195,7 +196,10 @@ def test_stop_string_ends_an_answer(player, scripted, tokenizer, capsys):
     sft, args = player("sft", "--stop", "###", "--show_speed", 0)
     answer = chat.speak(sft, sft.ids(MESSAGES), args)
     assert answer.text == "one " and answer.ended and capsys.readouterr().out == "one \n"
-    assert chat.row_answer(sft, [*tokenizer.encode("one ### two"), tokenizer.eos_id], args)["answer"] == "one "
+    # in a batch it has been decoded to its end: only the text is cut, and half an answer is no row to learn from
+    row = chat.row_answer(sft, [*tokenizer.encode("one ### two"), tokenizer.eos_id], args)
+    assert row["answer"] == "one " and not row["stopped"]
+    assert chat.row_answer(sft, [*tokenizer.encode("one two"), tokenizer.eos_id], args)["stopped"]
 
 
 def test_seed_decides_and_temperature_0_needs_none(stage, parse):
@@ -362,6 +366,25 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(stage, parse, tmp_pa
         evaluation.main(parse("--max_new_tokens", 4, *flags))
     assert {name: Path(name).read_bytes() for name in files} == files
     assert not (tmp_path / "out" / "eval_results.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--prompt", "hi", "--prompts", "p.jsonl"], ["--mode", "score", "--tasks", "piqa"],
+    ["--tasks", "piqa", "--bpb", "f"], ["--references", "f", "--regression", 1], ["--bpb", "f", "--samples", 2],
+    ["--mode", "chat", "--prompt", "hi"], ["--compare", "a,b", "--samples", 1]], ids=str)
+def test_a_command_does_one_thing(parse, flags, capsys):
+    with pytest.raises(SystemExit):
+        parse(*flags)
+    assert "one command does one thing; give each a command of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "mode"), [
+    ([], "chat"), (["--prompt", "hi", "--report", "o"], "single"), (["--compare", "a,b", "--prompts", "p"], "compare"),
+    (["--mode", "score", "--samples", 3, "--report", "out"], "score"), (["--mode", "score", "--bpb", "f"], "score"),
+    (["--mode", "batch", "--prompts", "p"], "batch"), (["--report", "out"], "report"), (["--samples", 1], "samples"),
+    (["--mode", "summary", "--report", "out"], "summary")], ids=str)
+def test_flags_say_what_to_do(parse, flags, mode):
+    assert parse(*flags).mode == mode
 
 
 # -- Batches -----------------------------------------------------------------------------------------------------------
@@ -564,6 +587,51 @@ def test_a_score_is_on_the_disk_before_the_next_one_begins(stage, parse, data, t
     assert set(results_of(tmp_path)) == {("sft", "bits_per_byte")}
 
 
+def test_a_checkpoint_that_cannot_be_opened_costs_only_its_own_scores(stage, parse, data, tmp_path, monkeypatch,
+                                                                      capsys):
+    """sft is damaged and pretrain has no tokenizer; dpo is whole, and wins against nobody."""
+    monkeypatch.setattr(metrics, "ANSWER_TOKENS", 6)
+    (stage("pretrain") / "tokenizer.json").unlink()
+    sft = stage("sft")
+    cut(sft / "model.safetensors")
+    stage("dpo", parents=[str(sft)])
+    for weight in ("", "all"):
+        evaluation.main(parse("--mode", "score", "--data_dir", data, "--weight", weight))
+        shown, rows = capsys.readouterr().out, results_of(tmp_path)
+        assert {weight for weight, _ in rows} == {"dpo"} and "win_rate" not in rows["dpo", "preference"]
+        assert f"checkpoint {sft} is damaged" in shown and "pretrain" in shown and "dpo has no win rate: " in shown
+        row, = evaluation.main(parse("--tasks", "piqa", "--task_dir", FILES, "--weight", weight))["results"]
+        assert row["weight"] == "dpo"
+    with pytest.raises(ValueError, match="is damaged"):
+        evaluation.main(parse("--mode", "score", "--data_dir", data, "--weight", "dpo,sft"))
+
+
+WRITER = """
+import pathlib, sys, results
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(60):
+    results.write(pathlib.Path(sys.argv[1]), [{"weight": sys.argv[2], "group": f"g{i}"}])
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fcntl") is None, reason="this system has no such locks")
+def test_two_evaluations_at_once_keep_each_others_scores(tmp_path):
+    path = tmp_path / "out" / "eval_results.jsonl"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], cwd=ROOT, stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE) for name in "ab"]
+    for writer in writers:
+        assert writer.stdout.readline() == b"ready" + os.linesep.encode()
+    for writer in writers:  # both are there: now they write at the same time
+        writer.stdin.write(b"\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate(timeout=100)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert results_of(tmp_path).keys() == {(name, f"g{i}") for name in "ab" for i in range(60)}
+    assert not list(path.parent.glob("*.tmp*"))
+
+
 ASKED, SAID = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}
 
 
@@ -679,6 +747,15 @@ def test_an_interrupted_benchmark_goes_on_where_it_was(stage, parse, tmp_path, m
     again, = evaluation.main(parse(*flags))["results"]
     assert asked == [10, 6] and again["scores"] == whole["scores"] and "4 of 10 are known" in capsys.readouterr().out
 
+    def overtaken(model, groups, *args, **kwargs):
+        for n, found in enumerate(scores(model, groups, *args, **kwargs)):
+            if n == 4:  # the same command elsewhere is done first, and has removed what both wrote
+                path.unlink()
+            yield found
+
+    monkeypatch.setattr(metrics, "sequence_scores", overtaken)
+    assert evaluation.main(parse(*flags))["results"][0]["scores"] == whole["scores"]
+
 
 @pytest.fixture
 def drawn(tmp_path, tokenizer, monkeypatch):
@@ -749,6 +826,11 @@ def test_pass_k_that_would_mean_nothing_is_refused(stage, parse, tmp_path, drawn
         evaluation.main(parse("--tasks", "piqa", "--task_dir", FILES, "--pass_k", 2))
     with pytest.raises(ValueError, match="--pass_k 2 with --temperature 0; .*; give a higher"):
         evaluation.main(parse("--tasks", "gsm8k", "--task_dir", tmp_path, "--pass_k", 2, "--temperature", 0))
+    for flag in (["--min_p", 0.1], ["--repetition_penalty", 1.5], ["--min_new_tokens", 2], ["--num_beams", 2],
+                 ["--speculate", 2]):
+        with pytest.raises(ValueError, match=f"{flag[0]} {flag[1]} with --tasks; .*; leave the others out"):
+            evaluation.main(parse("--tasks", "gsm8k", "--task_dir", tmp_path, "--pass_k", 2, *flag))
+    assert not drawn, "all of that is known before the first answer"
     assert parse().temperature == 0.7 and parse("--tasks", "gsm8k", "--temperature", 0.5).temperature == 0.5
 
 
@@ -902,11 +984,28 @@ def test_compare_writes_a_table_and_says_who_wins(stage, parse, data, tmp_path, 
     # on the held-out preferences a rule judges as well; with one set of answers all are ties
     result = evaluation.main(parse("--data_dir", data, *flags, "--judge", "reward"))
     assert [row["win_rate"] for row in result["results"]] == [0.5, 0.5] and result["results"][0]["n"] == 12
-    assert "judged by the rule: won 0.500 (0.000) of 12" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "judged by the rule: won 0.500 (0.000) of 12" in shown and shown.count("decoding with") == 4
+    evaluation.main(parse("--mode", "summary"))
+    shown = capsys.readouterr().out
+    assert "other scores" in shown and "against dpo by reward model  win rate" in shown and "0.500 (0.000)" in shown
     with pytest.raises(ValueError, match="--compare reward is a reward model.*--judge"):
         evaluation.main(parse("--prompts", tmp_path / "p.txt", "--compare", "sft,reward"))
     with pytest.raises(ValueError, match="--judge sft is no reward model"):
         evaluation.main(parse("--prompts", tmp_path / "p.txt", "--compare", "sft,dpo", "--judge", "sft"))
+
+
+def test_what_is_missing_is_said_before_the_first_answer(stage, parse, tmp_path, monkeypatch):
+    stage("sft")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "reference": "b"}\n')
+    monkeypatch.setattr(Transformer, "generate", lambda *inputs, **settings: pytest.fail("it has begun to answer"))
+    asked = ("--prompts", tmp_path / "p.jsonl", "--compare")
+    for flags in ((*asked, "sft,typo"), (*asked, "sft", "--judge", "typo")):
+        with pytest.raises(FileNotFoundError, match="'typo' not found"):
+            evaluation.main(parse(*flags))
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(ValueError, match="pip install sacrebleu rouge-score"):
+        evaluation.main(parse("--references", tmp_path / "p.jsonl"))
 
 
 @pytest.mark.parametrize("flags", [[], ["--top_k", 1], ["--min_new_tokens", 12], ["--num_beams", 2],

@@ -22,7 +22,7 @@ from test_tokenizer import CHAT, CHINESE, EMOJI, ENGLISH, split_stage
 import checkpoint
 import export_gguf
 from bpe import GPT2_PATTERN
-from model import Transformer
+from model import ScalarHead, Transformer
 from tokenizer import Tokenizer
 
 EXPORTED = ["dense", "untied", "yarn", "moe", "shared", "shared_scaled"]
@@ -241,6 +241,13 @@ def test_without_the_package_one_line_says_how_to_get_it(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match="gguf package .*; .*; install it: pip install gguf"):
         export(folder())
+
+
+def test_a_reward_model_is_refused_in_words_for_a_user(gguf, folder):
+    path = folder()
+    ScalarHead.from_pretrained(path).save_pretrained(path)
+    with pytest.raises(ValueError, match="is a reward model; .*; name another checkpoint"):
+        export(path)
 
 
 def test_a_failed_write_leaves_the_earlier_file(gguf, folder, monkeypatch):

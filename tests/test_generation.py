@@ -75,6 +75,19 @@ def test_one_beam_is_greedy_decoding():
     assert beam_search(model, prompt, num_beams=1, max_new_tokens=10, stop_ids={2})[0][0] == greedy
 
 
+def test_beams_are_searched_with_the_copy(monkeypatch):
+    model, flags = make_model(), dict(num_beams=4, max_new_tokens=12, stop_ids={2, 6}, num_return=4)
+    plain = beam_search(model, [5, 9, 11], **flags)
+    model.inference_copy = InferenceCopy(model, torch.float32)
+    reads, forward = [], InferenceCopy.hidden_states
+    monkeypatch.setattr(InferenceCopy, "hidden_states", lambda self, ids, cache: reads.append(1) or forward(
+        self, ids, cache))
+    found = beam_search(model, [5, 9, 11], **flags)
+    assert len(reads) > 3
+    assert [ids for ids, _ in found] == [ids for ids, _ in plain]
+    assert [score for _, score in found] == pytest.approx([score for _, score in plain], abs=1e-5)
+
+
 def test_search_stops_at_the_context_limit():
     model = make_model()
     (ids, _), = beam_search(model, list(range(4, 40)) + list(range(4, 30)), num_beams=2, max_new_tokens=50)

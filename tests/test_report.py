@@ -204,6 +204,24 @@ def test_what_must_be_known_is_a_warning(out, facts, rows, said):
     assert len(found) == 1 and said in found[0][1]
 
 
+def test_scores_and_samples_of_weights_that_were_trained_again_are_a_warning(out, capsys):
+    """Those of pretrain are older than its weights, those of sft, and rows without a time, are not."""
+    rows = [{"weight": name, "group": group, group: 0.5, "n": 9, "time": time} for name, group, time in (
+        ("pretrain", "bits_per_byte", "2025-12-31T23:59:59"), ("pretrain", "exact_match", "2026-01-01T00:00:00"),
+        ("sft", "exact_match", "2026-01-01T00:00:01"), ("sft", "preference", 5), ("elsewhere", "exact_match", "2020"))]
+    (out / "eval_results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = {"pretrain": "2025-12-31T00:00:00", "sft": "2026-01-01T00:00:00"}
+    (out / "report.json").write_text(json.dumps(FOUND | {"checkpoints": made}))
+    said = ("pretrain", "older than this checkpoint: its scores of bits_per_byte; measure it again, as with: python "
+            "eval.py --mode score"), ("pretrain", "its samples are older than this checkpoint")
+    found = report.warnings_of(report.read_stages(out), rows, FOUND | {"checkpoints": made})
+    assert found[0] == said[0] and found[1][1].startswith(said[1][1]) and len(found) == 2
+    parsed, text = page(out)
+    assert all(words in form for _, words in said for form in (parsed.text, text)) and "2warnings" in parsed.text
+    evaluation.main(evaluation.parse_args(["--mode", "summary", "--save_dir", str(out)]))
+    assert "\npretrain: " + said[0][1] + "\n" in capsys.readouterr().out
+
+
 def test_verdicts_that_are_fine_are_no_warning(out):
     rows = [{"step": 2, "verdict": "fine; held-out loss 1 is better than normal here"}, {"step": 4, "verdict": "fine"}]
     stage_files(out, "sft", "sft", METRICS, [*ROWS, *rows], ["pretrain"])
@@ -366,7 +384,8 @@ def test_eval_rebuilds_it_with_answers_of_all_checkpoints(out, model_folder, tok
     assert result == {"report": str(out / "report.html")} and "2 + " not in capsys.readouterr().out
     found = json.loads((out / "report.json").read_text())
     sample, = found["samples"]
-    assert list(sample["answers"]) == ["pretrain", "sft"] and found["seed"] == 3
+    assert list(sample["answers"]) == ["pretrain", "sft"] == list(found["checkpoints"]) and found["seed"] == 3
+    assert found["checkpoints"]["sft"] == records.read_fields(out / "sft" / "minillm.json")["written"]
     assert sample["expected"] == str(2 + int(re.search(r"2 \+ (\d)", sample["messages"][0]["content"])[1]))
     for row in texts:
         size = len(row["text"].encode()) / len(tokenizer.encode(row["text"]))

@@ -155,7 +155,10 @@ EXAM = {"question": "q", "choices": list("wxyz"), "answer": 1, "subject": "law"}
     ("hellaswag", {"query": "q", "choices": ["a", "b"], "gold": 5}), ("mmlu", EXAM | {"answer": 9}),
     ("hellaswag", {"query": 5, "choices": ["a", "b"], "gold": 0}), ("mmlu", EXAM | {"choices": []}),
     ("arc_easy", {"query": "q", "choices": "ab", "gold": 0}), ("mmlu", EXAM | {"subject": 5}),
-    ("mmlu", EXAM | {"subject": None}), ("mmlu", EXAM | {"subject": ["law"]})])
+    ("mmlu", EXAM | {"subject": None}), ("mmlu", EXAM | {"subject": ["law"]}),
+    # text where a list should be, as a table holds it: no character of it is an option
+    ("mmlu", EXAM | {"choices": "wxyz"}), ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "label": 1,
+                                                         "endings": "['one', 'two', 'three', 'four']"})])
 def test_what_is_no_question_with_a_right_answer_is_a_wrong_row(name, row, tmp_path):
     (tmp_path / f"{name}_{tasks.TASKS[name].splits[0]}.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=r"\.jsonl:1: found the keys .*; expected .*; test splits"):
@@ -180,6 +183,10 @@ def test_missing_and_doubled_files_are_named(tmp_path):
         shutil.copy(FILES / "arc_easy_test.jsonl", tmp_path / name)
     with pytest.raises(ValueError, match="2 files for the test split of arc_easy"):
         tasks.load("arc_easy", tmp_path)
+    for name in ("mmlu_test.jsonl", "mmlu_test.json"):  # subjects have files of their own, but one each
+        (tmp_path / name).write_text(json.dumps(EXAM))
+    with pytest.raises(ValueError, match="2 files for the test split of mmlu"):
+        tasks.load("mmlu", tmp_path)
 
 
 def test_limit_counts_the_items_of_a_subject():
