@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import struct
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -53,13 +54,15 @@ class ArrayFile:
 
 
 def remove_orphans(folder: Path, base: str) -> None:
-    """Remove the temporary files base.*.tmpPID of processes that are gone: a kill -9 leaves them behind."""
+    """Remove the temporary files base.*.tmpPID of processes that are gone: a kill -9 leaves them behind. Younger ones
+    than an hour stay, for on a shared disk the process may be one of another machine."""
     if os.name != "posix":
         return  # there os.kill() ends the process instead of asking for it
     for path in folder.glob(f"{base}.*.tmp*"):
         owner = path.suffix.removeprefix(".tmp")
         try:
-            os.kill(int(owner), 0)
+            if time.time() - path.stat().st_mtime > 3600:
+                os.kill(int(owner), 0)
         except ProcessLookupError:
             path.unlink(missing_ok=True)
         except (ValueError, OSError, OverflowError):

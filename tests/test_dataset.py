@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -574,11 +575,13 @@ def test_files_of_a_killed_build_are_removed_at_the_next_one(make, tmp_path):
     base = make(PretrainData, rows)._base(make(PretrainData, rows)._facts(record=False))
     cache = tmp_path / "cache"
     (cache / f"{base}.json").unlink()
-    names = [f"{base}.tokens.bin.tmp{gone.pid}", f"{base}.tokens.bin.tmp{os.getppid()}", f"other.tmp{gone.pid}"]
+    names = [f"{base}.tokens.bin.tmp{gone.pid}", f"{base}.tokens.bin.tmp{os.getppid()}", f"other.tmp{gone.pid}",
+             f"{base}.mask.bin.tmp{gone.pid}"]
     for name in names:
         (cache / name).touch()
+        os.utime(cache / name, (0, time.time() - (60 if ".mask." in name else 7200)))  # a minute old, or two hours
     make(PretrainData, rows)
-    assert [(cache / name).exists() for name in names] == [False, True, True]
+    assert [(cache / name).exists() for name in names] == [False, True, True, True]
 
 
 def test_one_process_builds_and_the_others_wait_for_it(make, count_builds):
@@ -596,6 +599,7 @@ def test_one_process_builds_and_the_others_wait_for_it(make, count_builds):
 
 MEMORY = """
 import sys
+import time
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_dataset import ByteTokenizer
 from dataset import {kind}
