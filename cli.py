@@ -101,9 +101,10 @@ def positive(kind, zero=False, below=1e15):
 
 def folder_name(text):
     """A type for argparse: the name of a checkpoint, which stands beside folders with other uses."""
+    name = Path(text).name
     # a folder in the folder of another run would go when that one is saved again
-    if (len(Path(text).parts) != 1 or text == ".." or Path(text).is_absolute()
-            or Path(text).name in ("logs", "cache", "data", "tokenizer") or text.endswith((".tmp", ".previous"))):
+    if (Path(text).parts != (name,) or name in ("..", "logs", "cache", "data", "tokenizer")
+            or name.endswith((".tmp", ".previous"))):
         raise argparse.ArgumentTypeError(f"{text!r} is no name for a checkpoint below --save_dir; it is one folder; "
                                          "logs, cache, data and tokenizer are taken, .tmp and .previous mark folders "
                                          "that are being written; give another")

@@ -334,7 +334,7 @@ def opened(names, every, judges, args, runtime):
     found = False
     for name in names:
         try:
-            folder = checkpoint.find(args.save_dir, os.path.join(args.save_dir, name)) if every else name
+            folder = checkpoint.find(args.save_dir, name) if every else name
             if is_reward(folder) and not judges:
                 print(f"{folder} is a reward model: it scores answers and cannot give any")
                 continue

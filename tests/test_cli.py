@@ -136,7 +136,7 @@ def test_every_training_script_has_the_flags_that_users_know(parser_of):
 @pytest.mark.parametrize("words", [["--no_such_flag", "1"], ["--learning", "0.1"], ["--batch_size", "0"],
                                    ["--learning_rate", "-1"], ["--dtype", "int8"], ["stray"], ["--threads", "9" * 9],
                                    ["--seed", "9" * 30], ["--save_weight", ""], ["--save_weight", "logs"],
-                                   ["--save_weight", "../x"], ["--save_weight", "a/b"],
+                                   ["--save_weight", "../x"], ["--save_weight", "a/b"], ["--save_weight", "x.tmp/"],
                                    ["--patience", "1", "--eval_interval", "0"]],
                          ids=" ".join)
 @pytest.mark.parametrize("name", TRAINERS)
