@@ -551,7 +551,7 @@ def main(args):
 
     # -- 5. Resume -----------------------------------------------------------------------------------------------------
     # `position` is the number of prompts drawn so far: it decides the next prompts and their random streams
-    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps, "kl_coef": args.kl_coef,
+    progress = {"step": 0, "position": 0, "tokens": 0, "max_steps": max_steps, "stopped": "", "kl_coef": args.kl_coef,
                 "held_out": len(items)}
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
@@ -601,8 +601,7 @@ def main(args):
 
     # -- 7. Training loop ----------------------------------------------------------------------------------------------
     bar = log.progress(progress["max_steps"], "ppo", progress["step"])
-    stopped = progress.get("stopped", "")
-    while progress["step"] < progress["max_steps"] and not stopped:
+    while progress["step"] < progress["max_steps"] and not progress["stopped"]:
         step, position = progress["step"], progress["position"]
         scale = common.lr_scale(step, progress["max_steps"], args.warmup_steps, args.schedule)
         lr = [optim.set_lr(optimizer, scale) for optimizer in optimizers][0]
@@ -641,8 +640,8 @@ def main(args):
         step = progress["step"]
         progress["max_steps"] = bar.total = budget.steps(step, progress["max_steps"], runtime)
         eta.report(step, progress["max_steps"])
-        stopped = progress["stopped"] = unhealthy(stats, progress.setdefault("first_entropy", stats["entropy"]), args)
-        done = step >= progress["max_steps"] or bool(stopped)
+        progress["stopped"] = unhealthy(stats, progress.setdefault("first_entropy", stats["entropy"]), args)
+        done = step >= progress["max_steps"] or bool(progress["stopped"])
         if step == 1:
             runtime.print(f"first ratio: off 1 by {stats['first_ratio']:.1e}")
         if step % args.log_interval == 0 or done or step == 1:
@@ -670,13 +669,13 @@ def main(args):
 
     # -- 8. Final save and summary -------------------------------------------------------------------------------------
     bar.close()
-    if stopped:
-        runtime.print(f"stopped at step {progress['step']}: {stopped}")
+    if progress["stopped"]:
+        runtime.print(f"stopped at step {progress['step']}: {progress['stopped']}")
     before, after = progress["before"], progress["best"]
     final = after | {"metric": f"held-out reward ({'rule' if args.rule else 'normalised'})",
                      "before": before["val_reward"],
                      "after": after["val_reward"], "at_start": before, "best_step": after["step"],
-                     "steps": progress["step"], "stopped": stopped, "skipped_steps": nonfinite.total}
+                     "steps": progress["step"], "stopped": progress["stopped"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
     log.close()
     report.refresh(args.save_dir, runtime.is_main)
