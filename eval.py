@@ -298,7 +298,8 @@ def speed_up(player, args):
     """Give a player the copy of its weights that --decoder asks for, and say what it is."""
     if args.decoder != "plain":
         narrow = player.runtime.dtype if player.runtime.dtype == torch.bfloat16 else None
-        print(accelerate(player.model, int8=args.decoder == "int8", dtype=narrow))
+        rows = min(args.batch_size, 16) if args.mode in ("batch", "compare") else 1
+        print(accelerate(player.model, int8=args.decoder == "int8", dtype=narrow, rows=rows))
 
 
 def speaker(args, runtime):

@@ -163,11 +163,11 @@ def look_up(text: list[int], count: int, longest: int = 3) -> list[int]:
 # -- Forms of a matrix -------------------------------------------------------------------------------------------------
 # A form says how a matrix [M,K] is stored and how rows x [N,K] are multiplied with it. Which one is fastest depends on
 # processor, libraries, threads and shape, by factors; so they are timed.
-def fastest_form(forms: dict, matrices: list) -> str:
-    """Name of the form whose products are right and cost least for these matrices [M,K]: time of a single row, plus a
-    sixteenth of that of 16 rows. Raises: ValueError where none is right."""
+def fastest_form(forms: dict, matrices: list, rows: int = 1) -> str:
+    """Name of the form whose products are right and take least time with so many rows at once, for these matrices
+    [M,K]. Raises: ValueError where none is right."""
     size = matrices[0].shape[1]
-    inputs = [torch.linspace(-1, 1, rows * size, dtype=matrices[0].dtype).view(rows, size) for rows in (1, 16)]
+    inputs = [torch.linspace(-1, 1, n * size, dtype=matrices[0].dtype).view(n, size) for n in (1, 16, rows)]
     seconds = {}
     for name, (pack, multiply) in forms.items():
         with contextlib.suppress(RuntimeError, AttributeError):  # this build of torch may lack the product
@@ -175,7 +175,7 @@ def fastest_form(forms: dict, matrices: list) -> str:
             # a product that overflows may be fast as well
             wrong = [multiply(x, packed[0]) - F.linear(x, matrices[0]) for x in inputs]
             if all(e.norm() <= 0.03 * F.linear(x, matrices[0]).norm() for e, x in zip(wrong, inputs, strict=True)):
-                seconds[name] = sum(_seconds_of_products(multiply, x, packed) / len(x) for x in inputs)
+                seconds[name] = _seconds_of_products(multiply, inputs[-1], packed)
     if not seconds:
         raise ValueError(f"no right product among {', '.join(forms)} on this CPU; an inference copy needs one; decode "
                          "with the model itself")
@@ -183,9 +183,9 @@ def fastest_form(forms: dict, matrices: list) -> str:
 
 
 def _seconds_of_products(multiply, x, packed) -> float:
-    """Seconds for the products of x with all matrices, the better of two."""
+    """Seconds for the products of x with all matrices, the best of four."""
     times = []
-    for _ in range(2):
+    for _ in range(4):
         start = time.perf_counter()
         for matrix in packed:
             multiply(x, matrix)
@@ -206,9 +206,19 @@ def _in_two(matrix):
 def _multiply_in_two(x, blocks):
     """The blocks as a batch of two: some libraries read each with a thread of its own, but a lone matrix with one. With
     x transposed the row's stride is K; with stride 1 the same libraries are slow."""
-    if len(x) > 1:
+    if len(x) != 1:
         return F.linear(x, blocks.flatten(0, 1))
     return torch.bmm(blocks, x.t().expand(2, -1, 1)).view(1, -1)
+
+
+def _pack_for_onednn(matrix):
+    """[M,K] in the blocks in which oneDNN multiplies few rows; F.linear() makes such blocks anew in every call."""
+    return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), 16)
+
+
+def _multiply_for_onednn(x, packed):
+    """As F.linear()."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 def _row_scales(matrix):
@@ -266,16 +276,17 @@ def _multiply_weights_int8(x, packed):
 
 FORMS = {"plain products": (lambda matrix: matrix, F.linear),
          "transposed": (lambda matrix: matrix.t().contiguous(), torch.matmul),
-         "split in two": (_in_two, _multiply_in_two)}
+         "split in two": (_in_two, _multiply_in_two),
+         "packed": (_pack_for_onednn, _multiply_for_onednn)}
 INT8_FORMS = {"packed int8 products": (_pack_int8, _multiply_packed_int8),
               "int8 products": (_quantize, _multiply_int8),
               "int8 weights": (_pack_weights_int8, _multiply_weights_int8)}
 
 
 # -- Inference copies --------------------------------------------------------------------------------------------------
-def accelerate(model, int8: bool = False, dtype: torch.dtype | None = None) -> str:
+def accelerate(model, int8: bool = False, dtype: torch.dtype | None = None, rows: int = 1) -> str:
     """Give the model a copy of its weights that generate() decodes with, if it is faster. Returns what was done, in
-    words.
+    words. rows: how many answers will be decoded together; any number can be, but the copy is made for this one.
 
     The answers are those of the model within rounding; with int8 or a narrower dtype they are those of slightly other
     weights. The copy costs as much memory as the weights it holds. When the weights change it is passed over, and
@@ -288,8 +299,8 @@ def accelerate(model, int8: bool = False, dtype: torch.dtype | None = None) -> s
     if any(name.endswith("_proj") and type(module) is not torch.nn.Linear for name, module in model.named_modules()):
         return "decoding with the model itself: adapters stand beside its matrices; merge them to copy it"
     with torch.inference_mode():
-        copy = InferenceCopy(model, dtype, int8)
-        before, after = (_seconds_of_a_step(decoder, device) for decoder in (model, copy))
+        copy = InferenceCopy(model, dtype, int8, rows)
+        before, after = (_seconds_of_a_step(decoder, device, rows) for decoder in (model, copy))
     if after > before and not int8:  # int8 was asked for, and may be wanted for its numbers
         return f"decoding with the model itself: a copy of the weights is {after / before:.2f}x as slow"
     model.inference_copy = copy
@@ -298,10 +309,10 @@ def accelerate(model, int8: bool = False, dtype: torch.dtype | None = None) -> s
             f"{before / after:.2f}x as fast")
 
 
-def _seconds_of_a_step(decoder, device, steps=4) -> float:
-    """Seconds that one token of one row takes, the best of some."""
-    cache, times = decoder.new_cache(1, steps), []
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+def _seconds_of_a_step(decoder, device, rows=1, steps=4) -> float:
+    """Seconds that one token of so many rows takes, the best of some."""
+    cache, times = decoder.new_cache(rows, steps), []
+    token = torch.zeros(rows, 1, dtype=torch.int64, device=device)
     for _ in range(steps):
         start = time.perf_counter()
         decoder.lm_head(decoder.hidden_states(token, cache=cache)[:, -1])
@@ -320,8 +331,8 @@ class InferenceCopy:
     reorders q and k alike, so their dot products stay.
     """
 
-    def __init__(self, model, dtype: torch.dtype, int8: bool = False):
-        self.config, self.model, self.dtype = model.config, model, dtype
+    def __init__(self, model, dtype: torch.dtype, int8: bool = False, rows: int = 1):
+        self.config, self.model, self.dtype, self.rows = model.config, model, dtype, rows
         self.wide = torch.promote_types(dtype, torch.float32)
         self.parameters = [(p, p._version) for p in model.parameters()]
         self.forms = INT8_FORMS if int8 else FORMS
@@ -384,7 +395,7 @@ class InferenceCopy:
         -> [N,M]."""
         if not layers:
             return
-        form = fastest_form(self.forms, [layer[name] for layer in layers[:3]])
+        form = fastest_form(self.forms, [layer[name] for layer in layers[:3]], self.rows)
         self.products.add(form)
         pack, multiply = self.forms[form]
         for layer in layers:

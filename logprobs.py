@@ -23,8 +23,10 @@ def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _pieces(h: Tensor, weight: Tensor) -> list[slice]:
-    """Slices of the rows of h whose logits fit a CPU's cache (2 million numbers), or a small part of a GPU's memory."""
-    rows = max(1, (2**21 if h.device.type == "cpu" else 2**28) // len(weight))
+    """Slices of the rows of h whose logits fit a CPU's cache (2 million numbers), or a small part of a GPU's memory; of
+    at least 512 rows, since each piece reads the head and adds to its gradient: with few rows that is the longer part.
+    """
+    rows = max(512, (2**21 if h.device.type == "cpu" else 2**28) // len(weight))
     return [slice(i, i + rows) for i in range(0, len(h), rows)]
 
 

@@ -34,50 +34,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import decoding
 from configuration import ARCHITECTURES, GenerationConfig, ModelConfig, need
 from decoding import KVCache, Prefix, additive_mask
+from kernels import attention, rms_norm
 from logprobs import head_logprobs
 from weights import load_model, read_json, save_folder
 
 
 # -- Norm and rotation -------------------------------------------------------------------------------------------------
-def normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x r w and r = 1 / sqrt(mean(x^2) + eps): x [...,D], weight [D] -> [...,D], [...,1]."""
-    r = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()
-    return (x * r).mul_(weight), r
-
-
-class _NormOnCPU(torch.autograd.Function):
-    """RMSNorm with its gradient by hand: half the time. On a CPU F.rms_norm consists of small operations, and autograd
-    goes back through all of them, each reading and writing tensors of x's size.
-
-    With r = 1 / sqrt(mean(x^2) + eps), y = r x w and its gradient dy:
-        dw = sum over the rows of r dy x          dx = r dy w - r^3 x mean(dy w x)
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [...,D], weight [D] -> [...,D]."""
-        y, r = normalize(x, weight, eps)
-        ctx.save_for_backward(x, weight, r)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        """grad [...,D]."""
-        x, weight, r = ctx.saved_tensors
-        products = (grad * x).flatten(0, -2)  # [N,D]
-        # both sums as products of matrices, so that they read `products` once and write nothing of its size
-        grad_weight = r.view(-1) @ products if ctx.needs_input_grad[1] else None
-        mean = (products @ weight).view_as(r) / x.shape[-1]  # [...,1]
-        return (grad * weight).mul_(r).addcmul_(x, mean * r**3, value=-1), grad_weight, None
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension: LayerNorm without mean and bias."""
 
@@ -90,12 +57,7 @@ class RMSNorm(nn.Module):
         if self.weight.dtype.itemsize < 4:  # a bf16 copy of the weights: Qwen3's order is fp32, cast, then weight
             return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
         x = x.to(self.weight.dtype)  # fp32 weights, also under autocast, where q and k arrive in bf16: all in fp32
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            # past autograd the same numbers, to the last bit: a policy's first step is measured against such a forward
-            if not torch.is_grad_enabled():
-                return normalize(x, self.weight, self.eps)[0]
-            return _NormOnCPU.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -163,6 +125,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)  # rolled, (b, a) stands where (a, b) did
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast uses on this kind of device right now, None when it is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def narrow(x: Tensor) -> Tensor:
+    """x in the dtype of autocast. What several products read is cast once, and not by each of them."""
+    return x.to(autocast_dtype(x.device.type) or x.dtype)
+
+
 # -- Attention ---------------------------------------------------------------------------------------------------------
 class Attention(nn.Module):
     """Grouped-query attention with RMSNorm on queries and keys before the rotation (Qwen3)."""
@@ -179,25 +151,26 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(c, config.rms_norm_eps), RMSNorm(c, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope, mask: Tensor | None = None, causal=True, cache: KVCache | None = None) -> Tensor:
-        """x [B,T,D] -> [B,T,D]. mask [B,1,T,S] bool (True = may look) replaces the causal rule."""
+        """x [B,T,D] -> [B,T,D]. mask [B,1,T,S]: 0 where a token may look, else -inf; None is the causal rule. causal:
+        no token looks ahead, which a mask that is given as well already says."""
         b, t, _ = x.shape
+        x = narrow(x)
         q = rotate(self.q_norm(self.q_proj(x).view(b, t, -1, self.head_dim)), *rope)  # [B,T,H,C]
         k = rotate(self.k_norm(self.k_proj(x).view(b, t, -1, self.head_dim)), *rope)  # [B,T,K,C]
         v = self.v_proj(x).view(b, t, -1, self.head_dim)  # [B,T,K,C]
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast their norms made them fp32
         q, keys, values = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,H,T,C], [B,K,T,C] twice
         if cache is not None:
             keys, values = cache.write(self.layer, torch.stack((keys, values)))  # [2,B,K,T,C] -> [B,K,S,C] each
-            # under autocast q is fp32 (its norm's type) while the cache holds what the products made
-            q, keys, values = q.to(v.dtype), keys.to(v.dtype), values.to(v.dtype)
+            keys, values = keys.to(v.dtype), values.to(v.dtype)  # a cache made outside of autocast is fp32
         if cache is not None and t == 1:
             # One token a row: the query heads of a kv head become the query rows of one head, so that keys are read
             # once and never repeated.
             q = q.reshape(b, keys.shape[1], -1, self.head_dim)  # [B,K,H/K,C]
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
             return self.o_proj(y.reshape(b, 1, -1))
-        # With is_causal (training, prompts) the kernel skips the upper triangle; a mask costs it that. During a prompt
-        # the cache was empty, so keys are exactly these T tokens.
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        # during a prompt the cache was empty, so keys are exactly these T tokens
+        y = attention(q, keys, values, mask, causal)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # [B,H,T,C] -> [B,T,H*C] -> [B,T,D]
 
 
@@ -217,6 +190,7 @@ class MLP(nn.Module):
         self.gated = config.mlp_type == "gated"
 
     def forward(self, x: Tensor) -> Tensor:
+        x = narrow(x)
         if not self.gated:
             return self.down_proj(self.act(self.up_proj(x)))
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
@@ -367,7 +341,7 @@ class Backbone(nn.Module):
         elif documents is not None:
             same = documents[:, None, :, None] == documents[:, None, None, :]  # [B,1,T,T]
             # a token always sees itself, so no row of the softmax is empty
-            mask, causal = same & torch.ones(t, t, dtype=torch.bool, device=ids.device).tril(), False
+            mask = same & torch.ones(t, t, dtype=torch.bool, device=ids.device).tril()
         if positions is None:
             positions = torch.arange(t, device=ids.device)[None]  # [1,T]
         x = F.dropout(self.embed_tokens(ids), self.config.dropout, self.training)  # [B,T,D]
@@ -409,11 +383,6 @@ def initialize(module: nn.Module, std: float):
 
 
 # -- The language model ------------------------------------------------------------------------------------------------
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast uses on this kind of device right now, None when it is off."""
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-
-
 def read_config(folder: Path) -> ModelConfig:
     """The ModelConfig of a folder's config.json."""
     path = folder / "config.json"

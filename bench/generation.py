@@ -103,10 +103,10 @@ def accelerated(model, **kind):
     return twin
 
 
-def contenders(shape, bf16):
+def contenders(shape, bf16, rows=1):
     """{name: (function of prompts and count that returns rows of ids, share of rows that must equal transformers')}."""
     model = random_model(shape)
-    other, fast, int8 = theirs(model), accelerated(model), accelerated(model, int8=True)
+    other, fast, int8 = theirs(model), accelerated(model, rows=rows), accelerated(model, int8=True, rows=rows)
     found = {
         "transformers fp32": (lambda p, n: their_answers(other, p, n), 1.0),
         "minillm, the model itself": (lambda p, n: our_answers(model, p, n), 1.0),
@@ -114,7 +114,7 @@ def contenders(shape, bf16):
         "minillm, int8 copy": (lambda p, n: our_answers(int8, p, n), 0.0),
     }
     if bf16:
-        half, short = copy.deepcopy(other).bfloat16(), accelerated(model, dtype=torch.bfloat16)
+        half, short = copy.deepcopy(other).bfloat16(), accelerated(model, dtype=torch.bfloat16, rows=rows)
         found["transformers bf16"] = (lambda p, n: their_answers(half, p, n), 0.0)
         found["minillm, bf16 copy"] = (lambda p, n: our_answers(short, p, n), 0.0)
     return found
@@ -164,7 +164,7 @@ def compare_batch(args, bf16):
     shape = "quick" if args.quick else "A"
     count = NEW_TOKENS[shape] // 2
     prompts = random_prompts(16, PROMPT, SHAPES[shape]["vocab_size"])
-    seconds = in_turns(contenders(shape, bf16), args.rounds, prompts, count)
+    seconds = in_turns(contenders(shape, bf16, 16), args.rounds, prompts, count)
     report(f"batch of 16, {shape}", seconds, 16 * count, "tokens/s", args)
 
 
@@ -237,7 +237,7 @@ def compare_lengths(args, bf16):
     shape, waves, mean = ("quick", 2, 8) if args.quick else ("A", 4, 32)
     size, longest, rows = SHAPES[shape]["vocab_size"], 4 * mean, 16
     model = random_model(shape)
-    generation.accelerate(model)
+    generation.accelerate(model, rows=rows)
     draw = torch.Generator().manual_seed(2)
     lengths = torch.randint(4, PROMPT, (waves * rows,), generator=draw).tolist()
     prompts = [random_prompts(1, length, size)[0] for length in sorted(lengths, reverse=True)]

@@ -6,6 +6,7 @@ weights decode what the model decodes; the bench runs.
 import itertools
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -148,14 +149,14 @@ def test_lookup_fills_the_context_and_names_what_is_impossible():
 # -- Inference copies --------------------------------------------------------------------------------------------------
 def copy_with(monkeypatch, model, form, forms=FORMS, dtype=None):
     """An InferenceCopy with this form of product, whatever is fastest here."""
-    monkeypatch.setattr(generation, "fastest_form", lambda forms, matrices: form)
+    monkeypatch.setattr(generation, "fastest_form", lambda forms, matrices, rows: form)
     return InferenceCopy(model, dtype or model.lm_head.weight.dtype, forms is INT8_FORMS)
 
 
 def skip_without(form):
-    """Skip where processor or torch lacks this int8 product; fastest_form() passes it over there."""
+    """Skip where processor or torch lacks this product; fastest_form() passes it over there."""
     try:
-        INT8_FORMS[form][0](torch.ones(32, 32))
+        (FORMS | INT8_FORMS)[form][0](torch.ones(32, 32))
     except (RuntimeError, AttributeError) as error:
         pytest.skip(f"{form} is not on this machine: {error}")
 
@@ -163,11 +164,25 @@ def skip_without(form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(6, 5), (64, 48), (10, 33)])
 def test_every_form_of_a_matrix_gives_its_product(form, shape):
-    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    skip_without(form)
+    dtype, error = (torch.float32, 1e-5) if form == "packed" else (torch.float64, 1e-12)  # it has no float64
+    matrix = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
     pack, multiply = FORMS[form]
-    for rows in (1, 2, 7):
-        x = torch.randn(rows, shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        torch.testing.assert_close(multiply(x, pack(matrix)), x @ matrix.T, atol=1e-12, rtol=0)
+    for rows in (0, 1, 2, 7, 40):  # 0: an expert that nobody visits
+        x = torch.randn(rows, shape[1], dtype=dtype, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(multiply(x, pack(matrix)), x @ matrix.T, atol=error, rtol=0)
+
+
+def test_the_form_is_chosen_for_the_rows_that_will_be_decoded():
+    def sleeping(seconds):
+        def multiply(x, matrix):
+            time.sleep(seconds[len(x)])
+            return F.linear(x, matrix)
+        return lambda matrix: matrix, multiply
+
+    forms = {"for one": sleeping({1: 0.001, 16: 0.02}), "for many": sleeping({1: 0.01, 16: 0.002})}
+    assert generation.fastest_form(forms, [torch.ones(4, 4)], 1) == "for one"
+    assert generation.fastest_form(forms, [torch.ones(4, 4)], 16) == "for many"
 
 
 @pytest.mark.parametrize("form", INT8_FORMS)
@@ -256,7 +271,7 @@ def test_the_faster_way_is_taken(monkeypatch):
     model = model_of()
     for seconds, word in (([2.0, 1.0], "2.00x as fast"), ([1.0, 2.0], "2.00x as slow")):
         times = iter(seconds)
-        monkeypatch.setattr(generation, "_seconds_of_a_step", lambda decoder, device, times=times: next(times))
+        monkeypatch.setattr(generation, "_seconds_of_a_step", lambda decoder, device, rows, times=times: next(times))
         assert word in accelerate(model) and (model.inference_copy is None) == ("slow" in word)
     assert "half" not in accelerate(model, dtype=torch.float16) and model.inference_copy is None
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 # The drawing: three floors. A ground file imports no local file, a leaf ground files only, a script leaves and ground
 # files. So a reader of any file knows how deep it can go. A file is added here when it is written.
-GROUND = {"cli", "configuration", "weights", "logprobs", "decoding", "records", "rows", "arrays", "bpe"}
+GROUND = {"cli", "configuration", "weights", "logprobs", "kernels", "decoding", "records", "rows", "arrays", "bpe"}
 LEAVES = {"model", "generation", "lora", "tokenizer", "dataset", "optim", "common", "checkpoint", "logs",
           "health", "report", "metrics", "results", "sharding", "tasks", "chat", "selection", "download", "tensors"}
 SCRIPTS = {"make_data", "prepare_data", "train_pretrain", "train_sft", "train_reward", "train_dpo", "train_ppo",

@@ -1,0 +1,113 @@
+"""RMSNorm and attention with their gradients by hand, where on a CPU that is faster than what torch goes through.
+
+    rms_norm()   torch puts its norm together of small operations, and autograd goes back through all of them
+    attention()  torch's backward pass in bf16 takes longer than the one in fp32, although products of matrices are
+                 several times faster in bf16: they are too small there
+
+The numbers are those of torch's own functions, up to rounding; on other devices, and when compiled, these run.
+What this file does not do: parameters, projections, rotation, attention to a cache (model.py).
+
+Letters: B batch, T tokens, D hidden size, H heads, K kv heads, C head_dim, N rows of a matrix, S keys that are seen.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+# -- RMSNorm -----------------------------------------------------------------------------------------------------------
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: x [...,D], weight [D] -> [...,D]."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.rms_norm(x, weight.shape, weight, eps)
+    # past autograd the same numbers, to the last bit: a policy's first step is measured against such a forward
+    return _Norm.apply(x, weight, eps) if torch.is_grad_enabled() else _normalize(x, weight, eps)[0]
+
+
+def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x r w and r = 1 / sqrt(mean(x^2) + eps): x [...,D], weight [D] -> [...,D], [...,1]."""
+    r = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()
+    return (x * r).mul_(weight), r
+
+
+class _Norm(torch.autograd.Function):
+    """With r = 1 / sqrt(mean(x^2) + eps), y = r x w and its gradient dy:
+        dw = sum over the rows of r dy x          dx = r dy w - r^3 x mean(dy w x)
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [...,D], weight [D] -> [...,D]."""
+        y, r = _normalize(x, weight, eps)
+        ctx.save_for_backward(x, weight, r)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        """grad [...,D]."""
+        x, weight, r = ctx.saved_tensors
+        products = (grad * x).flatten(0, -2)  # [N,D]
+        # both sums as products of matrices, so that they read `products` once and write nothing of its size
+        grad_weight = r.view(-1) @ products if ctx.needs_input_grad[1] else None
+        mean = (products @ weight).view_as(r) / x.shape[-1]  # [...,1]
+        return (grad * weight).mul_(r).addcmul_(x, mean * r**3, value=-1), grad_weight, None
+
+
+# -- Attention ---------------------------------------------------------------------------------------------------------
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
+    """softmax(q k' / sqrt(C) + mask) v of every head: q [B,H,T,C], k and v [B,K,T,C] -> [B,H,T,C].
+
+    H/K query heads share a kv head. mask: [B,1,T,T] or [1,1,T,T], 0 or -inf, added to the scores. causal: no token
+    looks ahead; a mask that is given as well already says so.
+    """
+    narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
+    if narrow and causal and q.device.type == "cpu" and torch.is_grad_enabled():
+        return _CausalAttention.apply(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=True)
+
+
+class _CausalAttention(torch.autograd.Function):
+    """torch's forward pass. Backward, a block of queries at a time, with the probabilities P = softmax(S) made again,
+    S = q k' / sqrt(C) + mask, and dy the gradient of y = P v:
+        dv = P' dy      dP = dy v'      dS = P (dP - rowsum(P dP))      dq = dS k / sqrt(C)      dk = dS' q / sqrt(C)
+    The queries of a kv head's H/K heads stand below each other in one matrix, so keys are never repeated.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """As attention()."""
+        ctx.save_for_backward(q, k, v, mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        """grad [B,H,T,C]."""
+        q, k, v, mask = ctx.saved_tensors
+        b, h, t, c = q.shape
+        groups, scale = k.shape[1], c**-0.5
+        if mask is None:
+            mask = torch.full((t, t), float("-inf"), dtype=q.dtype).triu_(1)[None, None]  # [1,1,T,T]
+        mask = mask.to(q.dtype).expand(b, 1, t, t)
+        # [B,T,...] in memory, as the projections before wrote them
+        dq, dk, dv = (torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
+        block = 128  # queries; what lies behind a block's last token is left out of its products
+        rows = max(1, 2**21 // (h * block * t))  # so many that the scores of a block fit a cache
+        for part in (slice(i, i + rows) for i in range(0, b, rows)):
+            keys, values = k[part].reshape(-1, t, c), v[part].reshape(-1, t, c)  # [n,T,C], n = rows * K
+            dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+            for start in range(0, t, block):
+                end = min(start + block, t)
+                shape, flat = (-1, h, end - start, c), (len(keys), -1, c)
+                queries = (q[part, :, start:end] * scale).reshape(flat)  # [n,N,C], N = H/K * block
+                dy = grad[part, :, start:end].reshape(flat)
+                scores = queries @ keys[:, :end].mT  # [n,N,S]
+                scores.view(-1, h, end - start, end).add_(mask[part, :, start:end, :end])
+                p = scores.softmax(-1)
+                ds = torch._softmax_backward_data(dy @ values[:, :end].mT, p, -1, p.dtype)
+                dq[part, :, start:end] = (ds @ keys[:, :end]).mul_(scale).view(shape)
+                dkeys[:, :end] += ds.mT @ queries
+                dvalues[:, :end] += p.mT @ dy
+            dk[part], dv[part] = dkeys.view(-1, groups, t, c), dvalues.view(-1, groups, t, c)
+        return dq, dk, dv, None
