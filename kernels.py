@@ -68,11 +68,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
 
 
 class _CausalAttention(torch.autograd.Function):
-    """torch's forward pass. Backward, a block of queries at a time, with the probabilities P = softmax(S) made again,
-    S = q k' / sqrt(C) + mask, and dy the gradient of y = P v:
-        dv = P' dy      dP = dy v'      dS = P (dP - rowsum(P dP))      dq = dS k / sqrt(C)      dk = dS' q / sqrt(C)
-    The queries of a kv head's H/K heads stand below each other in one matrix, so keys are never repeated.
-    """
+    """torch's forward pass, and attention_gradient() backward."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -84,30 +80,51 @@ class _CausalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         """grad [B,H,T,C]."""
-        q, k, v, mask = ctx.saved_tensors
-        b, h, t, c = q.shape
-        groups, scale = k.shape[1], c**-0.5
-        if mask is None:
-            mask = torch.full((t, t), float("-inf"), dtype=q.dtype).triu_(1)[None, None]  # [1,1,T,T]
+        return *attention_gradient(*ctx.saved_tensors, grad), None
+
+
+# An operation of its own, so that torch.compile calls it as it is: what it makes of the loop takes twice as long
+@torch.library.custom_op("minillm::attention_gradient", mutates_args=(),
+                         schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor grad) -> (Tensor, Tensor, Tensor)")
+def attention_gradient(q, k, v, mask, grad):
+    """Gradients of q, k and v [as attention()], given that of the result, grad [B,H,T,C].
+
+    The probabilities P = softmax(S), S = q k' / sqrt(C) + mask, are made again, for a block of queries at a time. With
+    dy for grad:   dv = P' dy   dP = dy v'   dS = P (dP - rowsum(P dP))   dq = dS k / sqrt(C)   dk = dS' q / sqrt(C)
+    The queries of a kv head's H/K heads stand below each other in one matrix, so keys are never repeated.
+    """
+    b, h, t, c = q.shape
+    groups, scale = k.shape[1], c**-0.5
+    if mask is not None:
         mask = mask.to(q.dtype).expand(b, 1, t, t)
-        # [B,T,...] in memory, as the projections before wrote them
-        dq, dk, dv = (torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
-        block = 128  # queries; what lies behind a block's last token is left out of its products
-        rows = max(1, 2**21 // (h * block * t))  # so many that the scores of a block fit a cache
-        for part in (slice(i, i + rows) for i in range(0, b, rows)):
-            keys, values = k[part].reshape(-1, t, c), v[part].reshape(-1, t, c)  # [n,T,C], n = rows * K
-            dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-            for start in range(0, t, block):
-                end = min(start + block, t)
-                shape, flat = (-1, h, end - start, c), (len(keys), -1, c)
-                queries = (q[part, :, start:end] * scale).reshape(flat)  # [n,N,C], N = H/K * block
-                dy = grad[part, :, start:end].reshape(flat)
-                scores = queries @ keys[:, :end].mT  # [n,N,S]
-                scores.view(-1, h, end - start, end).add_(mask[part, :, start:end, :end])
-                p = scores.softmax(-1)
-                ds = torch._softmax_backward_data(dy @ values[:, :end].mT, p, -1, p.dtype)
-                dq[part, :, start:end] = (ds @ keys[:, :end]).mul_(scale).view(shape)
-                dkeys[:, :end] += ds.mT @ queries
-                dvalues[:, :end] += p.mT @ dy
-            dk[part], dv[part] = dkeys.view(-1, groups, t, c), dvalues.view(-1, groups, t, c)
-        return dq, dk, dv, None
+    dq, dk, dv = _like_projections(q, k, v, mask, grad)
+    block = 128  # queries; what lies behind a block's last token is left out of its products
+    ahead = torch.full((block, block), float("-inf"), dtype=q.dtype).triu_(1)
+    rows = max(1, 2**21 // (h * block * t))  # so many that the scores of a block fit a cache
+    for part in (slice(i, i + rows) for i in range(0, b, rows)):
+        keys, values = k[part].reshape(-1, t, c), v[part].reshape(-1, t, c)  # [n,T,C], n = rows * K
+        dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+        for start in range(0, t, block):
+            end = min(start + block, t)
+            shape, flat = (-1, h, end - start, c), (len(keys), -1, c)
+            queries = (q[part, :, start:end] * scale).reshape(flat)  # [n,N,C], N = H/K * block
+            dy = grad[part, :, start:end].reshape(flat)
+            scores = queries @ keys[:, :end].mT  # [n,N,S]
+            heads = scores.view(-1, h, end - start, end)
+            if mask is None:
+                heads[..., start:] += ahead[: end - start, : end - start]
+            else:
+                heads += mask[part, :, start:end, :end]
+            p = scores.softmax(-1)
+            ds = torch._softmax_backward_data(dy @ values[:, :end].mT, p, -1, p.dtype)
+            dq[part, :, start:end] = (ds @ keys[:, :end]).mul_(scale).view(shape)
+            dkeys[:, :end].baddbmm_(ds.mT, queries)
+            dvalues[:, :end].baddbmm_(p.mT, dy)
+        dk[part], dv[part] = dkeys.view(-1, groups, t, c), dvalues.view(-1, groups, t, c)
+    return dq, dk, dv
+
+
+@attention_gradient.register_fake
+def _like_projections(q, k, v, mask, grad):
+    """Tensors like q, k and v, [B,T,...] in memory, as the projections before them write."""
+    return tuple(torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
