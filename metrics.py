@@ -174,31 +174,34 @@ def sequence_scores(model, groups: Sequence[Sequence[tuple[list[int], int]]], ba
     groups: lists of (ids, start): the ids from `start` (1 at least) on are scored, each given all before it. The rows
         of a group, the options of a question, become one tree. What many groups begin with (a subject's examples) is
         read once and kept.
-    batch_size, max_tokens: trees and ids in one pass. 0: 512 ids on a CPU, where larger tensors leave the cache, and
-        65,536 elsewhere. Keys and values are kept of at most 16 times as many ids. Only a single tree larger than that
-        takes more.
+    batch_size, max_tokens: trees and ids in one pass. 0: 512 ids on a CPU (1,024 in bf16), where larger tensors leave
+        the cache, and 65,536 elsewhere. Keys and values are kept of at most 16 times as many ids. Only a single tree
+        larger than that takes more.
     Yields (index of the group, [(sum of log p, whether every id was the most likely one) of each row]) batch by batch.
     The mode of the model is restored.
     """
     was_training = model.training
     model.eval()
-    max_tokens = max_tokens or (512 if next(model.parameters()).device.type == "cpu" else 65536)
+    with autocast():
+        reader, context = model.reader()
+    head = reader.lm_head.weight
+    max_tokens = max_tokens or (2048 // head.itemsize if head.device.type == "cpu" else 65536)
     for trunk, members in _families(groups):
         trees = sorted((_tree(n, groups[n], len(trunk)) for n in members), key=lambda tree: -len(tree.ids))
         widest, cache = len(trees[0].ids), None
         most = max(1, min(batch_size, len(trees), 16 * max_tokens // (len(trunk) + widest)))
         if trunk:
-            with autocast():
+            with context():
                 cache = model.new_cache(most, len(trunk) + widest)
                 cache.keep([0])  # read once, then copied to all rows
                 ids = torch.tensor([trunk], device=cache.kv.device)  # [1,T]
-                model.hidden_states(ids, cache=cache, wanted=ids.new_zeros(1))  # for keys and values only
+                reader.hidden_states(ids, cache=cache, wanted=ids.new_zeros(1))  # for keys and values only
                 cache.keep([0] * most)
         while trees:  # neighbours in size stand together, so hardly any padding is computed
             count = max(1, min(most, max_tokens // len(trees[0].ids)))
             batch, trees = trees[:count], trees[count:]
-            with autocast():
-                scores = _score_trees(model, batch, len(trunk), cache, pad_id)
+            with context():
+                scores = _score_trees(reader, batch, len(trunk), cache, pad_id)
             yield from zip((tree.group for tree in batch), scores, strict=True)
     model.train(was_training)
 

@@ -539,13 +539,18 @@ class Transformer(nn.Module):
         return decoding.generate(self, prompts, options, row_seeds, prefix)
 
     def decoder(self):
-        """(what to decode with, autocast context). Under autocast every matrix would be cast again for every token;
-        a twin whose Linear weights are cast once, and which shares everything else, gives the same numbers."""
+        """(what to decode with, autocast context): a copy made for decoding if there is one, else reader()."""
+        if self.inference_copy is not None and self.inference_copy.is_of(self):
+            device = self.model.embed_tokens.weight.device.type
+            return self.inference_copy, lambda: torch.autocast(device, enabled=False)
+        return self.reader()
+
+    def reader(self):
+        """(what to compute many forwards with, autocast context). Under autocast every matrix would be cast again for
+        each; a twin whose Linear weights are cast once, and which shares everything else, gives the same numbers."""
         if hasattr(self, "unshard"):  # FSDP: weights come and go with every forward, there is nothing to share
             return self, nullcontext
         device = self.model.embed_tokens.weight.device.type
-        if self.inference_copy is not None and self.inference_copy.is_of(self):
-            return self.inference_copy, lambda: torch.autocast(device, enabled=False)
         dtype = autocast_dtype(device)
         needs_eval = self.training and self.config.dropout > 0
         if dtype is None and not needs_eval:

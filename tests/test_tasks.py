@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import BF16_SPEEDUP
 
 import eval as evaluation
 import metrics
@@ -532,6 +533,24 @@ def test_shared_beginnings_change_no_score(kind, dtype, apart, model_folder):
             assert best == bool((logp.argmax(-1) == target).all())
             greedy += best
     assert greedy >= 1 and found[len(groups) - 1][0][1]
+
+
+@pytest.mark.skipif(not BF16_SPEEDUP, reason="bf16 products crash on this CPU")
+def test_scores_in_bf16_are_the_models_own_and_leave_its_weights_alone(model_folder):
+    model, draw = Transformer.from_pretrained(model_folder()), random.Random(3)
+    before = [p.clone() for p in model.parameters()]
+    groups = [[([draw.randrange(300) for _ in range(20)], 12)] for _ in range(9)]
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    found = dict(metrics.sequence_scores(model, groups, autocast=autocast))
+    for n, [(row, start)] in enumerate(groups):
+        with autocast():
+            logp = model(torch.tensor([row]))[0].float().log_softmax(-1)[start - 1:-1]
+        expected = logp.gather(1, torch.tensor(row[start:])[:, None]).sum().item()
+        assert found[n][0][0] == pytest.approx(expected, rel=2e-3)
+    assert all(p.dtype == torch.float32 and torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.slow
