@@ -64,6 +64,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
     if narrow and causal and q.device.type == "cpu" and torch.is_grad_enabled():
         return _CausalAttention.apply(q, k, v, mask)
+    return torchs_attention(q, k, v, mask, causal)
+
+
+def torchs_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
+    """attention() with torch's own gradient."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=True)
 
 
@@ -74,7 +79,7 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """As attention()."""
         ctx.save_for_backward(q, k, v, mask)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return torchs_attention(q, k, v, mask)
 
     @staticmethod
     @once_differentiable

@@ -346,7 +346,8 @@ class Backbone(nn.Module):
             positions = torch.arange(t, device=ids.device)[None]  # [1,T]
         x = F.dropout(self.embed_tokens(ids), self.config.dropout, self.training)  # [B,T,D]
         if mask is not None:
-            mask = additive_mask(mask, x.dtype)
+            # in the dtype of the scores, or every layer would cast it
+            mask = additive_mask(mask, autocast_dtype(x.device.type) or x.dtype)
         rope = self.rotary(positions, x.dtype)  # once for all layers
         layers, balances = list(self.layers)[: self.depth], []
         for i, layer in enumerate(layers, 1):
@@ -448,9 +449,7 @@ class Transformer(nn.Module):
         """log p of the target tokens [B,T-1], or its sum, from hidden states [B,T,D]; the head runs on their positions
         only."""
         wanted = target_mask[:, 1:] != 0  # [B,T-1]
-        dtype = autocast_dtype(h.device.type) or h.dtype
-        found = head_logprobs(h[:, :-1][wanted].to(dtype), self.lm_head.weight.to(dtype), ids[:, 1:][wanted],
-                              sum_targets)
+        found = head_logprobs(narrow(h[:, :-1][wanted]), narrow(self.lm_head.weight), ids[:, 1:][wanted], sum_targets)
         if sum_targets:
             return found
         return torch.zeros(wanted.shape, dtype=found.dtype, device=h.device).masked_scatter(wanted, found)

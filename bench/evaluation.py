@@ -159,7 +159,7 @@ def main(args):
     common._keep_freed_memory()  # as every script does; it serves both
     tokenizer, model = Tokenizer.from_pretrained(args.weight), Transformer.from_pretrained(args.weight)
     harness = HFLM(pretrained=args.weight, device="cpu", batch_size=1,
-                   dtype={"fp32": "float32", "bf16": "bfloat16"}[args.harness_dtype])
+                   dtype=common.SHORT_DTYPES[args.harness_dtype])
     print("| task | examples | rows | here, s | harness, s | its batch | times | times its default | arithmetic |")
     print("|---|---|---|---|---|---|---|---|---|")
     rows = []

@@ -39,6 +39,7 @@ if Path(sys.path[0]).resolve() == ROOT / "bench":  # run as a script: bench/toke
     sys.path[0] = str(ROOT)
 
 import common  # noqa: E402
+import kernels  # noqa: E402
 import metrics  # noqa: E402
 import optim  # noqa: E402
 from configuration import ModelConfig  # noqa: E402
@@ -313,10 +314,9 @@ def our_loss(model, ids):
     return -model(ids, target_mask=torch.ones_like(ids)).sum()
 
 
-def torchs_attention(model, ids):
-    """our_loss() with torch's own gradient of attention in place of kernels.attention()."""
-    with mock.patch("model.attention", lambda q, k, v, mask, causal: F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=True)):
+def loss_with_torchs_attention(model, ids):
+    """our_loss() with torch's own gradient of attention."""
+    with mock.patch("model.attention", kernels.torchs_attention):
         return our_loss(model, ids)
 
 
@@ -353,7 +353,7 @@ def contenders(shape, dtype, compiled):
         found["  8 rows at a time"] = made(ours, our_loss, adamw_built, dtype, 8)
         found["  all logits"] = made(ours, plain_loss, adamw_built, dtype)
         if dtype == torch.bfloat16:
-            found["  torch's attention"] = made(ours, torchs_attention, adamw_built, dtype)
+            found["  torch's attention"] = made(ours, loss_with_torchs_attention, adamw_built, dtype)
             found["  fp32"] = made(ours, our_loss, adamw_built, torch.float32)
         if compiled:
             found["transformers fp32, compiled"] = made(theirs, plain_loss, adamw, torch.float32, compile=True)
