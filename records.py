@@ -5,11 +5,12 @@ A killed run, a full disk or another program may have left anything. So a file t
 line that is none is left out, and a field of another kind than KINDS says is as good as missing: who reads here need
 not look twice.
 
-What this file does not do: say where such files lie and write them (checkpoint.py, logs.py, results.py), or read rows
-of training data, where damage is an error (rows.py).
+What this file does not do: say where such files lie and what is in them (checkpoint.py, logs.py, results.py,
+report.py), or read rows of training data, where damage is an error (rows.py).
 """
 import json
 import math
+import os
 from pathlib import Path
 
 STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")  # in the order in which run.sh makes them
@@ -70,3 +71,12 @@ def finite(value):
     if isinstance(value, (list, tuple)):
         return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def replace_text(path: Path, text: str) -> Path:
+    """Put a text in place of a file: who reads it meanwhile sees the old one or the new one, and an interrupted write
+    leaves the old one. Two processes may do so at once. Returns the path."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(temporary, path)
+    return path

@@ -19,13 +19,12 @@ import html as escaping
 import io
 import json
 import math
-import os
 import re
 import time
 from collections import defaultdict
 from pathlib import Path
 
-from records import GROUPS, STAGES, fields, read_fields, read_metrics, read_objects
+from records import GROUPS, STAGES, fields, read_fields, read_metrics, read_objects, replace_text
 
 # One picture each: title, keys, whether a logarithmic axis serves it. Pictures without data are left out.
 PANELS = [
@@ -703,19 +702,11 @@ def write(folder, found=None):
     """
     folder = Path(folder)
     if found is not None:
-        _replace(folder / "report.json", json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+        replace_text(folder / "report.json", json.dumps(found, ensure_ascii=False, indent=1) + "\n")
     title = f"MiniLLM: report of {folder.resolve().name}"
     sections = build(folder, found or read_fields(folder / "report.json"))
-    return [_replace(folder / "report.html", html(title, sections)),
-            _replace(folder / "report.md", markdown(title, sections))]
-
-
-def _replace(path, text):
-    """Put a text in place of a file: who reads it meanwhile sees the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
-    return path
+    return [replace_text(folder / "report.html", html(title, sections)),
+            replace_text(folder / "report.md", markdown(title, sections))]
 
 
 def refresh(folder, is_main=True):

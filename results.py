@@ -9,10 +9,9 @@ What this file does not do: measure (eval.py, metrics.py, tasks.py); pages for t
 import contextlib
 import json
 import math
-import os
 from collections import defaultdict
 
-from records import GROUPS, finite, read_objects
+from records import GROUPS, finite, read_objects, replace_text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -39,10 +38,8 @@ def write(path, rows):
     new = {(row["weight"], row["group"]) for row in rows}
     with locked(path):
         kept = [row for row in read(path) if (row["weight"], row["group"]) not in new]
-        temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
         lines = [json.dumps(finite(row), ensure_ascii=False) + "\n" for row in [*kept, *rows]]
-        temporary.write_text("".join(lines), encoding="utf-8", errors="replace")
-        os.replace(temporary, path)  # as a whole: an interrupted run leaves the old scores
+        replace_text(path, "".join(lines))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -349,7 +349,7 @@ def test_failure_costs_a_line_and_never_the_run(out, monkeypatch, capsys):
     def full(*names):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     report.refresh(out)
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "no space left" in said and "python eval.py --report" in said
