@@ -162,7 +162,7 @@ def skip_without(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", [(6, 5), (64, 48), (10, 33)])
+@pytest.mark.parametrize("shape", [(6, 5), (64, 48), (10, 33), (1200, 3)])
 def test_every_form_of_a_matrix_gives_its_product(form, shape):
     skip_without(form)
     dtype, error = (torch.float32, 1e-5) if form == "packed" else (torch.float64, 1e-12)  # it has no float64
