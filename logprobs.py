@@ -7,6 +7,8 @@ piece: Wijmans et al. 2024 (arXiv:2411.09009), Hsu et al. 2024 (arXiv:2410.10989
 What this file does not do: weights of tokens, means, losses (the training scripts, metrics.py).
 Letters: B batch, T tokens, V vocabulary, D hidden size, N target tokens, n of them at a time.
 """
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,11 +25,23 @@ def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _pieces(h: Tensor, weight: Tensor) -> list[slice]:
-    """Slices of the rows of h whose logits fit a CPU's cache (2 million numbers), or a small part of a GPU's memory; of
-    at least 512 rows, since each piece reads the head and adds to its gradient: with few rows that is the longer part.
-    """
-    rows = max(512, (2**21 if h.device.type == "cpu" else 2**28) // len(weight))
+    """Slices of the rows of h whose logits take 8 MB on a CPU, or 2^28 numbers on a GPU. Not of few rows, whatever the
+    vocabulary: each piece reads the head and adds to its gradient, which would become the longer part."""
+    if h.device.type == "cpu":
+        rows = max(2**11, 2**23 // len(weight)) // h.element_size()
+    else:
+        rows = max(2**9, 2**28 // len(weight))
     return [slice(i, i + rows) for i in range(0, len(h), rows)]
+
+
+def _blocks(part: slice, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows of h, their logits [n,V], a view) of a piece, 2^18 numbers at a time: several passes go over them in fp32,
+    and on a CPU they stay in a core's own cache meanwhile. A compiler puts the passes together by itself."""
+    in_cache = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    first = part.start
+    for block in logits.split(max(1, 2**18 // logits.shape[1]) if in_cache else len(logits)):
+        yield slice(first, first + len(block)), block
+        first += len(block)
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -43,9 +57,10 @@ class _HeadLogprobs(torch.autograd.Function):
         wide = torch.promote_types(h.dtype, torch.float32)
         out, norm = h.new_empty(len(h), dtype=wide), h.new_empty(len(h), dtype=wide)
         for part in _pieces(h, weight):
-            logits = (h[part] @ weight.T).to(wide)  # [n,V]
-            norm[part] = logits.logsumexp(-1)
-            out[part] = logits.gather(1, targets[part, None]).squeeze(1) - norm[part]
+            for rows, logits in _blocks(part, h[part] @ weight.T):
+                logits = logits.to(wide)
+                norm[rows] = logits.logsumexp(-1)
+                out[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - norm[rows]
         ctx.save_for_backward(h, weight, targets, norm)
         return out
 
@@ -56,9 +71,10 @@ class _HeadLogprobs(torch.autograd.Function):
         learns = ctx.needs_input_grad[1]  # not beside adapters: a frozen head's gradient is a third of the work
         grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=norm.dtype) if learns else None
         for part in _pieces(h, weight):
-            d = (h[part] @ weight.T).to(norm.dtype).sub_(norm[part, None]).exp_()  # [n,V] softmax
-            d.mul_(-grad[part, None]).scatter_add_(1, targets[part, None], grad[part, None])
-            d = d.to(h.dtype)
+            d = h[part] @ weight.T  # [n,V], the logits, then their gradient
+            for rows, block in _blocks(part, d):
+                p = block.to(norm.dtype).sub_(norm[rows, None]).exp_()  # softmax
+                block.copy_(p.mul_(-grad[rows, None]).scatter_add_(1, targets[rows, None], grad[rows, None]))
             grad_h[part] = d @ weight
             if learns:
                 grad_weight += d.T @ h[part]
@@ -79,15 +95,16 @@ class _HeadLogprobSum(torch.autograd.Function):
             grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=wide) if learns else None
             ctx.save_for_backward(grad_h, grad_weight)
         for part in _pieces(h, weight):
-            d = (h[part] @ weight.T).to(wide)  # [n,V], the logits
-            index = targets[part, None]  # [n,1]
-            d -= d.amax(-1, keepdim=True)  # softmax does not change, and exp cannot overflow
-            total += d.gather(1, index).sum()
-            sums = d.exp_().sum(-1, keepdim=True)  # [n,1]
-            total -= sums.log().sum()
+            d = h[part] @ weight.T  # [n,V], the logits, then their gradient
+            for rows, block in _blocks(part, d):
+                index, p = targets[rows, None], block.to(wide)
+                p -= p.amax(-1, keepdim=True)  # softmax does not change, and exp cannot overflow
+                total += p.gather(1, index).sum()
+                sums = p.exp_().sum(-1, keepdim=True)  # [n,1]
+                total -= sums.log().sum()
+                if any(ctx.needs_input_grad):  # onehot - softmax, in place
+                    block.copy_(p.div_(-sums).scatter_add_(1, index, torch.ones_like(index, dtype=wide)))
             if any(ctx.needs_input_grad):
-                # onehot - softmax, in place
-                d = d.div_(-sums).scatter_add_(1, index, torch.ones_like(index, dtype=wide)).to(h.dtype)
                 grad_h[part] = d @ weight
                 if learns:
                     grad_weight += d.T @ h[part]

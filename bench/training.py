@@ -311,7 +311,7 @@ class Contender:
 
 def our_loss(model, ids):
     """Log-probabilities of the targets, a few rows of the head at a time: what the training scripts use."""
-    return -model(ids, target_mask=torch.ones_like(ids)).sum()
+    return -model(ids, target_mask=torch.ones_like(ids), sum_targets=True)
 
 
 def loss_with_torchs_attention(model, ids):

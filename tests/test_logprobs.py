@@ -45,6 +45,22 @@ def test_head_on_targets_only_equals_all_logits(monkeypatch, kind, pieces):
 
 
 @pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("count, size", [(700, 3000), (9, 2**18 + 5)], ids=["rows in blocks", "a block a row"])
+def test_pieces_and_blocks_of_their_real_sizes_give_all_rows(count, size, summed):
+    draw = torch.Generator().manual_seed(0)
+    h, weight = (torch.randn(shape, 4, dtype=torch.float64, generator=draw).requires_grad_() for shape in (count, size))
+    targets = torch.randint(size, (count,), generator=draw)
+    expected = (h @ weight.T).log_softmax(-1)[torch.arange(count), targets]
+    found = logprobs.head_logprobs(h, weight, targets, summed)
+    torch.testing.assert_close(found, expected.sum() if summed else expected, atol=1e-9, rtol=0)
+    for a, b in zip(*(torch.autograd.grad(value.sum(), (h, weight)) for value in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+    sizes = [[len(block) for _, block in logprobs._blocks(part, (h @ weight.T)[part])]
+             for part in logprobs._pieces(h, weight)]
+    assert len(sizes) > 1 and len(sizes[0]) > 1 or size > 2**18 and set(sum(sizes, [])) == {1}
+
+
+@pytest.mark.parametrize("summed", [False, True])
 def test_frozen_head_gets_no_gradient_and_changes_none(summed):
     """Beside adapters, whose base is frozen."""
     model, ids, mask = make_model("untied", torch.float64), random_ids(2, 9), torch.ones(2, 9)
