@@ -71,6 +71,9 @@ SAMPLE_KINDS = {"story": ("story",), "arithmetic": ("add", "subtract"), "transla
 # What a flag asks for when --mode is left out
 MODES = {"compare": "compare", "batch": "prompts", "tasks": "tasks", "references": "references",
          "regression": "regression", "score": "bpb", "samples": "samples", "report": "report"}
+# Flags that the other modes would overlook
+READ_BY = {"system": ("chat", "single", "batch", "compare"), "stop": ("chat", "single", "batch"),
+           "output": ("batch", "compare"), "judge": ("compare",), "pass_k": ("score", "tasks"), "few_shot": ("tasks",)}
 
 
 def parse_args(argv=None):
@@ -160,6 +163,10 @@ def parse_args(argv=None):
     if spare:
         parser.error(f"{', '.join(spare)} with --mode {args.mode}, given or meant; one command does one thing; give "
                      "each a command of its own")
+    for name, modes in READ_BY.items():
+        if args.mode not in modes and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} with --mode {args.mode}, given or meant; it would be overlooked there, and belongs "
+                         f"to {', '.join(modes)}; leave it out, or say with --mode what is wanted")
     if args.mode == "report":
         args.report = args.report or args.save_dir
     # pass@k is about all that a model may say, a conversation about the better part of it

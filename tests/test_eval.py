@@ -378,6 +378,17 @@ def test_a_command_does_one_thing(parse, flags, capsys):
     assert "one command does one thing; give each a command of its own" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [
+    ["--tasks", "piqa", "--stop", "x"], ["--tasks", "piqa", "--system", "x"], ["--output", "f"],
+    ["--prompts", "p", "--judge", "reward"], ["--prompt", "hi", "--pass_k", 2], ["--mode", "score", "--few_shot", 5],
+    ["--compare", "a,b", "--stop", "x"]], ids=str)
+def test_a_flag_that_would_be_overlooked_is_refused(parse, flags, capsys):
+    with pytest.raises(SystemExit):
+        parse(*flags)
+    said = capsys.readouterr().err
+    assert f"{[flag for flag in flags if str(flag).startswith('--')][-1]} with --mode" in said and "belongs to" in said.replace("\n", " ")
+
+
 @pytest.mark.parametrize(("flags", "mode"), [
     ([], "chat"), (["--prompt", "hi", "--report", "o"], "single"), (["--compare", "a,b", "--prompts", "p"], "compare"),
     (["--mode", "score", "--samples", 3, "--report", "out"], "score"), (["--mode", "score", "--bpb", "f"], "score"),
