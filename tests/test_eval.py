@@ -386,7 +386,7 @@ def test_a_flag_that_would_be_overlooked_is_refused(parse, flags, capsys):
     with pytest.raises(SystemExit):
         parse(*flags)
     said = capsys.readouterr().err
-    assert f"{[flag for flag in flags if str(flag).startswith('--')][-1]} with --mode" in said and "belongs to" in said.replace("\n", " ")
+    assert f"{[flag for flag in flags if str(flag).startswith('--')][-1]} with --mode" in said and "belongs" in said
 
 
 @pytest.mark.parametrize(("flags", "mode"), [
