@@ -173,6 +173,16 @@ def test_every_form_of_a_matrix_gives_its_product(form, shape):
         torch.testing.assert_close(multiply(x, pack(matrix)), x @ matrix.T, atol=error, rtol=0)
 
 
+def test_weighted_sums_of_bf16_rows_add_up_in_fp32():
+    """Of 2048 numbers: added up in bf16 the result would be off by some percent, not by its own rounding."""
+    draw = torch.Generator().manual_seed(0)
+    matrix, x = (torch.rand(shape, generator=draw).bfloat16() for shape in ((600, 2048), (1, 2048)))
+    pack, multiply = FORMS["weighted sums"]
+    found = multiply(x, pack(matrix))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), x.double() @ matrix.double().T, atol=0, rtol=2**-8)
+
+
 def test_the_form_is_chosen_for_the_rows_that_will_be_decoded():
     def sleeping(seconds):
         def multiply(x, matrix):
