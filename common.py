@@ -403,9 +403,11 @@ class Budget:
     """--max_minutes: after a few steps the number of steps is set from the measured speed, so that the schedule still
     ends at zero."""
 
-    def __init__(self, minutes, probe_steps=8):
+    def __init__(self, minutes, probe_steps=8, slower=1.0):
+        """slower: how many times as long as one of the first steps a step will take, in the mean of the run."""
         self.minutes = minutes
         self.probe_steps = probe_steps
+        self.slower = slower
         self.times = []
         self.start = time.perf_counter()
 
@@ -423,7 +425,7 @@ class Budget:
         half = self.probe_steps // 2
         per_step = (self.times[-1] - self.times[half]) / (self.probe_steps - half)
         left = 0.96 * 60 * self.minutes - (self.times[-1] - self.start)
-        total = int(runtime.sum(done + max(1, int(left / per_step))) / runtime.world_size)
+        total = int(runtime.sum(done + max(1, int(left / (per_step * self.slower)))) / runtime.world_size)
         if max_steps and max_steps < total:
             runtime.print(f"--max_minutes {self.minutes:g} would do for {total} steps; --max_steps or --epochs end the "
                           f"run after {max_steps}")

@@ -164,6 +164,17 @@ def trained_blocks(done, share, blocks):
     return blocks if done >= share else max(1, blocks // 2)
 
 
+def mean_cost(model, args):
+    """How many times the operations of the first step one of the run has in the mean: rows get longer, blocks join."""
+    blocks, head = model.config.num_hidden_layers, 6 * model.config.vocab_size * model.config.hidden_size
+
+    def cost(done):
+        whole = model.flops_per_token(args.max_seq_len // row_parts(done, args.length_warmup))
+        return head + (whole - head) * trained_blocks(done, args.depth_warmup, blocks) / blocks
+
+    return sum(cost(i / 100) for i in range(100)) / 100 / cost(0)
+
+
 def evaluate(model, data, args, runtime):
     """Held-out loss (nats per token) and bits per byte over the first --eval_batches batches, shared by the ranks."""
     count = min(len(data), args.eval_rows)
@@ -236,7 +247,7 @@ def main(args):
                             (args.adam_beta1, 0.95), dtype=runtime.dtype, zero=zero)
     per_step = args.batch_size * args.accumulation_steps * runtime.world_size
     max_steps = common.count_steps(args, len(data), per_step)
-    budget = common.Budget(args.max_minutes)
+    budget = common.Budget(args.max_minutes, slower=mean_cost(model, args))
     nonfinite = common.NonFinite(runtime)
     stop = common.StopSignal()
     eta = common.Eta(runtime, lambda: smaller_preset(model, args.max_seq_len))

@@ -461,6 +461,12 @@ def test_budget_sets_the_steps_from_the_measured_speed(monkeypatch):
     assert len(set(seen[8:])) == 1
     assert abs(seen[-1] - (9 + (0.96 * 120 - 10.5) / 0.5)) <= 2
     assert common.Budget(minutes=0).steps(50, 77, runtime) == 77
+    now[0] = 100.0
+    growing = common.Budget(minutes=2, slower=1.5)
+    for done in range(1, 10):
+        now[0] += 2.0 if done <= 4 else 0.5
+        total = growing.steps(done, 10_000, runtime)
+    assert abs(total - (9 + (0.96 * 120 - 10.5) / 0.75)) <= 2, "steps to come take half as long again as those measured"
 
 
 def test_budget_never_adds_steps(monkeypatch):

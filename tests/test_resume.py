@@ -33,7 +33,7 @@ import records
 import train_grpo
 import train_ppo
 from model import Transformer
-from train_pretrain import row_parts, trained_blocks
+from train_pretrain import mean_cost, row_parts, trained_blocks
 
 NAMES = ["train_pretrain", "train_sft"]
 # all stages, with the flags that bring a state of their own into play
@@ -423,6 +423,17 @@ def test_half_of_the_blocks_are_trained_in_their_share():
 def test_rows_grow_in_thirds_of_their_share():
     assert [row_parts(done / 8, 0.75) for done in range(9)] == [8, 8, 4, 4, 2, 2, 1, 1, 1]
     assert {row_parts(done / 8, 0.0) for done in range(9)} == {1}
+
+
+@pytest.mark.parametrize("depth, length, costs", [
+    (0.0, 0.0, (60, 60, 60, 60)), (0.5, 0.0, (42, 42, 60, 60)), (0.0, 0.75, (46, 48, 52, 60)),
+    (0.5, 0.75, (35, 36, 52, 60))])
+def test_steps_to_come_cost_what_their_blocks_and_rows_do(depth, length, costs):
+    """A head of 6 * 2 * 2 operations, two blocks of 10 and 1 for each token of a row; costs: of each quarter."""
+    config = argparse.Namespace(num_hidden_layers=2, vocab_size=2, hidden_size=2)
+    model = argparse.Namespace(config=config, flops_per_token=lambda tokens: 24 + 2 * (10 + tokens))
+    args = argparse.Namespace(depth_warmup=depth, length_warmup=length, max_seq_len=8)
+    assert mean_cost(model, args) == pytest.approx(sum(costs) / 4 / costs[0])
 
 
 # -- Another number of processes ---------------------------------------------------------------------------------------
