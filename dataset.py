@@ -79,7 +79,8 @@ def pack(lengths: np.ndarray, order: np.ndarray, max_seq_len: int) -> np.ndarray
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-pad to (ids int64 [B,T], lengths int64 [B]); T is rounded up to a multiple (fewer different shapes)."""
+    """Right-pad to (ids int64 [B,T], lengths int64 [B]). T is rounded up to a multiple, so that there are few different
+    shapes: on a CPU a product in bf16 is a program of its own for each, which takes milliseconds to make."""
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)  # [B]
     width = -(-max(map(len, rows), default=0) // multiple) * multiple  # -(-a // b) rounds up
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)  # [B,T]
@@ -673,12 +674,12 @@ class PreferenceData(TokenData):
         return ids[start : len(mask) - mask[::-1].index(1)]
 
     def batch(self, indices: Iterable[int]) -> dict:
-        """Chosen rows, then rejected rows: ids int64 [2B,T] padded on the right to the longest, mask float [2B,T] (the
-        completion with its end token), lengths int64 [2B], kind list of B strings."""
+        """Chosen rows, then rejected rows: ids int64 [2B,T] padded on the right, mask float [2B,T] (the completion with
+        its end token), lengths int64 [2B], kind list of B strings."""
         pairs = [range(len(self))[index] for index in indices]
         rows = [side[pair] for side in (self.chosen, self.rejected) for pair in pairs]
-        # No wider than needed: most pairs are far shorter than max_seq_len.
-        ids, lengths = pad_rows(rows, self.tokenizer.pad_id)  # [2B,T], [2B]
+        # Not much wider than needed: most pairs are far shorter than max_seq_len.
+        ids, lengths = pad_rows(rows, self.tokenizer.pad_id, 32)  # [2B,T], [2B]
         prompts = torch.tensor([int(self.prompt_length[pair][0]) for pair in pairs] * 2)  # [2B]
         column = torch.arange(ids.shape[1])  # [T]
         mask = ((column >= prompts[:, None]) & (column < lengths[:, None])).float()  # [2B,T]

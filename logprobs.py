@@ -34,6 +34,13 @@ def _pieces(h: Tensor, weight: Tensor) -> list[slice]:
     return [slice(i, i + rows) for i in range(0, len(h), rows)]
 
 
+def _rounded(h: Tensor) -> Tensor:
+    """h [n,D] with rows of zeros below, to a multiple of 64. On a CPU a product in bf16 is a program of its own for
+    each shape, made in milliseconds where it is new, and batches differ in their number of targets. Logits of such rows
+    are 0, and they add nothing to a gradient."""
+    return F.pad(h, (0, 0, 0, -len(h) % 64)) if h.dtype == torch.bfloat16 and h.device.type == "cpu" else h
+
+
 def _blocks(part: slice, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows of h, their logits [n,V], a view) of a piece, 2^18 numbers at a time: several passes go over them in fp32,
     and on a CPU they stay in a core's own cache meanwhile. A compiler puts the passes together by itself."""
@@ -57,7 +64,8 @@ class _HeadLogprobs(torch.autograd.Function):
         wide = torch.promote_types(h.dtype, torch.float32)
         out, norm = h.new_empty(len(h), dtype=wide), h.new_empty(len(h), dtype=wide)
         for part in _pieces(h, weight):
-            for rows, logits in _blocks(part, h[part] @ weight.T):
+            x = h[part]
+            for rows, logits in _blocks(part, (_rounded(x) @ weight.T)[: len(x)]):
                 logits = logits.to(wide)
                 norm[rows] = logits.logsumexp(-1)
                 out[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - norm[rows]
@@ -71,13 +79,14 @@ class _HeadLogprobs(torch.autograd.Function):
         learns = ctx.needs_input_grad[1]  # not beside adapters: a frozen head's gradient is a third of the work
         grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=norm.dtype) if learns else None
         for part in _pieces(h, weight):
-            d = h[part] @ weight.T  # [n,V], the logits, then their gradient
-            for rows, block in _blocks(part, d):
+            x, n = _rounded(h[part]), len(h[part])
+            d = x @ weight.T  # [n,V], the logits, then their gradient
+            for rows, block in _blocks(part, d[:n]):
                 p = block.to(norm.dtype).sub_(norm[rows, None]).exp_()  # softmax
                 block.copy_(p.mul_(-grad[rows, None]).scatter_add_(1, targets[rows, None], grad[rows, None]))
-            grad_h[part] = d @ weight
+            grad_h[part] = (d @ weight)[:n]
             if learns:
-                grad_weight += d.T @ h[part]
+                grad_weight += d.T @ x
         return grad_h, grad_weight.to(weight.dtype) if learns else None, None
 
 
@@ -95,8 +104,9 @@ class _HeadLogprobSum(torch.autograd.Function):
             grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=wide) if learns else None
             ctx.save_for_backward(grad_h, grad_weight)
         for part in _pieces(h, weight):
-            d = h[part] @ weight.T  # [n,V], the logits, then their gradient
-            for rows, block in _blocks(part, d):
+            x, n = _rounded(h[part]), len(h[part])
+            d = x @ weight.T  # [n,V], the logits, then their gradient
+            for rows, block in _blocks(part, d[:n]):
                 index, p = targets[rows, None], block.to(wide)
                 p -= p.amax(-1, keepdim=True)  # softmax does not change, and exp cannot overflow
                 total += p.gather(1, index).sum()
@@ -105,9 +115,9 @@ class _HeadLogprobSum(torch.autograd.Function):
                 if any(ctx.needs_input_grad):  # onehot - softmax, in place
                     block.copy_(p.div_(-sums).scatter_add_(1, index, torch.ones_like(index, dtype=wide)))
             if any(ctx.needs_input_grad):
-                grad_h[part] = d @ weight
+                grad_h[part] = (d @ weight)[:n]
                 if learns:
-                    grad_weight += d.T @ h[part]
+                    grad_weight += d.T @ x
         return total
 
     @staticmethod

@@ -318,9 +318,11 @@ def test_all_preference_formats_give_the_same_pair(make, row):
     batch = data.batch([0])
     prompt = ByteTokenizer().render(chat("q"), add_generation_prompt=True)[0]
     chosen, rejected = [*prompt, *b"good", END], [*prompt, *b"bad", END]
-    assert batch["ids"].tolist() == [chosen, rejected + [PAD]]
+    sides, masks = (chosen, rejected), ([0] * len(prompt) + [1] * 5, [0] * len(prompt) + [1] * 4)
+    assert len(chosen) < 32, "rows are padded to a multiple of 32"
+    assert batch["ids"].tolist() == [side + [PAD] * (32 - len(side)) for side in sides]
     assert batch["lengths"].tolist() == [len(chosen), len(rejected)]
-    assert batch["mask"].int().tolist() == [[0] * len(prompt) + [1] * 5, [0] * len(prompt) + [1] * 4 + [0]]
+    assert batch["mask"].int().tolist() == [mask + [0] * (32 - len(mask)) for mask in masks]
     assert batch["kind"] == ["all"] and data.stats["kinds"] == {"all": 1}
 
 
@@ -351,7 +353,8 @@ def test_a_long_prompt_loses_whole_turns_from_its_start_and_keeps_system_and_que
         ids = ByteTokenizer().render(expected, True)[0] + [*b"good", END]
         row = {"prompt": chat(*turns, system="sys"), "chosen": "good", "rejected": "b"}
         data = make(PreferenceData, [row], len(ids))  # this much fits exactly
-        assert data.batch([0])["ids"][0].tolist() == ids and data.stats["truncated"] == int(first > 0)
+        assert data.batch([0])["ids"][0, : len(ids)].tolist() == ids and data.stats["truncated"] == int(first > 0)
+        assert data.batch([0])["lengths"][0] == len(ids)
 
 
 def test_prompts_carry_what_a_checker_needs(make):
