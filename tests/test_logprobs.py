@@ -4,6 +4,7 @@
 """
 import pytest
 import torch
+from conftest import BF16_SPEEDUP
 from test_model import make_model, random_ids
 
 import logprobs
@@ -58,6 +59,23 @@ def test_pieces_and_blocks_of_their_real_sizes_give_all_rows(count, size, summed
     sizes = [[len(block) for _, block in logprobs._blocks(part, (h @ weight.T)[part])]
              for part in logprobs._pieces(h, weight)]
     assert len(sizes) > 1 and len(sizes[0]) > 1 or size > 2**18 and set(sum(sizes, [])) == {1}
+
+
+@pytest.mark.skipif(not BF16_SPEEDUP, reason="bf16 products crash on this CPU")
+@pytest.mark.parametrize("summed", [False, True])
+def test_rows_that_fill_up_a_shape_change_nothing(monkeypatch, summed):
+    draw = torch.Generator().manual_seed(0)
+    h, weight = (torch.randn(shape, 32, generator=draw).bfloat16() for shape in (1100, 900))
+    targets, found = torch.randint(900, (1100,), generator=draw), []
+    assert len(logprobs._rounded(h)) == 1152 and not logprobs._rounded(h)[1100:].any()
+    for rounded in (logprobs._rounded, lambda h: h):
+        monkeypatch.setattr(logprobs, "_rounded", rounded)
+        inputs = h.clone().requires_grad_(), weight.clone().requires_grad_()
+        value = logprobs.head_logprobs(*inputs, targets, summed)
+        found.append((value, *torch.autograd.grad(value.sum(), inputs)))
+    for a, b in zip(*found, strict=True):  # another shape may add up in another order
+        torch.testing.assert_close(a, b, atol=1e-2, rtol=2**-7)
+    assert [g.shape for g in found[0][1:]] == [h.shape, weight.shape]
 
 
 @pytest.mark.parametrize("summed", [False, True])
