@@ -181,9 +181,10 @@ def suite_path(parser):
 
 def optim_flags(parser, batch_size, learning_rate, muon_learning_rate, max_steps=0, epochs=1.0, warmup_steps=0.05,
                 schedule="linear", weight_decay=0.0, accumulation_steps=1, grad_clip=1.0, optimizer="muon",
-                unserved=("sophia",)):
+                unserved=("sophia",), beside_muon=None):
     """Add the optimisation flags; a script passes its own recipe as defaults, so that the numbers stand where the
-    loop is. learning_rate is AdamW's. unserved: optimizers that the script refuses."""
+    loop is. learning_rate is AdamW's, beside_muon its rate for what Muon leaves to it where that differs. unserved:
+    optimizers that the script refuses."""
     g = parser.add_argument_group("optimisation")
     g.add_argument("--batch_size", type=positive(int), default=batch_size, help="samples per process and micro-step")
     g.add_argument("--accumulation_steps", type=positive(int), default=accumulation_steps,
@@ -201,12 +202,13 @@ def optim_flags(parser, batch_size, learning_rate, muon_learning_rate, max_steps
     g.add_argument("--optimizer", default=optimizer, choices=tuple(OPTIMIZERS),
                    help=f"muon: Muon on 2D weights, AdamW on the rest; sophia: Sophia-G{refused}")
     parser.by_optimizer |= {
-        "learning_rate": lambda name: learning_rate * OPTIMIZERS[name],
+        "learning_rate": lambda name: beside_muon if name == "muon" and beside_muon
+        else learning_rate * OPTIMIZERS[name],
         # Schedule-Free averages instead of falling; a rate that falls as well would end its mean early
         "schedule": lambda name: "constant" if name == "schedulefree" else schedule,
     }
     g.add_argument("--learning_rate", type=positive(float, below=1),
-                   help=f"peak rate, beside Muon of the AdamW part ({rates(learning_rate)})")
+                   help=f"peak rate, beside Muon of the AdamW part ({rates(learning_rate, beside_muon)})")
     g.add_argument("--muon_learning_rate", type=positive(float, below=1), default=muon_learning_rate,
                    help="peak rate of the Muon part")
     g.add_argument("--warmup_steps", type=positive(float, zero=True), default=warmup_steps,
@@ -231,10 +233,11 @@ def sharding_flags(parser):
            "share weights, gradients and AdamW's state among the processes of torchrun (FSDP); needs --optimizer adamw")
 
 
-def rates(adamw):
-    """The default rates of all optimizers as one phrase for a help text; `adamw` is the stage's AdamW rate."""
+def rates(adamw, beside_muon=None):
+    """The default rates of all optimizers as one phrase for a help text; arguments as of optim_flags()."""
     others = [f", with {name} {adamw * factor:g}" for name, factor in OPTIMIZERS.items() if factor != 1]
-    return f"default: {adamw:g}{''.join(others)}"
+    muon = f"{beside_muon:g}, with others " if beside_muon else ""
+    return f"default: {muon}{adamw:g}{''.join(others)}"
 
 
 def data_flags(parser, data_path, max_seq_len, val_ratio=0.01):

@@ -278,7 +278,7 @@ def is_hidden_matrix(name, p):
 
 
 def build(model, name, learning_rate, muon_learning_rate=None, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8,
-          dtype=None, zero=False):
+          dtype=None, zero=False, embedding_decay=None):
     """Optimizer over a module's trainable parameters; each group carries "initial_lr", the peak that a schedule scales.
 
     Args:
@@ -289,6 +289,7 @@ def build(model, name, learning_rate, muon_learning_rate=None, weight_decay=0.0,
         weight_decay: on 2D weights only; norms and gains are not decayed.
         dtype: the run's autocast dtype; Muon's inner products run in it when it is bfloat16, else in the weights' own.
         zero: AdamW only: each rank of the process group keeps and steps its share of the parameters (sharding.py).
+        embedding_decay: beside Muon, weight decay of the 2D weights that AdamW moves; None: weight_decay.
     Raises: ValueError for an unknown name.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -302,8 +303,9 @@ def build(model, name, learning_rate, muon_learning_rate=None, weight_decay=0.0,
     else:
         raise ValueError(f"optimizer {name!r} is unknown; it is one of muon, adamw, lion, sophia, schedulefree; choose "
                          "one of them")
+    own_decay = name == "muon" and embedding_decay is not None
     groups.append(dict(params=[p for _, p in rest if p.ndim >= 2], lr=learning_rate, algorithm="adamw",
-                       weight_decay=weight_decay))
+                       weight_decay=embedding_decay if own_decay else weight_decay))
     groups.append(dict(params=[p for _, p in rest if p.ndim < 2], lr=learning_rate, algorithm="adamw",
                        weight_decay=0.0))
     groups = [g | {"initial_lr": g["lr"]} for g in groups if g["params"]]

@@ -75,9 +75,14 @@ def parse_args(argv=None):
     cli.switch(g, "--gradient_checkpointing", 0,
                "recompute activations in the backward pass: less memory, about 30%% slower")
     cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.01, warmup_steps=0.1,
-                    unserved=())
-    parser.add_argument("--adam_beta1", type=cli.positive(float, below=1), default=0.9,
-                        help="memory of AdamW's mean gradient, beside Muon of the embedding's")
+                    unserved=(), beside_muon=1.2e-2)
+    # beside Muon AdamW moves little but the embedding: a row of it changes when its token occurs, so the mean gradient
+    # should forget soon, and at three times the rate a decay keeps rows as long as later stages expect them
+    parser.by_optimizer["adam_beta1"] = lambda name: 0.5 if name == "muon" else 0.9
+    parser.add_argument("--adam_beta1", type=cli.positive(float, below=1),
+                        help="memory of AdamW's mean gradient (default: 0.5 beside Muon, else 0.9)")
+    parser.add_argument("--embedding_decay", type=cli.positive(float, zero=True), default=0.2,
+                        help="weight decay of embedding and head beside Muon; elsewhere they have --weight_decay")
     cli.sharding_flags(parser)
     cli.run_flags(parser, save_weight="pretrain", eval_interval=250, save_interval=500,
                   watched=("val_loss", "bits_per_byte"))
@@ -244,7 +249,8 @@ def main(args):
 
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
-                            (args.adam_beta1, 0.95), dtype=runtime.dtype, zero=zero)
+                            (args.adam_beta1, 0.95), dtype=runtime.dtype, zero=zero,
+                            embedding_decay=args.embedding_decay)
     per_step = args.batch_size * args.accumulation_steps * runtime.world_size
     max_steps = common.count_steps(args, len(data), per_step)
     budget = common.Budget(args.max_minutes, slower=mean_cost(model, args))

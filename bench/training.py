@@ -63,14 +63,15 @@ class Recipe:
     batch_size: int = 8
     accumulation_steps: int = 1
     optimizer: str = "muon"
-    learning_rate: float = 4e-3
+    learning_rate: float = 1.2e-2
     muon_learning_rate: float = 0.01
-    betas: tuple = (0.9, 0.95)
+    betas: tuple = (0.5, 0.95)
     momentum: float = 0.95
     momentum_warmup: int = 300
     fast: bool = False  # Muon in three Newton-Schulz iterations instead of Jordan's five
     weight_decay: float = 0.0  # on matrices; with decay_all on everything
     decay_all: bool = False
+    embedding_decay: float = 0.2  # beside Muon
     schedule: str = "linear"
     warmup: float = 0.1
     floor: float = 0.0
@@ -86,10 +87,10 @@ RECIPES = {
     "minillm": Recipe(),
     "minillm, shorter rows first": Recipe(length_warmup=0.8),
     # whatever lowers bits per byte within two minutes
-    "minillm, in short": Recipe(rows="starts", learning_rate=2e-2, betas=(0.5, 0.95), fast=True, schedule="wsd",
+    "minillm, in short": Recipe(rows="starts", learning_rate=2e-2, embedding_decay=0.0, fast=True, schedule="wsd",
                                 length_warmup=0.8, depth_warmup=0.6),
-    "nanogpt": Recipe(rows="crops", optimizer="adamw", learning_rate=1e-3, weight_decay=0.1, schedule="cosine",
-                      warmup=0.05, floor=0.1, init="gpt2"),
+    "nanogpt": Recipe(rows="crops", optimizer="adamw", learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1,
+                      schedule="cosine", warmup=0.05, floor=0.1, init="gpt2"),
     "minimind": Recipe(rows="documents", batch_size=32, optimizer="adamw", learning_rate=5e-4, betas=(0.9, 0.999),
                        weight_decay=0.01, decay_all=True, schedule="cosine", warmup=0.0, floor=0.1, init="normal"),
     "minimind, as shipped": Recipe(rows="documents", batch_size=32, accumulation_steps=8, optimizer="adamw",
@@ -162,7 +163,8 @@ def build_model(recipe, config, seed):
 def build_optimizer(recipe, model, dtype):
     """optim.build() with the recipe's settings."""
     optimizer = optim.build(model, recipe.optimizer, recipe.learning_rate, recipe.muon_learning_rate,
-                            recipe.weight_decay, recipe.betas, dtype=dtype)
+                            recipe.weight_decay, recipe.betas, dtype=dtype,
+                            embedding_decay=recipe.embedding_decay)
     for group in optimizer.param_groups:
         group["weight_decay"] = recipe.weight_decay if recipe.decay_all else group["weight_decay"]
         # only Muon reads these

@@ -66,7 +66,7 @@ def test_documents_are_cut_or_padded_and_crops_begin_anywhere(bench, data):
 def test_our_recipe_is_what_pretraining_does_by_default(bench):
     ours, args = bench.RECIPES["minillm"], train_pretrain.parse_args([])
     same = ("batch_size", "accumulation_steps", "optimizer", "learning_rate", "muon_learning_rate", "weight_decay",
-            "schedule", "grad_clip", "length_warmup", "depth_warmup")
+            "schedule", "grad_clip", "length_warmup", "depth_warmup", "embedding_decay")
     assert {name: getattr(ours, name) for name in same} == {name: getattr(args, name) for name in same}
     assert (ours.betas[0], ours.warmup) == (args.adam_beta1, args.warmup_steps)
 

@@ -417,7 +417,7 @@ MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 ], ids=["dense", "untied", "moe", "shared", "reward"])
 def test_only_weights_inside_blocks_go_to_muon(build):
     model = build()
-    optimizer = optim.build(model, "muon", 1e-3, 2e-2, weight_decay=0.1)
+    optimizer = optim.build(model, "muon", 1e-3, 2e-2, weight_decay=0.1, embedding_decay=0.3)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert found.keys() == names.keys(), "every parameter is in one group"
@@ -428,7 +428,9 @@ def test_only_weights_inside_blocks_go_to_muon(build):
     assert {name.split(".")[-2] for name in muon} >= {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
                                                       "down_proj"}
     assert all(group["initial_lr"] == (2e-2 if group["algorithm"] == "muon" else 1e-3) for group in found.values())
-    assert all(not group["weight_decay"] for key, group in found.items() if "norm" in names[key])
+    decays = {(group["algorithm"], "norm" in names[key] or names[key].endswith("bias")): group["weight_decay"]
+              for key, group in found.items()}
+    assert decays == {("muon", False): 0.1, ("adamw", False): 0.3, ("adamw", True): 0.0}
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw", "lion", "sophia", "schedulefree"])
