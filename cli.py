@@ -183,8 +183,8 @@ def optim_flags(parser, batch_size, learning_rate, muon_learning_rate, max_steps
                 schedule="linear", weight_decay=0.0, accumulation_steps=1, grad_clip=1.0, optimizer="muon",
                 unserved=("sophia",), beside_muon=None):
     """Add the optimisation flags; a script passes its own recipe as defaults, so that the numbers stand where the
-    loop is. learning_rate is AdamW's, beside_muon its rate for what Muon leaves to it where that differs. unserved:
-    optimizers that the script refuses."""
+    loop is. learning_rate is AdamW's. beside_muon: its rate for what Muon leaves to it, in scripts that train weights
+    from nothing. unserved: optimizers that the script refuses."""
     g = parser.add_argument_group("optimisation")
     g.add_argument("--batch_size", type=positive(int), default=batch_size, help="samples per process and micro-step")
     g.add_argument("--accumulation_steps", type=positive(int), default=accumulation_steps,
@@ -219,6 +219,14 @@ def optim_flags(parser, batch_size, learning_rate, muon_learning_rate, max_steps
                    help="decoupled weight decay on 2D weights")
     g.add_argument("--grad_clip", type=positive(float, zero=True), default=grad_clip,
                    help="largest gradient norm, 0 = no clipping")
+    if beside_muon:
+        # Beside Muon AdamW moves little but the embedding. A row of it changes when its token occurs, so the mean
+        # gradient should forget soon; and at such a rate rows need a decay to stay as short as later stages expect them
+        parser.by_optimizer["adam_beta1"] = lambda name: 0.5 if name == "muon" else 0.9
+        g.add_argument("--adam_beta1", type=positive(float, below=1),
+                       help="memory of AdamW's mean gradient (default: 0.5 beside Muon, else 0.9)")
+        g.add_argument("--embedding_decay", type=positive(float, zero=True), default=0.2,
+                       help="weight decay of embedding and head beside Muon; elsewhere they have --weight_decay")
     if "sophia" not in unserved:
         g.add_argument("--hessian_interval", type=positive(int), default=10,
                        help="sophia: optimizer steps between two estimates of the curvature, each a second backward "

@@ -44,13 +44,17 @@ class KVCache:
         """Length of the longest row."""
         return max(self.lengths, default=0)
 
+    def check_room(self, count: int):
+        """ValueError where `count` tokens more do not fit."""
+        if self.end + count > self.slots:
+            raise ValueError(f"KV cache overflow: {self.end} + {count} tokens in {self.slots} slots; a cache holds "
+                             "prompt and answer; make it longer, or call truncate()")
+
     def reserve(self, count: int) -> Tensor:
         """Positions [B,count] of the next tokens ([1,count] where rows are equally long). Raises: ValueError when they
         do not fit."""
+        self.check_room(count)
         end, rows = self.end, len(self.lengths)
-        if end + count > self.slots:
-            raise ValueError(f"KV cache overflow: {end} + {count} tokens in {self.slots} slots; a cache holds prompt "
-                             "and answer; make it longer, or call truncate()")
         self.ragged = len(set(self.lengths)) > 1
         first = torch.tensor(self.lengths if self.ragged else [end], device=self.kv.device)  # [B] or [1]
         self.positions = first[:, None] + torch.arange(count, device=self.kv.device)

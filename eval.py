@@ -57,7 +57,8 @@ import results
 import tasks
 from dataset import PreferenceData
 from decoding import Prefix
-from generation import accelerate, beam_search, lookup_decoding
+from generation import beam_search, lookup_decoding
+from inference import accelerate
 from model import ScalarHead, Transformer
 from rows import expand_paths, question, read_rows, text_lines
 from tokenizer import StreamDecoder, Tokenizer, bytes_per_token

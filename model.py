@@ -554,14 +554,16 @@ class Transformer(nn.Module):
         needs_eval = self.training and self.config.dropout > 0
         if dtype is None and not needs_eval:
             return self, nullcontext
+        return self.twin(dtype), lambda: torch.autocast(device, dtype, enabled=dtype is not None)
+
+    def twin(self, dtype: torch.dtype | None = None) -> "Transformer":
+        """The same weights without dropout, those of its Linear modules in dtype, if one is given."""
         # the memo tells deepcopy that every parameter is already copied: the twin costs no memory until here
         twin = copy.deepcopy(self, {id(p): p for p in self.parameters()}).eval()
-        if dtype is None:
-            return twin, nullcontext
         for linear in twin.modules():
-            if isinstance(linear, nn.Linear):  # a tied head becomes a bf16 copy, the embedding stays as it is
+            if dtype is not None and isinstance(linear, nn.Linear):  # a tied head is copied, the embedding stays
                 linear.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
-        return twin, lambda: torch.autocast(device, dtype)
+        return twin
 
 
 # -- The reward and value model ----------------------------------------------------------------------------------------

@@ -75,7 +75,8 @@ def parse_args(argv=None):
                    help="step of the routing bias (router with shared experts)")
     cli.switch(g, "--gradient_checkpointing", 0,
                "recompute activations in the backward pass: less memory, about 30%% slower")
-    cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.01, warmup_steps=0.1)
+    cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.01, warmup_steps=0.1,
+                    beside_muon=1.2e-2)
     cli.run_flags(parser, save_weight="distill", eval_interval=250, save_interval=500,
                   watched=("val_kl", "val_loss", "agreement", "regression_pass_rate"))
     cli.regression_flags(parser)
@@ -220,7 +221,7 @@ def main(args):
 
     # -- 4. Optimizer --------------------------------------------------------------------------------------------------
     optimizer = optim.build(model, args.optimizer, args.learning_rate, args.muon_learning_rate, args.weight_decay,
-                            dtype=runtime.dtype)
+                            (args.adam_beta1, 0.95), dtype=runtime.dtype, embedding_decay=args.embedding_decay)
     per_step = args.batch_size * args.accumulation_steps * runtime.world_size
     max_steps = common.count_steps(args, len(data), per_step)
     budget = common.Budget(args.max_minutes)

@@ -76,13 +76,6 @@ def parse_args(argv=None):
                "recompute activations in the backward pass: less memory, about 30%% slower")
     cli.optim_flags(parser, batch_size=8, learning_rate=4e-3, muon_learning_rate=0.01, warmup_steps=0.1,
                     unserved=(), beside_muon=1.2e-2)
-    # beside Muon AdamW moves little but the embedding: a row of it changes when its token occurs, so the mean gradient
-    # should forget soon, and at three times the rate a decay keeps rows as long as later stages expect them
-    parser.by_optimizer["adam_beta1"] = lambda name: 0.5 if name == "muon" else 0.9
-    parser.add_argument("--adam_beta1", type=cli.positive(float, below=1),
-                        help="memory of AdamW's mean gradient (default: 0.5 beside Muon, else 0.9)")
-    parser.add_argument("--embedding_decay", type=cli.positive(float, zero=True), default=0.2,
-                        help="weight decay of embedding and head beside Muon; elsewhere they have --weight_decay")
     cli.sharding_flags(parser)
     cli.run_flags(parser, save_weight="pretrain", eval_interval=250, save_interval=500,
                   watched=("val_loss", "bits_per_byte"))

@@ -6,7 +6,7 @@
 
 single: one prompt, greedy, prompt included. batch: 16 rows, greedy. overhead: one prompt, 8 layers so narrow that their
 products cost nothing; what is left is the program around them. sampling: drawing an id from logits, without a model.
-products: the matrices of one step in every form that generation.py knows, beside reading them as an array is read.
+products: the matrices of one step in every form that forms.py knows, beside reading them as an array is read.
 lengths: many prompts whose answers end at different lengths, 16 rows at a time.
 
 Contenders take turns within a round, so that a slow minute of the machine hits all of them; numbers are medians over
@@ -33,7 +33,8 @@ if Path(sys.path[0]).resolve() == ROOT / "bench":  # run as a script: bench/toke
     sys.path[0] = str(ROOT)
 
 import common  # noqa: E402
-import generation  # noqa: E402
+import forms  # noqa: E402
+import inference  # noqa: E402
 from configuration import ModelConfig  # noqa: E402
 from decoding import sample  # noqa: E402
 from model import Transformer  # noqa: E402
@@ -99,7 +100,7 @@ def our_answers(model, prompts, count, **options):
 def accelerated(model, **kind):
     """A twin of the model, on the same weights, with an inference copy of them."""
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    print("  " + generation.accelerate(twin, **kind), flush=True)
+    print("  " + inference.accelerate(twin, **kind), flush=True)
     return twin
 
 
@@ -216,7 +217,7 @@ def compare_products(args, bf16):
         sizes = sizes * config.num_hidden_layers + [(config.vocab_size, d)]
         matrices = [0.05 * torch.randn(size) for size in sizes]
         found = {"reading all matrices in fp32": (functools.partial(multiply_all, lambda x, m: m.sum(), matrices), 0.0)}
-        for name, (pack, multiply) in (generation.FORMS | generation.INT8_FORMS).items():
+        for name, (pack, multiply) in (forms.FORMS | forms.INT8_FORMS).items():
             with contextlib.suppress(RuntimeError, AttributeError):  # this build of torch may lack the product
                 packed = [pack(matrix) for matrix in matrices]
                 found[name] = (functools.partial(multiply_all, multiply, packed), 0.0)
@@ -237,7 +238,7 @@ def compare_lengths(args, bf16):
     shape, waves, mean = ("quick", 2, 8) if args.quick else ("A", 4, 32)
     size, longest, rows = SHAPES[shape]["vocab_size"], 4 * mean, 16
     model = random_model(shape)
-    generation.accelerate(model, rows=rows)
+    inference.accelerate(model, rows=rows)
     draw = torch.Generator().manual_seed(2)
     lengths = torch.randint(4, PROMPT, (waves * rows,), generator=draw).tolist()
     prompts = [random_prompts(1, length, size)[0] for length in sorted(lengths, reverse=True)]

@@ -312,7 +312,7 @@ def test_default_rates_and_schedule_fit_the_optimizer(name, parser_of):
     adamw = parse(["--optimizer", "adamw"])
     lion = parse(["--optimizer", "lion"])
     muon = parse(["--optimizer", "muon"])
-    if name == "train_pretrain":  # has rates of its own for what Muon leaves to AdamW
+    if name in ("train_pretrain", "train_distill"):  # a rate of its own for what Muon leaves to AdamW
         assert (muon.learning_rate, muon.adam_beta1, adamw.adam_beta1) == (1.2e-2, 0.5, 0.9)
         assert "0.012" in flags(parser_of(name))["learning_rate"].help
     else:

@@ -18,7 +18,9 @@ from test_model import make_model as model_of
 
 import generation
 from configuration import ModelConfig
-from generation import FORMS, INT8_FORMS, InferenceCopy, accelerate, beam_search, look_up, lookup_decoding
+from forms import FORMS, INT8_FORMS
+from generation import beam_search, look_up, lookup_decoding
+from inference import InferenceCopy, accelerate
 from model import Transformer
 
 BENCH = Path(__file__).parent.parent / "bench" / "generation.py"
