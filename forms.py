@@ -140,11 +140,17 @@ def _pack_weights_int8(matrix):
     return quantize(matrix)
 
 
+def multiply_widened(x, packed):
+    """Only the weights in int8, and made wide for the product: for many rows."""
+    weight, scales = packed
+    return F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype)
+
+
 def _multiply_weights_int8(x, packed):
     """Only the weights in int8; the row in bf16, for which torch has this product."""
-    weight, scales = packed
     if len(x) > 4:  # the kernel is made for few rows
-        return F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype)
+        return multiply_widened(x, packed)
+    weight, scales = packed
     return torch._weight_int8pack_mm(x.bfloat16(), weight, scales.bfloat16()).to(x.dtype)
 
 

@@ -20,7 +20,7 @@ import time
 import torch
 from torch import nn
 
-from forms import INT8_FORMS, fastest_form, quantize
+from forms import fastest_form, multiply_int8, multiply_widened, quantize
 
 MOST_TOKENS = 16  # of one step; torch multiplies more rows as fast
 MOST_GUESSES = 8
@@ -76,13 +76,13 @@ class NativeDecoder:
                            _gain(a.q_norm), _gain(a.k_norm), matrices[a.o_proj], _gain(block.post_attention_layernorm),
                            *(matrices[m] for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))))
         config = self.config
-        weights = (layers, _array(self.twin.model.embed_tokens.weight), _gain(self.twin.model.norm),
-                   matrices[self.twin.lm_head], config.num_attention_heads, config.num_key_value_heads,
-                   config.intermediate_size, config.rms_norm_eps)
+        self.weights = (layers, _array(self.twin.model.embed_tokens.weight), _gain(self.twin.model.norm),
+                        matrices[self.twin.lm_head], config.num_attention_heads, config.num_key_value_heads,
+                        config.intermediate_size, config.rms_norm_eps)
         # a small model's step is over before a second thread is awake
         seconds = {}
         for threads in {1, torch.get_num_threads()}:
-            self.rust = module().Decoder(*weights, threads)
+            self.rust = module().Decoder(*self.weights, threads)
             seconds[threads] = _seconds_of_a_step(self), self.rust
         self.rust = min(seconds.values(), key=lambda pair: pair[0])[1]
 
@@ -197,6 +197,7 @@ class ReadAhead:
         if ids.numel() > 1 or cache.end == 0:
             self.pending = []
             return self.exact.hidden_states(ids, cache)
+        cache.check_room(1)
         token = int(ids)
         if self.pending and self.cache is cache and cache.lengths == [self.place]:
             guess, states = self.pending.pop(0)
@@ -244,9 +245,9 @@ class Int8Linear(nn.Module):
     def __init__(self, weight):
         super().__init__()
         self.numbers, self.scales = quantize(weight)
-        forms = {name: (lambda matrix: (self.numbers, self.scales), INT8_FORMS[name][1])
-                 for name in ("int8 products", "int8 weights")}
-        self.multiply = INT8_FORMS[fastest_form(forms, [weight], rows=64)][1]
+        products = {"int8 products": multiply_int8, "widened": multiply_widened}
+        forms = {name: (lambda matrix: (self.numbers, self.scales), product) for name, product in products.items()}
+        self.multiply = products[fastest_form(forms, [weight], rows=64)]
 
     def forward(self, x):
         """x [...,K] -> [...,M]."""
