@@ -765,13 +765,18 @@ def _check_device():
 
 
 def _check_rust():
-    """Row of check_machine() for the compiled tokenizer."""
-    try:
-        importlib.import_module("minillm_bpe")
-    except ImportError as error:
-        how = "bash run.sh setup" if shutil.which("cargo") else "install cargo (rustup.rs), then: bash run.sh setup"
-        return "rust", f"minillm_bpe: {error}", f"the Python twin serves, with equal tokens but slower; {how}", False
-    return "rust", f"minillm_bpe {importlib.metadata.version('minillm_bpe')}", "", False
+    """Row of check_machine() for the compiled tokenizer and the compiled step of decoding."""
+    found, fixes = [], []
+    for name, instead in (("minillm_bpe", "the Python tokenizer serves, with equal tokens but slower"),
+                          ("minillm_decode", "torch decodes, with equal answers but slower")):
+        try:
+            importlib.import_module(name)
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except ImportError as error:
+            found.append(f"{name}: {error}")
+            fixes.append(instead)
+    how = "bash run.sh setup" if shutil.which("cargo") else "install cargo (rustup.rs), then: bash run.sh setup"
+    return "rust", ", ".join(found), "; ".join([*fixes, how]) if fixes else "", False
 
 
 def check_machine(folder="."):

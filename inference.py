@@ -1,28 +1,45 @@
-"""Decoders that are faster on a CPU than the model itself: a copy of its weights in torch, or the step in Rust.
+"""Decoders that are faster on a CPU than the model itself: its step in Rust, or a copy of its weights in torch.
 
 At one token a step the arithmetic of a small model takes about as long as calling the functions that do it, and an
 ordinary product of one row does not read weights as fast as memory gives them. accelerate() looks for what is fastest
-here: a step in one call, written in Rust (native.py), where that module is built and knows the model; else a copy of
-the weights with fewer and faster calls (InferenceCopy).
+here. A decoder is what decoding.generate() asks a model for: config, new_cache(), hidden_states(), lm_head().
+
+NativeDecoder hands the model's own tensors to the module of rustdecode/, which makes a step in one call and reads them
+as fast as memory gives them: fp32 weights are not copied. Such a step is bound by the bytes of the weights, so int8
+ones take about a quarter of the time of fp32 ones.
+
+ReadAhead makes use of that for exact fp32: int8 weights guess the next tokens, and the exact ones read the guesses in
+one step, which takes little longer than reading one token. A guess counts if the exact weights choose that token too:
+every token, drawn or greedy, is theirs, and Rust adds up each row in the same order whatever is computed beside it, so
+not even rounding differs. Leviathan et al. 2022 (arXiv:2211.17192); that a narrow copy of the same weights guesses:
+Tiwari et al. 2025 (2502.10424).
+
+InferenceCopy is for who has no Rust, for mixtures of experts and for many rows: the weights once more in torch,
+arranged for fewer and faster calls.
 
     from inference import accelerate
     print(accelerate(model));  model.generate(...)                # the same answers, sooner; int8=True: sooner still
 
-What this file does not do: the loop over tokens (decoding.py), the products themselves (forms.py).
+What this file does not do: the loop over tokens (decoding.py), the products in torch themselves (forms.py).
 
 Letters: B batch, T tokens, N rows (B * T), V vocabulary, D hidden size, F MLP size, H heads, K kv heads, C head_dim, S
 cache slots, M and K rows and columns of a matrix.
 """
+import functools
 import time
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-import native
 from decoding import additive_mask
-from forms import FORMS, INT8_FORMS, fastest_form
+from forms import FORMS, INT8_FORMS, fastest_form, multiply_int8, multiply_widened, quantize
+
+MOST_TOKENS = 16  # of one step in Rust; torch multiplies more rows as fast
+MOST_GUESSES = 8
 
 
+# -- Which one ---------------------------------------------------------------------------------------------------------
 def accelerate(model, int8: bool = False, dtype: torch.dtype | None = None, rows: int = 1) -> str:
     """Give the model a decoder that generate() uses in its place, if it is faster. Returns what was done, in words.
     rows: how many answers will be decoded together; any number can be, but the choice is made for this one.
@@ -39,10 +56,12 @@ def accelerate(model, int8: bool = False, dtype: torch.dtype | None = None, rows
         return "decoding with the model itself: adapters stand beside its matrices; merge them to copy it"
     with torch.inference_mode():
         before = seconds_of_a_step(model, rows)
-        found = [native.make_decoder(model, dtype, int8, rows)]
-        if found[0] is None or rows > 1 or seconds_of_a_step(found[0]) > before:
-            found.append(InferenceCopy(model, dtype, int8, rows))
-        found = [(seconds_of_a_step(decoder, rows), decoder) for decoder in found if decoder is not None]
+        step = make_native(model, dtype, int8, rows)
+        # of a decoder that guesses the time without: how often guesses are right is for the text to decide
+        found = [] if step is None else [(seconds_of_a_step(getattr(step, "exact", step), rows), step)]
+        if not found or rows > 1 or found[0][0] > before:
+            copy = InferenceCopy(model, dtype, int8, rows)
+            found.append((seconds_of_a_step(copy, rows), copy))
     after, best = min(found, key=lambda pair: pair[0])
     if after > before and not int8:  # int8 was asked for, and may be wanted for its numbers
         return f"decoding with the model itself: a copy of the weights is {after / before:.2f}x as slow"
@@ -52,15 +71,270 @@ def accelerate(model, int8: bool = False, dtype: torch.dtype | None = None, rows
 
 def seconds_of_a_step(decoder, rows: int = 1, steps: int = 8) -> float:
     """Seconds that one token of so many rows takes, the best of some."""
-    cache, times = decoder.new_cache(rows, steps), []
+    cache = decoder.new_cache(rows, steps)
     token = torch.zeros(rows, 1, dtype=torch.int64)
-    for _ in range(steps):
+    return _seconds(lambda: decoder.lm_head(decoder.hidden_states(token, cache=cache)[:, -1]), steps)
+
+
+def _seconds(function, times: int = 5) -> float:
+    """Seconds of a call, the best of some."""
+    best = float("inf")
+    for _ in range(times):
         start = time.perf_counter()
-        decoder.lm_head(decoder.hidden_states(token, cache=cache)[:, -1])
-        times.append(time.perf_counter() - start)
-    return min(times)
+        function()
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
+# -- A step in Rust ----------------------------------------------------------------------------------------------------
+def module():
+    """minillm_decode, or None where it is not built."""
+    try:
+        import minillm_decode
+    except ImportError:
+        return None
+    return minillm_decode
+
+
+def make_native(model, dtype: torch.dtype, int8: bool, rows: int = 1):
+    """The fastest decoder in Rust for this model, or None: the module is not built, or does not know such a model."""
+    config = model.config
+    known = config.num_experts == 0 and (config.hidden_act, config.mlp_type) == ("silu", "gated")
+    if module() is None or not known or rows > MOST_TOKENS or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    found = NativeDecoder(model, dtype, int8)
+    if dtype != torch.float32 or int8 or rows > 1:
+        return found
+    guided = ReadAhead(found, NativeDecoder(model, dtype, int8=True))
+    return guided if guided.pays() else found
+
+
+class NativeDecoder:
+    """A model's weights in fp32, bf16 or int8 behind a step in Rust. generate() finds here what it needs of a model:
+    config, new_cache(), hidden_states(), lm_head()."""
+
+    def __init__(self, model, dtype: torch.dtype, int8: bool = False):
+        self.config, self.dtype, self.int8 = model.config, dtype, int8
+        self.parameters = [(p, p._version) for p in model.parameters()]
+        stored = model.model.embed_tokens.weight.dtype
+        self.shared = not int8 and stored == dtype  # reads the model's own memory
+        # reads long prompts; its Linear weights are those that Rust reads
+        self.twin = model.twin(None if int8 or self.shared else dtype)
+        self.cos, self.sin = torch.zeros(0, 0), torch.zeros(0, 0)
+        self.states = self.logits = torch.zeros(0, 0)  # of the last step [N,D], [N,V]
+        matrices = {}  # Linear module -> its numbers as arrays
+        for parent in list(self.twin.modules()):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, nn.Linear) and int8:
+                    linear = Int8Linear(linear.weight.detach())
+                    setattr(parent, name, linear)
+                if isinstance(linear, (nn.Linear, Int8Linear)):
+                    matrices[linear] = _matrix(linear)
+        layers = []
+        for block in self.twin.model.layers:
+            a, mlp = block.self_attn, block.mlp
+            layers.append((_gain(block.input_layernorm), *(matrices[m] for m in (a.q_proj, a.k_proj, a.v_proj)),
+                           _gain(a.q_norm), _gain(a.k_norm), matrices[a.o_proj], _gain(block.post_attention_layernorm),
+                           *(matrices[m] for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))))
+        config = self.config
+        self.weights = (layers, _array(self.twin.model.embed_tokens.weight), _gain(self.twin.model.norm),
+                        matrices[self.twin.lm_head], config.num_attention_heads, config.num_key_value_heads,
+                        config.intermediate_size, config.rms_norm_eps)
+        # a small model's step is over before a second thread is awake
+        seconds = {}
+        for threads in {1, torch.get_num_threads()}:
+            self.rust = module().Decoder(*self.weights, threads)
+            seconds[threads] = seconds_of_a_step(self), self.rust
+        self.rust = min(seconds.values(), key=lambda pair: pair[0])[1]
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"a step in Rust ({'int8' if self.int8 else str(self.dtype)[6:]})"
+
+    def __deepcopy__(self, memo):
+        return None  # a copy of a model has weights of its own
+
+    def is_of(self, model) -> bool:
+        """Whether these are the model's weights as they are now."""
+        now = list(model.parameters())
+        return len(now) == len(self.parameters) and all(
+            p is old and (self.shared or p._version == version)
+            for p, (old, version) in zip(now, self.parameters, strict=True))
+
+    def new_cache(self, batch: int, slots: int):
+        """An empty KVCache for this decoder."""
+        return self.twin.new_cache(batch, slots, self.dtype)
+
+    @torch.no_grad()
+    def hidden_states(self, ids, cache):
+        """ids [B,T], appended to the cache -> hidden states after the final norm [B,T,D]."""
+        b, t = ids.shape
+        if b * t > MOST_TOKENS:
+            narrow = self.dtype == torch.bfloat16 and not self.int8
+            with torch.autocast("cpu", self.dtype, enabled=narrow):
+                return self.twin.hidden_states(ids, cache=cache)
+        cache.check_room(t)
+        return self.read(ids.flatten().tolist(), cache, t == 1).view(b, t, -1)
+
+    def read(self, ids: list[int], cache, with_logits: bool = True):
+        """Hidden states [B*T,D] of T tokens for each row of the cache; with their logits, which lm_head() then has."""
+        states, logits = self.rust.step(ids, cache.lengths, _array(cache.kv), *self._turns(cache.slots), with_logits)
+        cache.advance(len(ids) // len(cache.lengths))
+        states = torch.from_numpy(states)
+        if with_logits:
+            self.states, self.logits = states, torch.from_numpy(logits)
+        return states
+
+    def guess(self, token: int, cache, count: int) -> list[int]:
+        """The likeliest `count` tokens behind this one, which the only row of the cache is about to read. The cache
+        stays as long as it was; what lies behind its end is overwritten."""
+        return self.rust.guess(token, cache.end, count, _array(cache.kv), *self._turns(cache.slots))
+
+    @torch.no_grad()
+    def lm_head(self, h):
+        """Hidden states [B,D] -> logits [B,V]."""
+        # Logits of the last step were made with it, in one call. They are known by their place in memory: h is then a
+        # part of these states, which stand there as long as they are kept here.
+        row, odd = divmod(h.data_ptr() - self.states.data_ptr(), 4 * self.config.hidden_size)
+        if odd == 0 and 0 <= row <= len(self.states) - len(h) and h.is_contiguous():
+            return self.logits[row : row + len(h)]
+        if len(h) > MOST_TOKENS:
+            return self.twin.lm_head(h if self.int8 else h.to(self.dtype))
+        return torch.from_numpy(self.rust.logits(h.float().contiguous().numpy()))
+
+    def _turns(self, slots: int):
+        """Cosines and sines of the rotation at every position, [S,C] each."""
+        if slots > len(self.cos):
+            tables = self.twin.model.rotary(torch.arange(slots)[None], torch.float32)  # [1,S,1,C] each
+            self.cos, self.sin = (table.reshape(slots, -1).contiguous() for table in tables)
+        return self.cos.numpy(), self.sin.numpy()
+
+
+class Int8Linear(nn.Module):
+    """A Linear module in 8 bits for many rows, on the numbers that Rust reads for few."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.numbers, self.scales = quantize(weight)
+        products = {"int8 products": multiply_int8, "widened": multiply_widened}
+        forms = {name: (lambda matrix: (self.numbers, self.scales), product) for name, product in products.items()}
+        self.multiply = products[fastest_form(forms, [weight], rows=64)]
+
+    def forward(self, x):
+        """x [...,K] -> [...,M]."""
+        return self.multiply(x.flatten(0, -2), (self.numbers, self.scales)).unflatten(0, x.shape[:-1])
+
+
+def _matrix(linear):
+    """What Rust takes: an array [M,K], or int8 numbers and the scales of their rows."""
+    if isinstance(linear, Int8Linear):
+        return linear.numbers.numpy(), linear.scales.numpy()
+    return _array(linear.weight)
+
+
+def _array(tensor):
+    """A numpy array on a tensor's memory; bf16, which numpy does not know, as uint16."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _gain(norm):
+    """The gain of a norm in fp32."""
+    return norm.weight.detach().float().numpy()
+
+
+# -- Guesses -----------------------------------------------------------------------------------------------------------
+class ReadAhead:
+    """Exact weights that read what narrow ones guess; to generate() a decoder like any other.
+
+    hidden_states() reads the token that it is given and the guesses behind it, and keeps their states: if the next call
+    brings the token that was guessed, its states are there already. How many are guessed follows from how often guesses
+    were right lately and from what a guess and a step cost here.
+    """
+
+    def __init__(self, exact: NativeDecoder, narrow: NativeDecoder):
+        self.exact, self.narrow, self.config = exact, narrow, exact.config
+        self.right, self.judged = 8.0, 10.0  # guesses, old ones with less and less weight; a share to begin with
+        self.pending: list[tuple[int, torch.Tensor]] = []  # guessed tokens with their states [1,1,D]
+        self.cache = None  # in which they stand
+        self.idle = 0  # tokens since the last guess
+        cache = self.new_cache(1, MOST_GUESSES + 2)
+
+        def read(count):
+            cache.set_lengths([1])
+            exact.read([0] * count, cache)
+        self.guess_seconds = _seconds(lambda: narrow.guess(0, cache, MOST_GUESSES)) / MOST_GUESSES
+        self.step_seconds = [_seconds(functools.partial(read, count)) for count in (1, 1 + MOST_GUESSES)]
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return "a step in Rust (float32, tokens guessed in int8)"
+
+    def __deepcopy__(self, memo):
+        return None
+
+    def is_of(self, model) -> bool:
+        """As NativeDecoder.is_of(). The guesses may be of older weights: that costs time, and changes no token."""
+        return self.exact.is_of(model)
+
+    def new_cache(self, batch: int, slots: int):
+        """An empty KVCache for both."""
+        return self.exact.new_cache(batch, slots)
+
+    def pays(self, share: float = 0.8) -> bool:
+        """Whether guessing is worth its while if this share of the guesses is right."""
+        return self._best_count(share) > 0
+
+    def hidden_states(self, ids, cache):
+        """As NativeDecoder.hidden_states()."""
+        if ids.numel() > 1 or cache.end == 0:
+            self.pending = []
+            return self.exact.hidden_states(ids, cache)
+        cache.check_room(1)
+        token = int(ids)
+        if self.pending and self.cache is cache and cache.lengths == [self.place]:
+            guess, states = self.pending.pop(0)
+            self._judge(guess == token)
+            if guess == token:
+                cache.advance(1)
+                self.place += 1
+                return states
+        room = cache.slots - cache.end - 1
+        count = min(self._best_count(self.right / self.judged), room)
+        self.idle += 1
+        if not count and room and self.idle > 32:  # has the text become easier to guess?
+            count = 1
+        self.idle = 0 if count else self.idle
+        guesses = self.narrow.guess(token, cache, count) if count else []
+        self.cache, self.place = cache, cache.end + 1
+        states = self.exact.read([token, *guesses], cache)[None]  # [1,T,D]
+        cache.set_lengths([self.place])
+        self.pending = [(guess, states[:, i : i + 1]) for i, guess in enumerate(guesses, 1)]
+        return states[:, :1]
+
+    def lm_head(self, h):
+        """As NativeDecoder.lm_head()."""
+        return self.exact.lm_head(h)
+
+    def _judge(self, right: bool):
+        """Remember whether a guess was right; half of the weight is that of the last twenty."""
+        self.right, self.judged = 0.966 * self.right + right, 0.966 * self.judged + 1
+
+    def _best_count(self, share: float) -> int:
+        """How many guesses make a token cheapest if this share of them is right.
+
+        With c guesses of which each is right with probability p, (1 - p^(c+1)) / (1 - p) tokens come of a step
+        (Leviathan et al. 2022, equation 1).
+        """
+        one, most = self.step_seconds
+        costs = [(c * self.guess_seconds + one + (most - one) * c / MOST_GUESSES) / sum(share**i for i in range(c + 1))
+                 for c in range(MOST_GUESSES + 1)]
+        return costs.index(min(costs))
+
+
+# -- A copy in torch ---------------------------------------------------------------------------------------------------
 def _product(multiply, packed):
     """The product with one matrix as a function of the rows."""
     return lambda x: multiply(x, packed)

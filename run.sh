@@ -40,7 +40,7 @@ OUT="${OUT:-out}"
 [ "$SMOKE" = 1 ] && OUT="$OUT/smoke"
 export PYTHONUTF8=1
 
-# -- Set-up: virtual environment, packages, the Rust tokenizer where cargo exists. A marker makes the second time quick.
+# -- Set-up: virtual environment, packages, the two Rust modules where cargo exists. Markers make the second time quick.
 setup() {   # $1: requirements file
     local py="$VENV_DIR/bin/python" sources mark
     [ -x "$py" ] || { echo "setup: virtual environment in $VENV_DIR"; "$PYTHON" -m venv "$VENV_DIR"; }
@@ -50,16 +50,21 @@ setup() {   # $1: requirements file
         "$py" -m pip install --quiet --disable-pip-version-check -r "$1"
         touch "$mark"
     fi
-    sources="$(cat rustbpe/Cargo.* rustbpe/src/*.rs rustbpe/pyproject.toml | cksum | cut -d' ' -f1)"
-    mark="$VENV_DIR/.rust-$sources"
-    if [ ! -e "$mark" ] && command -v cargo > /dev/null; then
-        echo "setup: building the Rust tokenizer"
-        if "$py" -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps ./rustbpe; then
-            touch "$mark"
-        else
-            echo "setup: the Rust tokenizer did not build; the Python one gives the same tokens, more slowly"
+    local crate what instead
+    for crate in rustbpe rustdecode; do
+        what="the Rust tokenizer" instead="the Python one gives the same tokens, more slowly"
+        [ "$crate" = rustdecode ] && what="decoding in Rust" instead="torch gives the same answers, more slowly"
+        sources="$(cat $crate/Cargo.* $crate/src/*.rs $crate/pyproject.toml | cksum | cut -d' ' -f1)"
+        mark="$VENV_DIR/.$crate-$sources"
+        if [ ! -e "$mark" ] && command -v cargo > /dev/null; then
+            echo "setup: building $what"
+            if "$py" -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps "./$crate"; then
+                touch "$mark"
+            else
+                echo "setup: $what did not build; $instead"
+            fi
         fi
-    fi
+    done
     PY="$(cd "$VENV_DIR/bin" && pwd)/python"
 }
 
@@ -139,9 +144,11 @@ if [ "$WANT" = test ]; then
     setup requirements-dev.txt
     "$PY" -m ruff check .
     if command -v cargo > /dev/null; then
-        (cd rustbpe && cargo fmt --check && cargo clippy --quiet --all-targets -- -D warnings && cargo test --quiet)
+        for crate in rustbpe rustdecode; do
+            (cd $crate && cargo fmt --check && cargo clippy --quiet --all-targets -- -D warnings && cargo test --quiet)
+        done
     else
-        echo "cargo is not installed: the Rust checks are skipped, the tests use the Python tokenizer"
+        echo "cargo is not installed: the Rust checks are skipped, the tests use the Python tokenizer and torch"
     fi
     exec "$PY" -m pytest
 fi

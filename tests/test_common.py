@@ -365,10 +365,12 @@ def test_busy_cores_old_packages_and_a_read_only_folder_are_named(healthy, monke
     assert "cannot be written" in found["disk"][0] and found["disk"][1] and not found["cores"][1]
 
 
-def test_missing_rust_module_is_no_obstacle(monkeypatch):
-    monkeypatch.setitem(sys.modules, "minillm_bpe", None)
-    _, _, fix, fatal = common._check_rust()
-    assert "bash run.sh setup" in fix and not fatal
+@pytest.mark.parametrize("name, instead", [("minillm_bpe", "Python tokenizer serves"),
+                                           ("minillm_decode", "torch decodes")])
+def test_missing_rust_module_is_no_obstacle(monkeypatch, name, instead):
+    monkeypatch.setitem(sys.modules, name, None)
+    _, found, fix, fatal = common._check_rust()
+    assert name in found and instead in fix and "bash run.sh setup" in fix and not fatal
 
 
 def test_check_reports_a_device_that_computes_wrong_numbers(monkeypatch):

@@ -175,7 +175,7 @@ def test_functions_named_in_a_page_exist(page):
 
 @each_guide
 def test_files_named_in_a_page_exist(page):
-    named = re.findall(r"`((?:tests|bench|docs|rustbpe)/[\w./]+\.\w+)`", prose(GUIDES[page]))
+    named = re.findall(r"`((?:tests|bench|docs|rustbpe|rustdecode)/[\w./]+\.\w+)`", prose(GUIDES[page]))
     assert not [name for name in named if not (ROOT / name).is_file()]
 
 

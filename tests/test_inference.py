@@ -12,7 +12,6 @@ from test_model import KINDS, answers, random_ids
 from test_model import make_model as model_of
 
 import inference
-import native
 from configuration import ModelConfig
 from forms import FORMS, INT8_FORMS, fastest_form, quantize
 from inference import InferenceCopy, accelerate
@@ -151,7 +150,7 @@ def test_a_copy_is_passed_over_when_the_weights_change(monkeypatch):
 
 def test_the_faster_way_is_taken(monkeypatch):
     model = model_of()
-    monkeypatch.setattr(native, "module", lambda: None)
+    monkeypatch.setattr(inference, "module", lambda: None)
     for seconds, word in (([2.0, 1.0], "2.00x as fast"), ([1.0, 2.0], "2.00x as slow")):
         times = iter(seconds)
         monkeypatch.setattr(inference, "seconds_of_a_step", lambda decoder, rows, times=times: next(times))

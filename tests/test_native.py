@@ -12,11 +12,10 @@ from test_model import SHAPE, answers, random_ids
 from test_model import make_model as model_of
 
 import inference
-import native
 from forms import quantize
-from native import MOST_GUESSES, MOST_TOKENS, NativeDecoder, ReadAhead, make_decoder
+from inference import MOST_GUESSES, MOST_TOKENS, NativeDecoder, ReadAhead, make_native
 
-pytestmark = pytest.mark.skipif(native.module() is None, reason="minillm_decode is not built (pip install "
+pytestmark = pytest.mark.skipif(inference.module() is None, reason="minillm_decode is not built (pip install "
                                                                 "./rustdecode)")
 # heads of 16 numbers, of one and a half registers, of less than one; all heads in one group, each its own
 SHAPES = {"dense": {}, "untied": {}, "yarn": {}, "yarn_given_factor": {}, "heads_of_24": dict(head_dim=24),
@@ -83,7 +82,7 @@ def test_a_token_is_the_same_to_the_last_bit_alone_among_others_and_on_any_numbe
     decoder = NativeDecoder(model, dtype, int8)
     alone = torch.cat([logits_of(decoder, row[None], [1] * 12, decoder.new_cache(1, 12)) for row in ids])
     for threads in (1, 2, 5):
-        decoder.rust = native.module().Decoder(*decoder.weights, threads)
+        decoder.rust = inference.module().Decoder(*decoder.weights, threads)
         for chunks in ([1] * 12, [4, 4, 4], [3, 1, 2, 4, 2]):
             cache = decoder.new_cache(5, 12)
             cache.keep(range(4))
@@ -214,15 +213,15 @@ def test_fp32_weights_are_not_copied_and_others_are_passed_over_when_they_change
                                                ("dense", torch.float64, 1), ("dense", torch.float32, MOST_TOKENS + 1)])
 def test_what_rust_does_not_know_is_left_to_torch(kind, dtype, rows):
     model = model_of(kind, dtype)
-    assert make_decoder(model, dtype, False, rows) is None
+    assert make_native(model, dtype, False, rows) is None
     inference.accelerate(model, rows=rows)
     assert not isinstance(model.inference_copy, (NativeDecoder, ReadAhead))
 
 
 def test_without_the_module_a_copy_is_made(monkeypatch):
-    monkeypatch.setattr(native, "module", lambda: None)
+    monkeypatch.setattr(inference, "module", lambda: None)
     model = model_of()
-    assert make_decoder(model, torch.float32, False) is None
+    assert make_native(model, torch.float32, False) is None
     assert "in Rust" not in inference.accelerate(model, int8=True) and model.inference_copy is not None
 
 
@@ -256,9 +255,9 @@ def test_weights_that_do_not_fit_each_other_are_named():
     layer = list(layers[1])
     layer[6] = layer[6][:, :-1].copy()  # o
     with pytest.raises(ValueError, match=r"o is \[48, 95\] with 48 scales; it has the shape \[48, 96\]"):
-        native.module().Decoder([layers[0], tuple(layer), layers[2]], *rest, 1)
+        inference.module().Decoder([layers[0], tuple(layer), layers[2]], *rest, 1)
     with pytest.raises(ValueError, match="heads are a multiple of kv heads"):
-        native.module().Decoder(layers, *rest[:3], 6, 4, *rest[5:], 1)
+        inference.module().Decoder(layers, *rest[:3], 6, 4, *rest[5:], 1)
 
 
 def test_two_decoders_may_run_at_the_same_time():
@@ -267,7 +266,7 @@ def test_two_decoders_may_run_at_the_same_time():
     prompts = [random_ids(7, seed=seed).tolist() for seed in range(4)]
     decoders = [NativeDecoder(model, torch.float32) for _ in prompts]
     for decoder in decoders:
-        decoder.rust = native.module().Decoder(*decoder.weights, 3)
+        decoder.rust = inference.module().Decoder(*decoder.weights, 3)
 
     def run(number):
         ids = torch.tensor([prompts[number]])

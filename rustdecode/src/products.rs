@@ -1,8 +1,9 @@
 //! Rows times a matrix, for few rows: as fast as the matrix can be read.
 //!
 //! Every dot product is summed in the same order, whatever else is computed beside it: 16 sums, of the numbers 0, 16,
-//! 32 ..., of the numbers 1, 17, 33 ... and so on, which are then added in pairs. So a row has the same result alone and
-//! among others, to the last bit, and what is computed for several tokens at once is what would be computed for each.
+//! 32 ..., of the numbers 1, 17, 33 ... and so on, which are then added in pairs. So a row has the same result alone
+//! and among others, to the last bit, and what is computed for several tokens at once is what would be computed for
+//! each.
 //! Products with 8-bit weights are sums of whole numbers, and exact.
 
 use crate::vectors::{narrow, run, widen, Machine, Work, LANES};
@@ -33,8 +34,8 @@ pub struct Rows {
 impl Rows {
     /// Say that `numbers` have changed; they will be multiplied with such a matrix, if with any.
     ///
-    /// With 8-bit weights, numbers in 16 bits make sums of whole numbers, which take a third of the instructions of sums
-    /// in f32. They have twice the bits of the weights, so it is those that decide what is lost.
+    /// With 8-bit weights, numbers in 16 bits make sums of whole numbers, which take a third of the instructions of
+    /// sums in f32. They have twice the bits of the weights, so it is those that decide what is lost.
     pub fn set(&mut self, columns: usize, matrix: Option<&Matrix>) {
         self.columns = columns;
         self.whole.clear();
@@ -47,7 +48,8 @@ impl Rows {
         for row in self.numbers.chunks_exact(columns) {
             // as bits: numbers without sign have the order of their bits, and whole numbers are compared many at once
             let most = row.iter().map(|x| x.to_bits() & 0x7FFF_FFFF).max().map_or(0.0, f32::from_bits);
-            let step = most.max(1e-30) / largest;
+            // not 0, and what is not a number stays so
+            let step = if most < 1e-30 { 1e-30 } else { most } / largest;
             self.whole.extend(row.iter().map(|x| nearest(x / step) as i16));
             self.steps.push(step);
         }
@@ -444,4 +446,152 @@ pub fn exp(x: f32) -> f32 {
     let r = (x - n * 0.693_145_75) - n * 1.428_606_8e-6;
     let p = 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0))))));
     p * f32::from_bits(((n as i32 + 127) << 23) as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vectors::run_on_each;
+    use std::cell::RefCell;
+
+    /// Numbers between -1 and 1, other ones for every seed.
+    fn numbers(count: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        let next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        std::iter::repeat_with(next).take(count).collect()
+    }
+
+    /// The product of every machine, checked against sums in f64.
+    fn check<W: Number>(
+        weights: &[W],
+        x: &[W::Row],
+        columns: usize,
+        wide: impl Fn(W) -> f64,
+        row: impl Fn(W::Row) -> f64,
+    ) {
+        let (size, count) = (weights.len() / columns, x.len() / columns);
+        let outs = RefCell::new(Vec::new());
+        struct Into<'a, W: Number>(&'a [W], &'a [W::Row], usize, &'a RefCell<Vec<Vec<f32>>>);
+        impl<W: Number> Work for Into<'_, W> {
+            #[inline(always)]
+            fn on<M: Machine>(self) {
+                let mut out = vec![f32::NAN; self.0.len() / self.2 * (self.1.len() / self.2)];
+                Products { weights: self.0, x: self.1, columns: self.2, out: &mut out }.on::<M>();
+                self.3.borrow_mut().push(out);
+            }
+        }
+        run_on_each(|| Into(weights, x, columns, &outs));
+        for out in outs.borrow().iter() {
+            for n in 0..count {
+                for m in 0..size {
+                    let pairs = weights[m * columns..][..columns].iter().zip(&x[n * columns..][..columns]);
+                    let exact: f64 = pairs.clone().map(|(w, x)| wide(*w) * row(*x)).sum();
+                    let bound: f64 = pairs.map(|(w, x)| (wide(*w) * row(*x)).abs()).sum();
+                    assert!((f64::from(out[n * size + m]) - exact).abs() <= 1e-6 * bound + 1e-12);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_are_right_on_every_machine_whatever_is_left_over() {
+        for (size, columns) in [(1, 1), (3, 16), (4, 31), (9, 32), (6, 45), (8, 64), (5, 100)] {
+            for count in [1, 2, 3, 4, 5, 9] {
+                let (weights, x) = (numbers(size * columns, 1), numbers(count * columns, 2));
+                check(&weights, &x, columns, f64::from, f64::from);
+                let narrow: Vec<u16> = weights.iter().map(|w| narrow(*w)).collect();
+                check(&narrow, &x, columns, |w| f64::from(widen(w)), f64::from);
+                let bytes: Vec<i8> = weights.iter().map(|w| (w * 127.0) as i8).collect();
+                let whole: Vec<i16> = x.iter().map(|x| (x * 32767.0) as i16).collect();
+                check(&bytes, &whole, columns, f64::from, f64::from);
+            }
+        }
+    }
+
+    #[test]
+    fn whole_numbers_never_overflow() {
+        for columns in [16, 4096, 8192, 100_000] {
+            let scales = [1.0];
+            let matrix = vec![-128i8; columns];
+            let matrix = Matrix::Quarter(&matrix, &scales);
+            let mut x = Rows { numbers: vec![3.0; columns], ..Rows::default() };
+            x.set(columns, Some(&matrix));
+            let mut out = [0.0];
+            matrix.multiply(&x, 0..1, &mut out);
+            let exact = -128.0 * 3.0 * columns as f32;
+            assert!((out[0] / exact - 1.0).abs() < 1e-3, "{} instead of {exact}", out[0]);
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_stays_so() {
+        for odd in [f32::NAN, f32::INFINITY] {
+            let mut x = Rows { numbers: vec![1.0, odd, 2.0], ..Rows::default() };
+            let matrix = Matrix::Quarter(&[1, 1, 1], &[1.0]);
+            x.set(3, Some(&matrix));
+            let mut out = [0.0];
+            matrix.multiply(&x, 0..1, &mut out);
+            assert!(out[0].is_nan());
+        }
+    }
+
+    #[test]
+    fn rows_of_any_size_keep_their_numbers() {
+        let matrix: Vec<i8> = (0..64).map(|k| k - 32).collect();
+        let matrix = Matrix::Quarter(&matrix, &[0.5]);
+        let row = numbers(64, 3);
+        for size in [1e-20f32, 1.0, 1e20] {
+            // beside a row of large ones, and one of nothing
+            let mut x: Vec<f32> = row.iter().map(|x| x * size).collect();
+            x.extend(vec![1e30; 64]);
+            x.extend(vec![0.0; 64]);
+            let mut x = Rows { numbers: x, ..Rows::default() };
+            x.set(64, Some(&matrix));
+            assert_eq!(x.count(), 3);
+            let mut out = [0.0; 3];
+            matrix.multiply(&x, 0..1, &mut out);
+            let exact: f32 = row.iter().zip(-32..).map(|(x, w)| x * w as f32 * 0.5).sum();
+            assert!((out[0] / size - exact).abs() < 4e-3 && out[2] == 0.0);
+        }
+    }
+
+    #[test]
+    fn attention_is_a_mean_by_likelihood() {
+        for columns in [6, 16, 80] {
+            let (count, size) = (2, 5);
+            let queries = numbers(count * columns, 4);
+            let (keys, values) = (numbers(size * columns, 5), numbers(size * columns, 6));
+            let (mut scores, mut out) = (vec![7.0], vec![f32::NAN; count * columns]);
+            attend(&queries, &keys, &values, columns, &mut scores, &mut out);
+            for n in 0..count {
+                let dot = |s: usize| -> f64 {
+                    let pairs = queries[n * columns..][..columns].iter().zip(&keys[s * columns..]);
+                    pairs.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+                };
+                let likely: Vec<f64> = (0..size).map(|s| dot(s).exp()).collect();
+                for c in 0..columns {
+                    let sum: f64 = (0..size).map(|s| likely[s] * f64::from(values[s * columns + c])).sum();
+                    let exact = sum / likely.iter().sum::<f64>();
+                    assert!((f64::from(out[n * columns + c]) - exact).abs() < 1e-6);
+                }
+            }
+        }
+        // scores beyond what e^x can hold
+        let mut out = [0.0; 1];
+        attend(&[1000.0], &[1.0, 2.0, -5.0], &[3.0, 4.0, 5.0], 1, &mut Vec::new(), &mut out);
+        assert_eq!(out, [4.0]);
+    }
+
+    #[test]
+    fn exp_is_exact_to_a_few_units_of_the_last_place() {
+        for step in -8700..=8800 {
+            let x = step as f32 / 100.0;
+            let exact = f64::from(x).exp();
+            assert!((f64::from(exp(x)) / exact - 1.0).abs() < 3e-7, "e^{x}");
+        }
+        assert!(exp(f32::NEG_INFINITY) < 1e-37 && exp(0.0) == 1.0);
+    }
 }

@@ -2,8 +2,8 @@
 //!
 //! A step of decoding is a chain of some forty products, each a few hundredths of a millisecond long. Handing every one
 //! to a sleeping thread would take as long as the product; so the threads of a step are awake until it ends, and look
-//! at a number to see whether there is work. A job comes in parts, and a thread takes the next one when it has time: who
-//! is still asleep, or has to share a core with other programs, holds nobody up.
+//! at a number to see whether there is work. A job comes in parts, and a thread takes the next one when it has time:
+//! who is still asleep, or has to share a core with other programs, holds nobody up.
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::cell::Cell;

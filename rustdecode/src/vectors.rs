@@ -53,6 +53,14 @@ pub fn run(work: impl Work) {
     work.on::<Portable>()
 }
 
+/// Do the same work on every machine that this processor is.
+#[cfg(test)]
+pub fn run_on_each<W: Work>(mut work: impl FnMut() -> W) {
+    work().on::<Portable>();
+    #[cfg(target_arch = "x86_64")]
+    x86::run_on_each(work);
+}
+
 /// bf16 as f32.
 #[inline(always)]
 pub fn widen(number: u16) -> f32 {
@@ -144,24 +152,42 @@ mod x86 {
     use super::{Machine, Portable, Work, LANES};
     use std::arch::x86_64::*;
 
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn on_512(work: impl Work) {
+        work.on::<Avx512>()
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    fn on_256(work: impl Work) {
+        work.on::<Avx2>()
+    }
+
+    fn is_512() -> bool {
+        is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw")
+    }
+
+    fn is_256() -> bool {
+        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+    }
+
     #[inline]
     pub fn run(work: impl Work) {
-        #[target_feature(enable = "avx512f,avx512bw")]
-        fn on_512(work: impl Work) {
-            work.on::<Avx512>()
-        }
-
-        #[target_feature(enable = "avx2,fma")]
-        fn on_256(work: impl Work) {
-            work.on::<Avx2>()
-        }
-
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+        if is_512() {
             unsafe { on_512(work) }
-        } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        } else if is_256() {
             unsafe { on_256(work) }
         } else {
             work.on::<Portable>()
+        }
+    }
+
+    #[cfg(test)]
+    pub fn run_on_each<W: Work>(mut work: impl FnMut() -> W) {
+        if is_256() {
+            unsafe { on_256(work()) }
+        }
+        if is_512() {
+            unsafe { on_512(work()) }
         }
     }
 
@@ -315,5 +341,26 @@ mod x86 {
             }
             numbers
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn narrow_numbers_are_the_nearest_ones() {
+        for bits in 0..=u16::MAX {
+            let number = widen(bits);
+            assert!(narrow(number) == bits || number.is_nan() && widen(narrow(number)).is_nan());
+            if number.is_finite() && widen(bits + 1).is_finite() {
+                // a little less and a little more than half way, and half way itself
+                let half = f32::from_bits((u32::from(bits) << 16) + 0x8000);
+                assert_eq!(narrow(f32::from_bits(half.to_bits() - 1)), bits);
+                assert_eq!(narrow(f32::from_bits(half.to_bits() + 1)), bits + 1);
+                assert_eq!(narrow(half), bits + bits % 2);
+            }
+        }
+        assert!(widen(narrow(f32::from_bits(0x7F80_0001))).is_nan() && widen(narrow(f32::MAX)).is_infinite());
     }
 }
