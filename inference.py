@@ -35,7 +35,7 @@ from torch import nn
 from decoding import additive_mask
 from forms import FORMS, INT8_FORMS, fastest_form, multiply_int8, multiply_widened, quantize
 
-MOST_TOKENS = 16  # of one step in Rust; torch multiplies more rows as fast
+MOST_TOKENS = 16  # of one step in Rust; with more, products in torch are faster
 MOST_GUESSES = 8
 
 

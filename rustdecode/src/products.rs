@@ -254,21 +254,21 @@ impl<W: Number> Work for Products<'_, W> {
         let (size, count) = (weights.len() / columns, x.len() / columns);
         let whole = size / 4 * 4;
         // four rows of the matrix at once: each number of x that is read serves all of them
-        for start in (0..whole).step_by(4) {
+        for start in 0..whole / 4 {
             let rows = &weights[start * columns..];
             for n in (0..count).step_by(4) {
                 let (x, out) = (&x[n * columns..], &mut out[n * size + start..]);
                 match count - n {
-                    1 => tile::<W, M, 4, 1>(rows, x, columns, out, size),
-                    2 => tile::<W, M, 4, 2>(rows, x, columns, out, size),
-                    3 => tile::<W, M, 4, 3>(rows, x, columns, out, size),
-                    _ => tile::<W, M, 4, 4>(rows, x, columns, out, size),
+                    1 => tile::<W, M, 4, 1>(rows, whole / 4, x, columns, out, size),
+                    2 => tile::<W, M, 4, 2>(rows, whole / 4, x, columns, out, size),
+                    3 => tile::<W, M, 4, 3>(rows, whole / 4, x, columns, out, size),
+                    _ => tile::<W, M, 4, 4>(rows, whole / 4, x, columns, out, size),
                 }
             }
         }
         for (r, row) in weights[whole * columns..].chunks_exact(columns).enumerate() {
             for (x, out) in x.chunks_exact(columns).zip(out.chunks_exact_mut(size)) {
-                tile::<W, M, 1, 1>(row, x, columns, &mut out[whole + r..], size);
+                tile::<W, M, 1, 1>(row, 0, x, columns, &mut out[whole + r..], size);
             }
         }
     }
@@ -278,12 +278,13 @@ impl<W: Number> Work for Products<'_, W> {
 #[inline(always)]
 fn tile<W: Number, M: Machine, const R: usize, const N: usize>(
     weights: &[W],
+    apart: usize,
     x: &[W::Row],
     columns: usize,
     out: &mut [f32],
     size: usize,
 ) {
-    let weights: [&[W]; R] = std::array::from_fn(|r| &weights[r * columns..(r + 1) * columns]);
+    let weights: [&[W]; R] = std::array::from_fn(|r| &weights[r * apart * columns..][..columns]);
     let x: [&[W::Row]; N] = std::array::from_fn(|n| &x[n * columns..(n + 1) * columns]);
     let mut sums = [[W::zero::<M>(); N]; R];
     let whole = columns / W::STEP * W::STEP;
@@ -291,7 +292,9 @@ fn tile<W: Number, M: Machine, const R: usize, const N: usize>(
         let x: [W::Wide<M>; N] = std::array::from_fn(|n| W::load_row::<M>(&x[n][k..k + W::STEP]));
         for r in 0..R {
             // what follows these rows is read next; without this a core waits for memory half of the time
-            prefetch(weights[r].as_ptr().wrapping_add(k + R * columns));
+            if (k * size_of::<W>()).is_multiple_of(64) {
+                prefetch(weights[r].as_ptr().wrapping_add(k + columns));
+            }
             let weights = W::load::<M>(&weights[r][k..k + W::STEP]);
             for n in 0..N {
                 sums[r][n] = W::add::<M>(sums[r][n], x[n], weights);
@@ -309,7 +312,7 @@ fn tile<W: Number, M: Machine, const R: usize, const N: usize>(
     }
     for n in 0..N {
         for r in 0..R {
-            out[n * size + r] = W::total::<M>(sums[r][n]);
+            out[n * size + r * apart] = W::total::<M>(sums[r][n]);
         }
     }
 }
