@@ -118,8 +118,9 @@ def parse_args(argv=None):
                    help="guess so many tokens a step from what stood in the text before; the answer stays the same; "
                         "needs --temperature 0; 0 = off")
     g.add_argument("--decoder", default="fast", choices=("fast", "int8", "plain"),
-                   help="fast: a copy of the weights that a CPU decodes from sooner, if it does; int8: a copy in 8 "
-                        "bits; plain: the model itself, which needs half the memory. Scores use the model itself")
+                   help="fast: what a CPU decodes from sooner, a step in Rust or a copy of the weights; int8: with "
+                        "weights in 8 bits; plain: the model itself, which needs least memory. Scores use the model "
+                        "itself")
     g.add_argument("--stop", nargs="+", default=[], help="strings that end an answer; they are not shown; "
                    "an answer to --prompts is cut when it is done, and is no row of training data")
     cli.switch(g, "--stream", 1, "show an answer while it is made")
@@ -303,7 +304,7 @@ def check_decoding(args):
 
 
 def speed_up(player, args):
-    """Give a player the copy of its weights that --decoder asks for, and say what it is."""
+    """Give a player the decoder that --decoder asks for, and say what it is."""
     if args.decoder != "plain":
         narrow = player.runtime.dtype if player.runtime.dtype == torch.bfloat16 else None
         rows = min(args.batch_size, 16) if args.mode in ("batch", "compare") else 1

@@ -98,7 +98,7 @@ def our_answers(model, prompts, count, **options):
 
 
 def accelerated(model, **kind):
-    """A twin of the model, on the same weights, with an inference copy of them."""
+    """A twin of the model, on the same weights, with a faster decoder."""
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     print("  " + inference.accelerate(twin, **kind), flush=True)
     return twin
@@ -111,13 +111,13 @@ def contenders(shape, bf16, rows=1):
     found = {
         "transformers fp32": (lambda p, n: their_answers(other, p, n), 1.0),
         "minillm, the model itself": (lambda p, n: our_answers(model, p, n), 1.0),
-        "minillm, fast copy": (lambda p, n: our_answers(fast, p, n), 1.0),
-        "minillm, int8 copy": (lambda p, n: our_answers(int8, p, n), 0.0),
+        "minillm, fast": (lambda p, n: our_answers(fast, p, n), 1.0),
+        "minillm, int8": (lambda p, n: our_answers(int8, p, n), 0.0),
     }
     if bf16:
         half, short = copy.deepcopy(other).bfloat16(), accelerated(model, dtype=torch.bfloat16, rows=rows)
         found["transformers bf16"] = (lambda p, n: their_answers(half, p, n), 0.0)
-        found["minillm, bf16 copy"] = (lambda p, n: our_answers(short, p, n), 0.0)
+        found["minillm, fast in bf16"] = (lambda p, n: our_answers(short, p, n), 0.0)
     return found
 
 
