@@ -4,7 +4,7 @@ Read it from top to bottom: KVCache (and Prefix, the memory of a chat) -> sample
 token id) as tokens are made, for many prompts at once; rows that end make room for prompts that wait.
 
 It knows no class of model. A model is what has config and decoder(); a decoder what has config, new_cache(),
-hidden_states() and lm_head(): a Transformer (model.py) or a copy of its weights (generation.InferenceCopy). What it
+hidden_states() and lm_head(): a Transformer (model.py) or a copy of its weights (inference.InferenceCopy). What it
 does not do: text (tokenizer.py, chat.py), beam search and other ways to decode (generation.py).
 
 Papers: top-p, Holtzman et al. 2020 (arXiv:1904.09751); min-p, Nguyen et al. 2024 (2407.01082); repetition penalty,

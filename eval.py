@@ -307,7 +307,7 @@ def speed_up(player, args):
     """Give a player the decoder that --decoder asks for, and say what it is."""
     if args.decoder != "plain":
         narrow = player.runtime.dtype if player.runtime.dtype == torch.bfloat16 else None
-        rows = min(args.batch_size, 16) if args.mode in ("batch", "compare") else 1
+        rows = min(args.batch_size, 64) if args.mode in ("batch", "compare") else 1
         print(accelerate(player.model, int8=args.decoder == "int8", dtype=narrow, rows=rows))
 
 

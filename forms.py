@@ -3,7 +3,7 @@
 A form says how a matrix [M,K] is stored and how rows x [N,K] are multiplied with it. Which one is fastest depends on
 processor, libraries, threads and shape, by factors; so fastest_form() times them.
 
-What this file does not do: copy a model (inference.py), call the products written in Rust (native.py).
+What this file does not do: copy a model (inference.py), call the products written in Rust (inference.py too).
 
 Paper: int8 products with a scale for each row and column, Dettmers et al. 2022 (arXiv:2208.07339).
 

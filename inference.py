@@ -27,6 +27,7 @@ cache slots, M and K rows and columns of a matrix.
 """
 import functools
 import time
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,20 @@ def accelerate(model, int8: bool = False, dtype: torch.dtype | None = None, rows
     return f"decoding with {best.name}, {before / after:.2f}x as fast"
 
 
+def _marks(model) -> list:
+    """What tells whether weights are still those that a decoder was made of: each parameter, its memory, its version.
+    `.to()` and `.data =` change the memory and not the version."""
+    return [(p, p.data_ptr(), p._version) for p in model.parameters()]
+
+
+def _unchanged(model, marks: list, in_place: bool = False) -> bool:
+    """Whether the weights are those that were marked; in_place: new numbers in the same memory are no change."""
+    now = list(model.parameters())
+    return len(now) == len(marks) and all(
+        p is old and p.data_ptr() == place and (in_place or p._version == version)
+        for p, (old, place, version) in zip(now, marks, strict=True))
+
+
 def seconds_of_a_step(decoder, rows: int = 1, steps: int = 8) -> float:
     """Seconds that one token of so many rows takes a hundred tokens into a text, the best of some."""
     cache = decoder.new_cache(rows, 100 + steps)
@@ -100,9 +115,10 @@ def module():
 
 def make_native(model, dtype: torch.dtype, int8: bool, rows: int = 1):
     """The fastest decoder in Rust for this model, or None: the module is not built, or does not know such a model."""
-    config = model.config
+    config, stored = model.config, {p.dtype for p in model.parameters()}
     known = config.num_experts == 0 and (config.hidden_act, config.mlp_type) == ("silu", "gated")
-    if module() is None or not known or rows > MOST_TOKENS or dtype not in (torch.float32, torch.bfloat16):
+    known &= stored == {torch.float32} and dtype in (torch.float32, torch.bfloat16) or stored == {dtype, torch.bfloat16}
+    if module() is None or not known or rows > MOST_TOKENS or not all(p.is_contiguous() for p in model.parameters()):
         return None
     found = NativeDecoder(model, dtype, int8)
     if dtype != torch.float32 or int8 or rows > 1:
@@ -117,13 +133,14 @@ class NativeDecoder:
 
     def __init__(self, model, dtype: torch.dtype, int8: bool = False):
         self.config, self.dtype, self.int8 = model.config, dtype, int8
-        self.parameters = [(p, p._version) for p in model.parameters()]
-        stored = model.model.embed_tokens.weight.dtype
-        self.shared = not int8 and stored == dtype  # reads the model's own memory
+        self.marks = _marks(model)
+        # reads the model's own memory, norms included
+        self.shared = not int8 and all(p.dtype == dtype == torch.float32 for p in model.parameters())
         # reads long prompts; its Linear weights are those that Rust reads
         self.twin = model.twin(None if int8 or self.shared else dtype)
-        self.cos, self.sin = torch.zeros(0, 0), torch.zeros(0, 0)
-        self.states = self.logits = torch.zeros(0, 0)  # of the last step [N,D], [N,V]
+        self.turns = torch.zeros(0, 0), torch.zeros(0, 0)  # cosines and sines [S,C]
+        # States [N,D] and logits [N,V] of the last step. Pairs are replaced as one: another thread may look at them.
+        self.last = torch.zeros(0, 0), torch.zeros(0, 0)
         matrices = {}  # Linear module -> its numbers as arrays
         for parent in list(self.twin.modules()):
             for name, linear in list(parent.named_children()):
@@ -159,10 +176,7 @@ class NativeDecoder:
 
     def is_of(self, model) -> bool:
         """Whether these are the model's weights as they are now."""
-        now = list(model.parameters())
-        return len(now) == len(self.parameters) and all(
-            p is old and (self.shared or p._version == version)
-            for p, (old, version) in zip(now, self.parameters, strict=True))
+        return _unchanged(model, self.marks, in_place=self.shared)
 
     def new_cache(self, batch: int, slots: int):
         """An empty KVCache for this decoder."""
@@ -185,7 +199,7 @@ class NativeDecoder:
         cache.advance(len(ids) // len(cache.lengths))
         states = torch.from_numpy(states)
         if with_logits:
-            self.states, self.logits = states, torch.from_numpy(logits)
+            self.last = states, torch.from_numpy(logits)
         return states
 
     def guess(self, token: int, cache, count: int) -> list[int]:
@@ -198,19 +212,21 @@ class NativeDecoder:
         """Hidden states [B,D] -> logits [B,V]."""
         # Logits of the last step were made with it, in one call. They are known by their place in memory: h is then a
         # part of these states, which stand there as long as they are kept here.
-        row, odd = divmod(h.data_ptr() - self.states.data_ptr(), 4 * self.config.hidden_size)
-        if odd == 0 and 0 <= row <= len(self.states) - len(h) and h.is_contiguous():
-            return self.logits[row : row + len(h)]
+        states, logits = self.last
+        row, odd = divmod(h.data_ptr() - states.data_ptr(), 4 * self.config.hidden_size)
+        if odd == 0 and 0 <= row <= len(states) - len(h) and h.is_contiguous():
+            return logits[row : row + len(h)]
         if len(h) > MOST_TOKENS:
             return self.twin.lm_head(h if self.int8 else h.to(self.dtype))
         return torch.from_numpy(self.rust.logits(h.float().contiguous().numpy()))
 
     def _turns(self, slots: int):
         """Cosines and sines of the rotation at every position, [S,C] each."""
-        if slots > len(self.cos):
+        turns = self.turns
+        if slots > len(turns[0]):
             tables = self.twin.model.rotary(torch.arange(slots)[None], torch.float32)  # [1,S,1,C] each
-            self.cos, self.sin = (table.reshape(slots, -1).contiguous() for table in tables)
-        return self.cos.numpy(), self.sin.numpy()
+            self.turns = turns = tuple(table.reshape(slots, -1).contiguous() for table in tables)
+        return [table.numpy() for table in turns]
 
 
 class Int8Linear(nn.Module):
@@ -221,7 +237,8 @@ class Int8Linear(nn.Module):
         self.numbers, self.scales = quantize(weight)
         products = {"int8 products": multiply_int8, "widened": multiply_widened}
         forms = {name: (lambda matrix: (self.numbers, self.scales), product) for name, product in products.items()}
-        self.multiply = products[fastest_form(forms, [weight], rows=64)]
+        # right is what multiplies these numbers, however far they are from the weights
+        self.multiply = products[fastest_form(forms, [self.numbers * self.scales[:, None]], rows=64)]
 
     def forward(self, x):
         """x [...,K] -> [...,M]."""
@@ -258,8 +275,8 @@ class ReadAhead:
     def __init__(self, exact: NativeDecoder, narrow: NativeDecoder):
         self.exact, self.narrow, self.config = exact, narrow, exact.config
         self.right, self.judged = 8.0, 10.0  # guesses, old ones with less and less weight; a share to begin with
-        self.pending: list[tuple[int, torch.Tensor]] = []  # guessed tokens with their states [1,1,D]
-        self.cache = None  # in which they stand
+        # cache -> (its length, guessed tokens that stand behind it, with their states [1,1,D])
+        self.pending = weakref.WeakKeyDictionary()
         self.idle = 0  # tokens since the last guess
         cache = self.new_cache(1, MOST_GUESSES + 2)
 
@@ -291,29 +308,28 @@ class ReadAhead:
 
     def hidden_states(self, ids, cache):
         """As NativeDecoder.hidden_states()."""
+        length, pending = self.pending.pop(cache, (0, []))
         if ids.numel() > 1 or cache.end == 0:
-            self.pending = []
             return self.exact.hidden_states(ids, cache)
         cache.check_room(1)
         token = int(ids)
-        if self.pending and self.cache is cache and cache.lengths == [self.place]:
-            guess, states = self.pending.pop(0)
+        if pending and cache.lengths == [length]:
+            (guess, states), *pending = pending
             self._judge(guess == token)
             if guess == token:
                 cache.advance(1)
-                self.place += 1
+                self.pending[cache] = length + 1, pending
                 return states
-        room = cache.slots - cache.end - 1
+        length, room = cache.end + 1, cache.slots - cache.end - 1
         count = min(self._best_count(self.right / self.judged), room)
         self.idle += 1
         if not count and room and self.idle > 32:  # has the text become easier to guess?
             count = 1
         self.idle = 0 if count else self.idle
         guesses = self.narrow.guess(token, cache, count) if count else []
-        self.cache, self.place = cache, cache.end + 1
         states = self.exact.read([token, *guesses], cache)[None]  # [1,T,D]
-        cache.set_lengths([self.place])
-        self.pending = [(guess, states[:, i : i + 1]) for i, guess in enumerate(guesses, 1)]
+        cache.set_lengths([length])
+        self.pending[cache] = length, [(guess, states[:, i : i + 1]) for i, guess in enumerate(guesses, 1)]
         return states[:, :1]
 
     def lm_head(self, h):
@@ -356,7 +372,7 @@ class InferenceCopy:
     def __init__(self, model, dtype: torch.dtype, int8: bool = False, rows: int = 1):
         self.config, self.model, self.dtype, self.rows = model.config, model, dtype, rows
         self.wide = torch.promote_types(dtype, torch.float32)
-        self.parameters = [(p, p._version) for p in model.parameters()]
+        self.marks = _marks(model)
         self.forms = INT8_FORMS if int8 else FORMS
         self.embedding = model.model.embed_tokens.weight.detach()  # [V,D], shared
         self.layers = [self._layer(block) for block in model.model.layers]
@@ -386,9 +402,7 @@ class InferenceCopy:
 
     def is_of(self, model) -> bool:
         """Whether this is a copy of what the model's weights are now."""
-        now = list(model.parameters())
-        return len(now) == len(self.parameters) and all(
-            p is old and p._version == version for p, (old, version) in zip(now, self.parameters, strict=True))
+        return _unchanged(model, self.marks)
 
     def _layer(self, block) -> dict:
         """The matrices of one block, as plain tensors."""

@@ -405,7 +405,7 @@ class Transformer(nn.Module):
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # [V,D], as the embedding
         self.gradient_checkpointing = False  # set to True: activations are computed twice, memory falls
-        self.inference_copy = None  # generation.accelerate(): what generate() decodes with while the weights stay
+        self.inference_copy = None  # inference.accelerate(): what generate() decodes with while the weights stay
         initialize(self, config.initializer_range)
         self.tie()
 

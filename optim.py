@@ -289,7 +289,7 @@ def build(model, name, learning_rate, muon_learning_rate=None, weight_decay=0.0,
         weight_decay: on 2D weights only; norms and gains are not decayed.
         dtype: the run's autocast dtype; Muon's inner products run in it when it is bfloat16, else in the weights' own.
         zero: AdamW only: each rank of the process group keeps and steps its share of the parameters (sharding.py).
-        embedding_decay: beside Muon, weight decay of the 2D weights that AdamW moves; None: weight_decay.
+        embedding_decay: beside Muon, weight decay of embedding and head; None: weight_decay.
     Raises: ValueError for an unknown name.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -303,9 +303,13 @@ def build(model, name, learning_rate, muon_learning_rate=None, weight_decay=0.0,
     else:
         raise ValueError(f"optimizer {name!r} is unknown; it is one of muon, adamw, lion, sophia, schedulefree; choose "
                          "one of them")
-    own_decay = name == "muon" and embedding_decay is not None
-    groups.append(dict(params=[p for _, p in rest if p.ndim >= 2], lr=learning_rate, algorithm="adamw",
-                       weight_decay=embedding_decay if own_decay else weight_decay))
+    matrices = [(n, p) for n, p in rest if p.ndim >= 2]
+    if name == "muon" and embedding_decay is not None:  # beside Muon: embedding and head, and in blocks the routers
+        outside = [p for n, p in matrices if ".layers." not in f".{n}"]
+        groups.append(dict(params=outside, lr=learning_rate, algorithm="adamw", weight_decay=embedding_decay))
+        matrices = [(n, p) for n, p in matrices if ".layers." in f".{n}"]
+    groups.append(dict(params=[p for _, p in matrices], lr=learning_rate, algorithm="adamw",
+                       weight_decay=weight_decay))
     groups.append(dict(params=[p for _, p in rest if p.ndim < 2], lr=learning_rate, algorithm="adamw",
                        weight_decay=0.0))
     groups = [g | {"initial_lr": g["lr"]} for g in groups if g["params"]]

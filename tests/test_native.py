@@ -3,7 +3,10 @@ change no token; what the module is not made for is refused or left to torch.
 
     python -m pytest tests/test_native.py
 """
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from inference import MOST_GUESSES, MOST_TOKENS, NativeDecoder, ReadAhead, make_
 
 pytestmark = pytest.mark.skipif(inference.module() is None, reason="minillm_decode is not built (pip install "
                                                                 "./rustdecode)")
+ROOT = Path(__file__).parent.parent
 # heads of 16 numbers, of one and a half registers, of less than one; all heads in one group, each its own
 SHAPES = {"dense": {}, "untied": {}, "yarn": {}, "yarn_given_factor": {}, "heads_of_24": dict(head_dim=24),
           "heads_of_6": dict(head_dim=6, hidden_size=54, intermediate_size=37),
@@ -158,7 +162,7 @@ def test_guesses_do_not_outlive_their_text():
     cache, other = exact.new_cache(1, 20), exact.new_cache(1, 20)
     decoder.hidden_states(ids[:1], cache)
     decoder.hidden_states(ids[:1, :1], cache)  # three guesses wait behind it
-    guess = torch.tensor([[decoder.pending[0][0]]])
+    guess = torch.tensor([[decoder.pending[cache][1][0][0]]])
     cache.set_lengths([0])
     decoder.hidden_states(torch.cat((ids[1:], ids[1:, :1]), 1), cache)  # another text of the same length
     exact.hidden_states(torch.cat((ids[1:], ids[1:, :1]), 1), other)
@@ -207,6 +211,90 @@ def test_fp32_weights_are_not_copied_and_others_are_passed_over_when_they_change
     assert exact.is_of(model) and not narrow.is_of(model) and not exact.is_of(model_of())
     found = logits_of(exact, ids, [1] * 5, exact.new_cache(1, 5))
     torch.testing.assert_close(found, model(ids).detach(), atol=2e-5, rtol=0)
+
+
+def test_outliers_in_the_weights_are_no_reason_to_fail():
+    """One weight of each row ten times the others: in 8 bits a row keeps little of the rest, and nobody raises."""
+    model = model_of()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[:, 3] = 10
+    for int8 in (False, True):
+        assert "decoding with" in inference.accelerate(model, int8=int8)
+        assert len(answers(model, [random_ids(30).tolist()], 4, temperature=0.0)[0]) == 4
+
+
+def test_moved_weights_are_noticed():
+    for move in (lambda model: model.to(torch.bfloat16), lambda model: setattr(
+            model.lm_head.weight, "data", model.lm_head.weight.data.clone())):
+        model = model_of()
+        decoders = NativeDecoder(model, torch.float32), inference.InferenceCopy(model, torch.float32)
+        assert all(decoder.is_of(model) for decoder in decoders)
+        move(model)
+        assert not any(decoder.is_of(model) for decoder in decoders)
+
+
+def test_norms_of_bf16_weights_are_copies_and_passed_over_when_they_change():
+    model = model_of().to(torch.bfloat16)
+    decoder = NativeDecoder(model, torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.mul_(-1)
+    assert not decoder.is_of(model)
+
+
+def test_weights_that_do_not_lie_row_by_row_are_left_to_torch():
+    model, prompt = model_of(), [random_ids(20).tolist()]
+    expected = answers(model, prompt, 8, temperature=0.0)
+    linear = model.model.layers[1].mlp.up_proj
+    linear.weight = torch.nn.Parameter(linear.weight.detach().t().contiguous().t())
+    assert make_native(model, torch.float32, False) is None
+    inference.accelerate(model)
+    assert answers(model, prompt, 8, temperature=0.0) == expected
+    with pytest.raises(ValueError, match="row by row"):
+        NativeDecoder(model, torch.float32)
+
+
+@pytest.mark.parametrize("stored, dtype", [(torch.bfloat16, torch.float32), (torch.float64, torch.bfloat16)])
+def test_weights_that_would_be_widened_are_left_to_torch(stored, dtype):
+    model = model_of(dtype=stored)
+    assert make_native(model, dtype, False) is None
+
+
+def test_a_forked_process_decodes_as_well(tmp_path):
+    """The threads of a step are not there after a fork: waiting for them would take for ever."""
+    code = """
+import os, signal, sys, torch
+sys.path[:0] = sys.argv[1:]
+from test_model import make_model, random_ids
+import inference
+torch.set_num_threads(1)
+decoder = inference.NativeDecoder(make_model(), torch.float32)
+decoder.rust = inference.module().Decoder(*decoder.weights, 2)
+step = lambda: decoder.hidden_states(random_ids(1, 4), decoder.new_cache(1, 8))
+first = step()
+if os.fork() == 0:
+    signal.alarm(20)
+    os._exit(0 if torch.equal(step(), first) else 1)
+sys.exit(os.wait()[1])
+"""
+    assert subprocess.run([sys.executable, "-c", code, ROOT, ROOT / "tests"], timeout=100).returncode == 0
+
+
+def test_threads_may_share_a_decoder_that_guesses():
+    model, results = model_of(), {}
+    model.inference_copy = guided(model, 4)
+    prompts = [random_ids(5 + seed, seed=seed).tolist() for seed in range(4)]
+
+    def run(number):
+        results[number] = answers(model, [prompts[number]], 60, temperature=0.0)[0]
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    model.inference_copy = None
+    assert [results[number] for number in range(4)] == [
+        answers(model, [prompt], 60, temperature=0.0)[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize("kind, dtype, rows", [("moe", torch.float32, 1), ("geglu", torch.float32, 1),

@@ -44,7 +44,7 @@ impl Rows {
             return;
         }
         // each of LANES sums adds up K / LANES products of at most 128 * largest, which must fit in 32 bits
-        let largest = ((1 << 24) * LANES / columns.next_multiple_of(LANES)).min(i16::MAX as usize) as f32;
+        let largest = ((1 << 24) * LANES / columns.next_multiple_of(2 * LANES)).min(i16::MAX as usize) as f32;
         for row in self.numbers.chunks_exact(columns) {
             // as bits: numbers without sign have the order of their bits, and whole numbers are compared many at once
             let most = row.iter().map(|x| x.to_bits() & 0x7FFF_FFFF).max().map_or(0.0, f32::from_bits);

@@ -54,6 +54,11 @@ impl Kept {
 
 impl Borrowed<'_> {
     fn matrix(&self) -> PyResult<Matrix<'_>> {
+        in_order(match self {
+            Borrowed::Single(numbers) => numbers.is_c_contiguous(),
+            Borrowed::Half(numbers) => numbers.is_c_contiguous(),
+            Borrowed::Quarter(numbers, _) => numbers.is_c_contiguous(),
+        })?;
         Ok(match self {
             Borrowed::Single(numbers) => Matrix::Single(numbers.as_slice()?),
             Borrowed::Half(numbers) => Matrix::Half(numbers.as_slice()?),
@@ -105,7 +110,9 @@ impl Decoder {
             Kept::Half(numbers) => numbers.bind(py).shape()[0],
             Kept::Quarter(numbers, _) => numbers.bind(py).shape()[0],
         };
-        if kv_heads == 0
+        if layers.is_empty()
+            || head_dim == 0
+            || kv_heads == 0
             || !heads.is_multiple_of(kv_heads)
             || !head_dim.is_multiple_of(2)
             || num_threads == 0
@@ -150,6 +157,7 @@ impl Decoder {
         if lengths.is_empty() || ids.is_empty() || !ids.len().is_multiple_of(lengths.len()) {
             return Err(PyValueError::new_err("as many ids for each row, and at least one"));
         }
+        in_order(cos.is_c_contiguous() && sin.is_c_contiguous())?;
         let turns = Turns { cos: cos.as_slice()?, sin: sin.as_slice()? };
         let reads = Reads { ids: &ids, lengths: &lengths, count: ids.len() / lengths.len(), with_logits };
         let (hidden, logits) = match kv.cast::<PyArrayDyn<f32>>() {
@@ -164,6 +172,7 @@ impl Decoder {
         if hidden.shape()[1] != self.sizes.hidden {
             return Err(PyValueError::new_err("hidden states of another size"));
         }
+        in_order(hidden.is_c_contiguous())?;
         let rows = hidden.as_slice()?;
         let logits = self.with_weights(py, |weights| step::logits(weights, self.threads, rows))?;
         rows_of(py, logits, self.sizes.vocabulary)
@@ -180,6 +189,7 @@ impl Decoder {
         cos: PyReadonlyArray2<'py, f32>,
         sin: PyReadonlyArray2<'py, f32>,
     ) -> PyResult<Vec<u32>> {
+        in_order(cos.is_c_contiguous() && sin.is_c_contiguous())?;
         let turns = Turns { cos: cos.as_slice()?, sin: sin.as_slice()? };
         let (ids, lengths) = ([token], [length]);
         let reads = Reads { ids: &ids, lengths: &lengths, count, with_logits: false };
@@ -208,6 +218,7 @@ impl Decoder {
         reads: Reads,
     ) -> PyResult<(Vec<f32>, Option<Vec<f32>>)> {
         self.check(kv.shape(), turns, reads)?;
+        in_order(kv.is_c_contiguous())?;
         let (rows, slots) = (kv.shape()[2], kv.shape()[4]);
         let mut kv = kv.try_readwrite()?;
         let cache = Cache { numbers: kv.as_slice_mut()?, rows, slots };
@@ -224,6 +235,7 @@ impl Decoder {
         reads: Reads,
     ) -> PyResult<Vec<u32>> {
         self.check(kv.shape(), turns, reads)?;
+        in_order(kv.is_c_contiguous())?;
         let (rows, slots) = (kv.shape()[2], kv.shape()[4]);
         let mut kv = kv.try_readwrite()?;
         let cache = Cache { numbers: kv.as_slice_mut()?, rows, slots };
@@ -240,7 +252,7 @@ impl Decoder {
             && reads.lengths.len() <= kv[2]
             && turns.cos.len() == turns.sin.len();
         let slots = if fits { kv[4].min(turns.cos.len() / head_dim) } else { 0 };
-        if reads.lengths.iter().any(|length| length + reads.count > slots) {
+        if reads.lengths.iter().any(|length| length.saturating_add(reads.count) > slots) {
             return Err(PyValueError::new_err(format!(
                 "a cache {kv:?} and {} turns for {} rows of up to {:?} + {} tokens; they do not fit",
                 turns.cos.len() / head_dim,
@@ -314,13 +326,21 @@ impl Decoder {
     }
 }
 
+/// Error: an array that lies column by column; its slice would be that of its transpose.
+fn in_order(rows_first: bool) -> PyResult<()> {
+    match rows_first {
+        true => Ok(()),
+        false => Err(PyValueError::new_err("an array that does not lie row by row in memory; make it contiguous")),
+    }
+}
+
 /// Numbers as an array [N,columns].
 fn rows_of(py: Python<'_>, numbers: Vec<f32>, columns: usize) -> PyResult<Bound<'_, PyArray2<f32>>> {
     let rows = numbers.len() / columns;
     PyArray1::from_vec(py, numbers).reshape([rows, columns])
 }
 
-/// One step of decoding in Rust: the fast half of native.py.
+/// One step of decoding in Rust: the fast half of inference.py.
 #[pymodule]
 fn minillm_decode(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Decoder>()

@@ -8,8 +8,9 @@
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::cell::Cell;
 use std::hint::spin_loop;
+use std::process;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::thread::{available_parallelism, yield_now};
 
 /// Run `lead` on this thread. Each time it calls its argument with a job, the threads, this one among them, do
@@ -70,13 +71,19 @@ pub fn together<J: Copy + Send, R>(
     })
 }
 
-/// Threads that sleep between steps: starting new ones would take longer than a step of a small model.
-fn pool() -> &'static ThreadPool {
-    static POOL: OnceLock<ThreadPool> = OnceLock::new();
-    POOL.get_or_init(|| {
-        let others = available_parallelism().map_or(1, |cores| cores.get().max(2) - 1);
-        ThreadPoolBuilder::new().num_threads(others).build().expect("threads can be started")
-    })
+/// Threads that sleep between steps: starting new ones would take longer than a step of a small model. After a fork they
+/// are the parent's: the child has threads of its own.
+fn pool() -> Arc<ThreadPool> {
+    static POOL: Mutex<Option<(u32, Arc<ThreadPool>)>> = Mutex::new(None);
+    let mut pool = POOL.lock().expect("nobody panics with it");
+    if let Some((_, pool)) = pool.as_ref().filter(|(owner, _)| *owner == process::id()) {
+        return Arc::clone(pool);
+    }
+    let others = available_parallelism().map_or(1, |cores| cores.get().max(2) - 1);
+    let new = Arc::new(ThreadPoolBuilder::new().num_threads(others).build().expect("threads can be started"));
+    // the parent's is not dropped: that would wait for threads that are not here
+    std::mem::forget(pool.replace((process::id(), Arc::clone(&new))));
+    new
 }
 
 /// Wait for other threads: awake, but not for long where another program needs the core.
