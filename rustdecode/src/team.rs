@@ -71,8 +71,8 @@ pub fn together<J: Copy + Send, R>(
     })
 }
 
-/// Threads that sleep between steps: starting new ones would take longer than a step of a small model. After a fork they
-/// are the parent's: the child has threads of its own.
+/// Threads that sleep between steps: starting new ones would take longer than a step of a small model. After a fork
+/// they are the parent's: the child has threads of its own.
 fn pool() -> Arc<ThreadPool> {
     static POOL: Mutex<Option<(u32, Arc<ThreadPool>)>> = Mutex::new(None);
     let mut pool = POOL.lock().expect("nobody panics with it");
