@@ -1,14 +1,17 @@
-"""RMSNorm and attention with their gradients by hand, where on a CPU that is faster than what torch goes through.
+"""RMSNorm, rotation and attention with gradients by hand, where on a CPU that is faster than what torch goes through.
 
-    rms_norm()   torch puts its norm together of small operations, and autograd goes back through all of them
-    attention()  torch's backward pass in bf16 takes longer than the one in fp32, although products of matrices are
-                 several times faster in bf16: they are too small there
+    rms_norm()     torch puts its norm together of small operations, and autograd goes back through all of them
+    norm_rotate()  nearly twenty passes over all queries and keys; here over pieces of them that stay in a core's cache
+    attention()    torch's backward pass in bf16 takes longer than the one in fp32, although products of matrices are
+                   several times faster in bf16: they are too small there
 
 The numbers are those of torch's own functions, up to rounding; on other devices, and when compiled, these run.
-What this file does not do: parameters, projections, rotation, attention to a cache (model.py).
+What this file does not do: parameters, projections, angles, attention to a cache (model.py).
 
 Letters: B batch, T tokens, D hidden size, H heads, K kv heads, C head_dim, N rows of a matrix, S keys that are seen.
 """
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,9 +27,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _Norm.apply(x, weight, eps) if torch.is_grad_enabled() else _normalize(x, weight, eps)[0]
 
 
+def _factor(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps): x [...,D] -> [...,1]."""
+    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()
+
+
 def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x r w and r = 1 / sqrt(mean(x^2) + eps): x [...,D], weight [D] -> [...,D], [...,1]."""
-    r = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()
+    r = _factor(x, eps)
     return (x * r).mul_(weight), r
 
 
@@ -52,6 +60,87 @@ class _Norm(torch.autograd.Function):
         grad_weight = r.view(-1) @ products if ctx.needs_input_grad[1] else None
         mean = (products @ weight).view_as(r) / x.shape[-1]  # [...,1]
         return (grad * weight).mul_(r).addcmul_(x, mean * r**3, value=-1), grad_weight, None
+
+
+# -- RMSNorm and rotation ----------------------------------------------------------------------------------------------
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (a, b) = (x[i], x[i + C/2]) of x [B,T,H,C] by its angle: (a cos - b sin, b cos + a sin). Pairs are
+    halves apart, as in Qwen3 and Llama files, not neighbours as in the paper. cos, sin [1 or B,T,1,C] as
+    model.Rotary makes them: sin is negative in the first half."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)  # rolled, (b, a) stands where (a, b) did
+
+
+def norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """rotate(rms_norm(x, weight, eps), cos, sin), computed in the dtype of weight and returned in that of x [B,T,H,C],
+    which may be narrower; weight [C]."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return rotate(rms_norm(x.to(weight.dtype), weight, eps), cos, sin).to(x.dtype)
+    if torch.is_grad_enabled():
+        return _NormRotate.apply(x, weight, eps, cos, sin)
+    return _normalize_and_rotate(x, weight, eps, cos, sin)[0]
+
+
+def _pieces(x: Tensor, dtype: torch.dtype, count: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """(tokens, `count` tensors [B,t,H,C] to write into) of x [B,T,H,C], t tokens at a time. Always the same memory, so
+    that it stays in the cache: fresh memory for every piece took as long as no pieces at all."""
+    b, tokens, heads, c = x.shape
+    t = max(1, min(tokens, 2**17 // max(1, b * heads * c)))
+    scratch = [x.new_empty(b * t * heads * c, dtype=dtype) for _ in range(count)]
+    for start in range(0, tokens, t):
+        rest = min(t, tokens - start)
+        yield slice(start, start + rest), [s[: b * rest * heads * c].view(b, rest, heads, c) for s in scratch]
+
+
+def _swap(x: Tensor, out: Tensor) -> Tensor:
+    """x.roll(C/2, -1), written to out."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((b, a), -1, out=out)
+
+
+def _normalize_and_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """norm_rotate(), and r = 1 / sqrt(mean(x^2) + eps) [B,T,H,1]."""
+    c = x.shape[-1]
+    y, r = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=weight.dtype)
+    # r does not change by a rotation, and the weight goes into the angles' tables [.,T,H,C]
+    cos, sin = ((w * f).expand(-1, -1, x.shape[2], -1).contiguous() for w, f in
+                ((weight, cos), (weight.roll(c // 2), sin)))
+    for part, (wide, turned, swapped) in _pieces(x, weight.dtype, 3):
+        wide.copy_(x[:, part])
+        r[:, part] = factor = _factor(wide, eps)
+        torch.mul(wide, cos[:, part], out=turned).addcmul_(_swap(wide, swapped), sin[:, part])
+        y[:, part] = turned.mul_(factor)
+    return y, r
+
+
+class _NormRotate(torch.autograd.Function):
+    """The gradient dy turned back is that of the normalised numbers; from there on as in _Norm."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B,T,H,C], weight [C] -> [B,T,H,C]."""
+        y, r = _normalize_and_rotate(x, weight, eps, cos, sin)
+        ctx.save_for_backward(x, weight, r, cos, sin)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        """grad [B,T,H,C]."""
+        x, weight, r, cos, sin = ctx.saved_tensors
+        c = x.shape[-1]
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        # back: the cosines stay, and each sine belongs to the other of its pair
+        cos, sin = (f.expand(-1, -1, x.shape[2], -1).contiguous() for f in (cos, sin.roll(c // 2, -1)))
+        for part, (wide, dy, turned, products) in _pieces(x, weight.dtype, 4):
+            factor = r[:, part]  # [B,t,H,1]
+            wide.copy_(x[:, part])
+            dy.copy_(grad[:, part])
+            torch.mul(dy, cos[:, part], out=turned).addcmul_(_swap(dy, products), sin[:, part])
+            torch.mul(turned, wide, out=products)
+            grad_weight += factor.reshape(-1) @ products.view(-1, c)
+            mean = (products.view(-1, c) @ weight).view(factor.shape) / c
+            grad_x[:, part] = turned.mul_(weight).mul_(factor).addcmul_(wide, mean * factor**3, value=-1)
+        return grad_x, grad_weight, None, None, None
 
 
 # -- Attention ---------------------------------------------------------------------------------------------------------

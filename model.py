@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 import decoding
 from configuration import ARCHITECTURES, GenerationConfig, ModelConfig, need
 from decoding import KVCache, Prefix, additive_mask
-from kernels import attention, rms_norm
+from kernels import attention, norm_rotate, rms_norm, rotate
 from logprobs import head_logprobs
 from weights import load_model, read_json, save_folder
 
@@ -56,8 +56,14 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dtype.itemsize < 4:  # a bf16 copy of the weights: Qwen3's order is fp32, cast, then weight
             return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
-        x = x.to(self.weight.dtype)  # fp32 weights, also under autocast, where q and k arrive in bf16: all in fp32
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps)
+
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Normalised and turned, x [B,T,H,C] -> [B,T,H,C] in the dtype of x; with fp32 weights all is computed in fp32,
+        also under autocast, where queries and keys arrive in bf16."""
+        if self.weight.dtype.itemsize < 4:
+            return rotate(self(x), cos, sin).to(x.dtype)
+        return norm_rotate(x, self.weight, self.eps, cos, sin)
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -119,12 +125,6 @@ class Rotary(nn.Module):
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (a, b) = (x[i], x[i + C/2]) of x [B,T,H,C] by its angle: (a cos - b sin, b cos + a sin). Pairs are
-    halves apart, as in Qwen3 and Llama files, not neighbours as in the paper."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)  # rolled, (b, a) stands where (a, b) did
-
-
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast uses on this kind of device right now, None when it is off."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
@@ -136,6 +136,16 @@ def narrow(x: Tensor) -> Tensor:
 
 
 # -- Attention ---------------------------------------------------------------------------------------------------------
+def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """layer(x) of each layer. While a CPU learns in bf16 they are one product: it and its gradients are faster there
+    than several narrow ones. In fp32 they are not, and a decoder would join the weights for every token."""
+    narrow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
+    if not (narrow and all(type(layer) is nn.Linear for layer in layers)):  # an adapter computes more than a product
+        return tuple(layer(x) for layer in layers)
+    weight = torch.cat([layer.weight for layer in layers])
+    return F.linear(x, weight).split([layer.out_features for layer in layers], -1)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with RMSNorm on queries and keys before the rotation (Qwen3)."""
 
@@ -155,10 +165,8 @@ class Attention(nn.Module):
         no token looks ahead, which a mask that is given as well already says."""
         b, t, _ = x.shape
         x = narrow(x)
-        q = rotate(self.q_norm(self.q_proj(x).view(b, t, -1, self.head_dim)), *rope)  # [B,T,H,C]
-        k = rotate(self.k_norm(self.k_proj(x).view(b, t, -1, self.head_dim)), *rope)  # [B,T,K,C]
-        v = self.v_proj(x).view(b, t, -1, self.head_dim)  # [B,T,K,C]
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast their norms made them fp32
+        q, k, v = (y.view(b, t, -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm.rotated(q, *rope), self.k_norm.rotated(k, *rope)  # [B,T,H,C], [B,T,K,C]; v [B,T,K,C]
         q, keys, values = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,H,T,C], [B,K,T,C] twice
         if cache is not None:
             keys, values = cache.write(self.layer, torch.stack((keys, values)))  # [2,B,K,T,C] -> [B,K,S,C] each
@@ -309,7 +317,7 @@ class Block(nn.Module):
         branch = self.self_attn(self.input_layernorm(x), rope, mask, causal, cache)
         x = x + F.dropout(branch, self.dropout, self.training)
         if wanted is not None:
-            x = x.flatten(0, 1)[wanted][None]  # [B,T,D] -> [1,N,D]
+            x = x.flatten(0, 1).index_select(0, wanted)[None]  # [B,T,D] -> [1,N,D]
         h = self.post_attention_layernorm(x)
         branch, balance = self.mlp(h, token_mask) if self.is_moe else (self.mlp(h), None)
         return x + F.dropout(branch, self.dropout, self.training), balance
@@ -449,7 +457,9 @@ class Transformer(nn.Module):
         """log p of the target tokens [B,T-1], or its sum, from hidden states [B,T,D]; the head runs on their positions
         only."""
         wanted = target_mask[:, 1:] != 0  # [B,T-1]
-        found = head_logprobs(narrow(h[:, :-1][wanted]), narrow(self.lm_head.weight), ids[:, 1:][wanted], sum_targets)
+        rows = F.pad(wanted, (0, 1)).flatten().nonzero().squeeze(1)  # [N]; indexing by a mask has a slow gradient
+        h = narrow(h.flatten(0, 1).index_select(0, rows))  # [N,D]
+        found = head_logprobs(h, narrow(self.lm_head.weight), ids[:, 1:][wanted], sum_targets)
         if sum_targets:
             return found
         return torch.zeros(wanted.shape, dtype=found.dtype, device=h.device).masked_scatter(wanted, found)

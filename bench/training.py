@@ -379,16 +379,15 @@ def matmul_rate(dtype, size=1024):
 
 def compare_speed(args, dtype):
     """Time the contenders step by step in turns; print a table of medians, ratios and utilisation."""
-    rate = matmul_rate(dtype)
-    print(f"a {str(dtype)[6:]} matrix product of 1024 x 1024 runs at {rate / 1e9:.0f} GFLOP/s", flush=True)
     for name in args.shapes:
         shape, rows, length = SHAPES[name]
         found = contenders(shape, dtype, args.compiled)
         draw = torch.Generator().manual_seed(0)
-        seconds = {contender: [] for contender in found}
+        seconds, rates = {contender: [] for contender in found}, []
         for round_ in range(args.rounds + 2):  # two to warm up
             ids = torch.randint(shape["vocab_size"], (rows, length), generator=draw)
             losses = []
+            rates.append(matmul_rate(dtype))  # in each round: other users of the machine slow it down as well
             for contender, made in found.items():
                 taken, loss = made.run(ids)
                 losses.append(loss)
@@ -396,7 +395,9 @@ def compare_speed(args, dtype):
             if round_ == 0:  # the weights are equal until the first update
                 print(f"{name}: loss of the first step {min(losses):.5f} to {max(losses):.5f}", flush=True)
         operations = Transformer(ModelConfig(**shape)).flops_per_token(length) * rows * length
-        base = statistics.median(seconds["transformers fp32"])
+        base, rate = statistics.median(seconds["transformers fp32"]), statistics.median(rates)
+        print(f"a {str(dtype)[6:]} matrix product of 1024 x 1024 runs at {rate / 1e9:.0f} GFLOP/s "
+              f"({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f})")
         print(f"{'contender':<30} {'s a step':>9} {'tokens/s':>9} {'ratio':>6} {'of the matmul rate':>19}")
         for contender, times in seconds.items():
             median = statistics.median(times)

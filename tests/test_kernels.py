@@ -44,6 +44,43 @@ def test_norm_and_its_gradients_are_torchs(eps):
         assert torch.equal(kernels.rms_norm(x, weight, eps), ours), "the same bits without a gradient"
 
 
+# tokens at a time: all, 16 and then 2, 128, 1
+@pytest.mark.parametrize("shape", [(2, 7, 3, 8), (32, 50, 4, 64), (1, 300, 16, 64), (1100, 3, 2, 64)], ids=str)
+@pytest.mark.parametrize("positions", ["shared", "of each row"])
+def test_normalised_and_rotated_is_torchs_norm_and_rotate(shape, positions):
+    b, t, h, c = shape
+    torch.manual_seed(0)
+    slab = torch.randn(b, t, h + 1, c, dtype=torch.float64)  # x as one of several projections that lie side by side
+    x, weight, grad = slab[:, :, 1:].requires_grad_(), draw(c), torch.randn(shape, dtype=torch.float64)
+    angles = torch.randn(1 if positions == "shared" else b, t, 1, c // 2, dtype=torch.float64)
+    cos, sin = torch.cat((angles.cos(),) * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    theirs = kernels.rotate(F.rms_norm(x, (c,), weight, 1e-2), cos, sin)
+    ours = kernels.norm_rotate(x, weight, 1e-2, cos, sin)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(ours, (x, weight), grad), torch.autograd.grad(theirs, (x, weight), grad),
+                    strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        assert torch.equal(kernels.norm_rotate(x, weight, 1e-2, cos, sin), ours), "the same bits without a gradient"
+
+
+def test_bf16_numbers_are_normalised_and_rotated_in_fp32():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 9, 3, 16).bfloat16().requires_grad_(), draw(16, dtype=torch.float32)
+    angles = torch.randn(1, 9, 1, 8).repeat(1, 1, 1, 2)
+    cos, sin = angles.cos(), torch.cat((-angles[..., :8].sin(), angles[..., :8].sin()), -1)
+    ours = kernels.norm_rotate(x, weight, 1e-6, cos, sin)
+    exact = kernels.rotate(F.rms_norm(x.double(), (16,), weight.double(), 1e-6), cos.double(), sin.double())
+    grad = torch.randn_like(ours)
+    found = torch.autograd.grad(ours, (x, weight), grad)
+    wanted = torch.autograd.grad(exact, (x, weight), grad.double())
+    assert ours.dtype == found[0].dtype == torch.bfloat16 and found[1].dtype == torch.float32
+    # rounded once, at the end: half a unit of bf16's 8 bits, and what fp32 loses
+    torch.testing.assert_close(ours.double(), exact, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(found[0].double(), wanted[0].double(), rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "documents"])
 @pytest.mark.parametrize("shape", [(2, 4, 2, 7, 8), (3, 4, 4, 128, 8), (2, 6, 2, 300, 4), (40, 4, 1, 150, 4)], ids=str)
 def test_gradients_of_attention_are_torchs(shape, packed):

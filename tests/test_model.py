@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from conftest import BF16_SPEEDUP
 
 from configuration import ModelConfig
+from kernels import rotate
 from logprobs import token_logprobs
-from model import MLP, MoE, RMSNorm, Rotary, ScalarHead, Transformer, rotate
+from lora import LoRALinear
+from model import MLP, MoE, RMSNorm, Rotary, ScalarHead, Transformer, project
 
 SHAPE = dict(vocab_size=97, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
              head_dim=16, intermediate_size=80, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
@@ -231,6 +233,28 @@ def test_router_learns_from_the_loss_with_one_and_with_two_experts_a_token():
         assert model.config.norm_topk_prob == (count > 1)
         (-token_logprobs(model(random_ids(2, 9)), random_ids(2, 9)).mean()).backward()
         assert all(layer.mlp.gate.weight.grad.abs().max() > 1e-8 for layer in model.model.layers)
+
+
+@pytest.mark.skipif(not BF16_SPEEDUP, reason="bf16 products crash on this CPU")
+def test_projections_in_one_product_are_those_of_their_layers():
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 32).bfloat16().requires_grad_()
+    layers = [torch.nn.Linear(32, size, bias=False) for size in (24, 8, 8)]
+    grads = [torch.randn(3, 5, layer.out_features).bfloat16() for layer in layers]
+    wanted = [x, *(layer.weight for layer in layers)]
+    with torch.autocast("cpu", torch.bfloat16):
+        joined, alone = project(x, *layers), [layer(x) for layer in layers]
+        with torch.no_grad():
+            past = project(x, *layers)
+        adapted = project(x, LoRALinear(layers[0], 2, 4), *layers[1:])
+    exact = [x.double() @ layer.weight.double().T for layer in layers]
+    for found in (joined, alone, past, adapted):  # an adapter begins with zeros
+        for y, witness in zip(found, exact, strict=True):
+            torch.testing.assert_close(y.double(), witness, rtol=0.02, atol=0.02)
+    assert "Split" in type(joined[0].grad_fn).__name__ and "Split" not in type(adapted[1].grad_fn).__name__
+    witnesses = torch.autograd.grad(exact, wanted, [grad.double() for grad in grads])
+    for grad, witness in zip(torch.autograd.grad(joined, wanted, grads), witnesses, strict=True):
+        torch.testing.assert_close(grad.double(), witness.double(), rtol=0.03, atol=0.1)
 
 
 def test_balance_loss_equals_transformers_formula(transformers):
