@@ -18,24 +18,45 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+# -- Pieces that stay in the cache -------------------------------------------------------------------------------------
+def _pieces(x: Tensor, dim: int, dtype: torch.dtype, count: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """(slice of dimension dim, `count` tensors of that piece's shape to write into), piece after piece of x. The memory
+    is always the same, so that it stays in a core's cache: fresh memory for each took as long as no pieces at all."""
+    length = x.shape[dim]
+    row = x.numel() // max(1, length)
+    step = max(1, min(length, 2**17 // max(1, row)))
+    scratch = [x.new_empty(step * row, dtype=dtype) for _ in range(count)]
+    for start in range(0, length, step):
+        n = min(step, length - start)
+        shape = (*x.shape[:dim], n, *x.shape[dim + 1 :])
+        yield slice(start, start + n), [s[: n * row].view(shape) for s in scratch]
+
+
 # -- RMSNorm -----------------------------------------------------------------------------------------------------------
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: x [...,D], weight [D] -> [...,D]."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: x [...,D], weight [D] -> [...,D] in dtype (None: as
+    x)."""
+    dtype = dtype or x.dtype
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.rms_norm(x, weight.shape, weight, eps)
+        return F.rms_norm(x, weight.shape, weight, eps).to(dtype)
     # past autograd the same numbers, to the last bit: a policy's first step is measured against such a forward
-    return _Norm.apply(x, weight, eps) if torch.is_grad_enabled() else _normalize(x, weight, eps)[0]
+    return _Norm.apply(x, weight, eps, dtype) if torch.is_grad_enabled() else _normalize(x, weight, eps, dtype)[0]
 
 
 def _factor(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps): x [...,D] -> [...,1]."""
-    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()
+    """r = 1 / sqrt(mean(x^2) + eps): x [...,D] -> [...,1]."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x r w and r = 1 / sqrt(mean(x^2) + eps): x [...,D], weight [D] -> [...,D], [...,1]."""
-    r = _factor(x, eps)
-    return (x * r).mul_(weight), r
+def _normalize(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """rms_norm(), and r [N,1] of x as a matrix [N,D]."""
+    rows = x.reshape(-1, x.shape[-1])
+    y, r = torch.empty_like(rows, dtype=dtype), torch.empty_like(rows[:, :1])
+    for part, (scaled,) in _pieces(rows, 0, x.dtype, 1):
+        piece = rows[part]
+        r[part] = factor = _factor(piece, eps)
+        y[part] = torch.mul(piece, factor, out=scaled).mul_(weight)
+    return y.view(x.shape), r
 
 
 class _Norm(torch.autograd.Function):
@@ -44,9 +65,9 @@ class _Norm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """x [...,D], weight [D] -> [...,D]."""
-        y, r = _normalize(x, weight, eps)
+        y, r = _normalize(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, r)
         return y
 
@@ -55,11 +76,16 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         """grad [...,D]."""
         x, weight, r = ctx.saved_tensors
-        products = (grad * x).flatten(0, -2)  # [N,D]
-        # both sums as products of matrices, so that they read `products` once and write nothing of its size
-        grad_weight = r.view(-1) @ products if ctx.needs_input_grad[1] else None
-        mean = (products @ weight).view_as(r) / x.shape[-1]  # [...,1]
-        return (grad * weight).mul_(r).addcmul_(x, mean * r**3, value=-1), grad_weight, None
+        x, grads = x.reshape(-1, len(weight)), grad.reshape(-1, len(weight))  # [N,D]
+        grad_x, grad_weight, cubes = torch.empty_like(x), torch.zeros_like(weight), r**3 / len(weight)
+        for part, (dy, products) in _pieces(x, 0, x.dtype, 2):
+            piece, factor = x[part], r[part]
+            torch.mul(dy.copy_(grads[part]), piece, out=products)
+            # both sums as products of matrices, so that they read `products` once and write nothing of its size
+            grad_weight += factor.view(-1) @ products
+            mean = (products @ weight)[:, None].mul_(cubes[part])
+            torch.addcmul(dy.mul_(weight).mul_(factor), piece, mean, value=-1, out=grad_x[part])
+        return grad_x.view(grad.shape), grad_weight, None, None
 
 
 # -- RMSNorm and rotation ----------------------------------------------------------------------------------------------
@@ -80,17 +106,6 @@ def norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor)
     return _normalize_and_rotate(x, weight, eps, cos, sin)[0]
 
 
-def _pieces(x: Tensor, dtype: torch.dtype, count: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """(tokens, `count` tensors [B,t,H,C] to write into) of x [B,T,H,C], t tokens at a time. Always the same memory, so
-    that it stays in the cache: fresh memory for every piece took as long as no pieces at all."""
-    b, tokens, heads, c = x.shape
-    t = max(1, min(tokens, 2**17 // max(1, b * heads * c)))
-    scratch = [x.new_empty(b * t * heads * c, dtype=dtype) for _ in range(count)]
-    for start in range(0, tokens, t):
-        rest = min(t, tokens - start)
-        yield slice(start, start + rest), [s[: b * rest * heads * c].view(b, rest, heads, c) for s in scratch]
-
-
 def _swap(x: Tensor, out: Tensor) -> Tensor:
     """x.roll(C/2, -1), written to out."""
     a, b = x.chunk(2, -1)
@@ -104,7 +119,7 @@ def _normalize_and_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, si
     # r does not change by a rotation, and the weight goes into the angles' tables [.,T,H,C]
     cos, sin = ((w * f).expand(-1, -1, x.shape[2], -1).contiguous() for w, f in
                 ((weight, cos), (weight.roll(c // 2), sin)))
-    for part, (wide, turned, swapped) in _pieces(x, weight.dtype, 3):
+    for part, (wide, turned, swapped) in _pieces(x, 1, weight.dtype, 3):
         wide.copy_(x[:, part])
         r[:, part] = factor = _factor(wide, eps)
         torch.mul(wide, cos[:, part], out=turned).addcmul_(_swap(wide, swapped), sin[:, part])
@@ -128,18 +143,18 @@ class _NormRotate(torch.autograd.Function):
         """grad [B,T,H,C]."""
         x, weight, r, cos, sin = ctx.saved_tensors
         c = x.shape[-1]
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        grad_x, grad_weight, cubes = torch.empty_like(x), torch.zeros_like(weight), r**3 / c
         # back: the cosines stay, and each sine belongs to the other of its pair
         cos, sin = (f.expand(-1, -1, x.shape[2], -1).contiguous() for f in (cos, sin.roll(c // 2, -1)))
-        for part, (wide, dy, turned, products) in _pieces(x, weight.dtype, 4):
+        for part, (wide, dy, turned, products) in _pieces(x, 1, weight.dtype, 4):
             factor = r[:, part]  # [B,t,H,1]
             wide.copy_(x[:, part])
             dy.copy_(grad[:, part])
             torch.mul(dy, cos[:, part], out=turned).addcmul_(_swap(dy, products), sin[:, part])
             torch.mul(turned, wide, out=products)
             grad_weight += factor.reshape(-1) @ products.view(-1, c)
-            mean = (products.view(-1, c) @ weight).view(factor.shape) / c
-            grad_x[:, part] = turned.mul_(weight).mul_(factor).addcmul_(wide, mean * factor**3, value=-1)
+            mean = (products.view(-1, c) @ weight).view(factor.shape).mul_(cubes[:, part])
+            grad_x[:, part] = turned.mul_(weight).mul_(factor).addcmul_(wide, mean, value=-1)
         return grad_x, grad_weight, None, None, None
 
 

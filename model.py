@@ -53,10 +53,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x [...,D] -> [...,D] in dtype, if not given that of the weight."""
         if self.weight.dtype.itemsize < 4:  # a bf16 copy of the weights: Qwen3's order is fp32, cast, then weight
             return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
-        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps)
+        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps, dtype)
 
     def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Normalised and turned, x [B,T,H,C] -> [B,T,H,C] in the dtype of x; with fp32 weights all is computed in fp32,
@@ -314,11 +315,12 @@ class Block(nn.Module):
         """x [B,T,D] -> (x [B,T,D], balance loss [B] or None in a dense layer). wanted [N]: only these of the B*T places
         are computed to the end, as a row of their own [1,N,D]."""
         # norm before each branch, none on the residual stream itself: gradients reach the bottom unscaled
-        branch = self.self_attn(self.input_layernorm(x), rope, mask, causal, cache)
+        dtype = autocast_dtype(x.device.type)  # of what products read; a router reads fp32
+        branch = self.self_attn(self.input_layernorm(x, dtype), rope, mask, causal, cache)
         x = x + F.dropout(branch, self.dropout, self.training)
         if wanted is not None:
             x = x.flatten(0, 1).index_select(0, wanted)[None]  # [B,T,D] -> [1,N,D]
-        h = self.post_attention_layernorm(x)
+        h = self.post_attention_layernorm(x, None if self.is_moe else dtype)
         branch, balance = self.mlp(h, token_mask) if self.is_moe else (self.mlp(h), None)
         return x + F.dropout(branch, self.dropout, self.training), balance
 
@@ -370,7 +372,8 @@ class Backbone(nn.Module):
                 balances.append(balance.expand(b))
         if cache is not None:
             cache.advance(t)
-        return self.norm(x), torch.stack(balances).mean(0) if balances else x.new_zeros(b)
+        h = self.norm(x, autocast_dtype(x.device.type))
+        return h, torch.stack(balances).mean(0) if balances else x.new_zeros(b)
 
 
 @torch.no_grad()
@@ -458,8 +461,8 @@ class Transformer(nn.Module):
         only."""
         wanted = target_mask[:, 1:] != 0  # [B,T-1]
         rows = F.pad(wanted, (0, 1)).flatten().nonzero().squeeze(1)  # [N]; indexing by a mask has a slow gradient
-        h = narrow(h.flatten(0, 1).index_select(0, rows))  # [N,D]
-        found = head_logprobs(h, narrow(self.lm_head.weight), ids[:, 1:][wanted], sum_targets)
+        h = h.flatten(0, 1).index_select(0, rows)  # [N,D]
+        found = head_logprobs(narrow(h), narrow(self.lm_head.weight), ids[:, 1:][wanted], sum_targets)
         if sum_targets:
             return found
         return torch.zeros(wanted.shape, dtype=found.dtype, device=h.device).masked_scatter(wanted, found)
