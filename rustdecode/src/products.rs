@@ -103,6 +103,8 @@ pub trait Number: Copy + Default + Send + Sync {
     type Sums<M: Machine>: Copy;
     /// How many numbers are multiplied at once.
     const STEP: usize;
+    /// Whether it takes instructions to make such numbers of what lies in memory.
+    const PACKED: bool;
 
     /// The same sum everywhere.
     fn zero<M: Machine>() -> Self::Sums<M>;
@@ -133,6 +135,7 @@ macro_rules! floating {
             type Wide<M: Machine> = M::Floats;
             type Sums<M: Machine> = M::Floats;
             const STEP: usize = LANES;
+            const PACKED: bool = size_of::<$number>() < size_of::<f32>();
 
             #[inline(always)]
             fn zero<M: Machine>() -> M::Floats {
@@ -170,6 +173,7 @@ impl Number for i8 {
     type Wide<M: Machine> = M::Shorts;
     type Sums<M: Machine> = M::Sums;
     const STEP: usize = 2 * LANES;
+    const PACKED: bool = true;
 
     #[inline(always)]
     fn zero<M: Machine>() -> M::Sums {
@@ -253,17 +257,27 @@ impl<W: Number> Work for Products<'_, W> {
         let Products { weights, x, columns, out } = self;
         let (size, count) = (weights.len() / columns, x.len() / columns);
         let whole = size / 4 * 4;
+        let quarter = whole / 4;
         // four rows of the matrix at once: each number of x that is read serves all of them
-        for start in 0..whole / 4 {
+        for start in 0..quarter {
             let rows = &weights[start * columns..];
-            for n in (0..count).step_by(4) {
+            let mut n = 0;
+            while n < count {
                 let (x, out) = (&x[n * columns..], &mut out[n * size + start..]);
                 match count - n {
-                    1 => tile::<W, M, 4, 1>(rows, whole / 4, x, columns, out, size),
-                    2 => tile::<W, M, 4, 2>(rows, whole / 4, x, columns, out, size),
-                    3 => tile::<W, M, 4, 3>(rows, whole / 4, x, columns, out, size),
-                    _ => tile::<W, M, 4, 4>(rows, whole / 4, x, columns, out, size),
+                    1 => tile::<W, M, 4, 1>(rows, quarter, x, columns, out, size),
+                    2 => tile::<W, M, 4, 2>(rows, quarter, x, columns, out, size),
+                    3 => tile::<W, M, 4, 3>(rows, quarter, x, columns, out, size),
+                    8.. if W::PACKED => {
+                        // two rows of the matrix and eight of x: half as many numbers are unpacked
+                        tile::<W, M, 2, 8>(rows, quarter, x, columns, out, size);
+                        let (rows, out) = (&rows[2 * quarter * columns..], &mut out[2 * quarter..]);
+                        tile::<W, M, 2, 8>(rows, quarter, x, columns, out, size);
+                        n += 4;
+                    }
+                    _ => tile::<W, M, 4, 4>(rows, quarter, x, columns, out, size),
                 }
+                n += 4;
             }
         }
         for (r, row) in weights[whole * columns..].chunks_exact(columns).enumerate() {
@@ -502,7 +516,7 @@ mod tests {
     #[test]
     fn products_are_right_on_every_machine_whatever_is_left_over() {
         for (size, columns) in [(1, 1), (3, 16), (4, 31), (9, 32), (6, 45), (8, 64), (5, 100)] {
-            for count in [1, 2, 3, 4, 5, 9] {
+            for count in [1, 2, 3, 4, 5, 9, 16, 19] {
                 let (weights, x) = (numbers(size * columns, 1), numbers(count * columns, 2));
                 check(&weights, &x, columns, f64::from, f64::from);
                 let narrow: Vec<u16> = weights.iter().map(|w| narrow(*w)).collect();
@@ -511,6 +525,24 @@ mod tests {
                 let whole: Vec<i16> = x.iter().map(|x| (x * 32767.0) as i16).collect();
                 check(&bytes, &whole, columns, f64::from, f64::from);
             }
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_alone_and_among_others() {
+        let (size, columns, count) = (13, 50, 19);
+        let (weights, x) = (numbers(size * columns, 1), numbers(count * columns, 2));
+        let narrow: Vec<u16> = weights.iter().map(|w| narrow(*w)).collect();
+        for matrix in [Matrix::Single(&weights), Matrix::Half(&narrow)] {
+            let product = |x: &[f32]| {
+                let mut rows = Rows { numbers: x.to_vec(), ..Rows::default() };
+                rows.set(columns, Some(&matrix));
+                let mut out = vec![f32::NAN; rows.count() * size];
+                matrix.multiply(&rows, 0..size, &mut out);
+                out
+            };
+            let alone: Vec<f32> = x.chunks_exact(columns).flat_map(product).collect();
+            assert_eq!(product(&x), alone);
         }
     }
 
