@@ -103,8 +103,6 @@ pub trait Number: Copy + Default + Send + Sync {
     type Sums<M: Machine>: Copy;
     /// How many numbers are multiplied at once.
     const STEP: usize;
-    /// Whether it takes instructions to make such numbers of what lies in memory.
-    const PACKED: bool;
 
     /// The same sum everywhere.
     fn zero<M: Machine>() -> Self::Sums<M>;
@@ -135,7 +133,6 @@ macro_rules! floating {
             type Wide<M: Machine> = M::Floats;
             type Sums<M: Machine> = M::Floats;
             const STEP: usize = LANES;
-            const PACKED: bool = size_of::<$number>() < size_of::<f32>();
 
             #[inline(always)]
             fn zero<M: Machine>() -> M::Floats {
@@ -173,7 +170,6 @@ impl Number for i8 {
     type Wide<M: Machine> = M::Shorts;
     type Sums<M: Machine> = M::Sums;
     const STEP: usize = 2 * LANES;
-    const PACKED: bool = true;
 
     #[inline(always)]
     fn zero<M: Machine>() -> M::Sums {
@@ -257,27 +253,17 @@ impl<W: Number> Work for Products<'_, W> {
         let Products { weights, x, columns, out } = self;
         let (size, count) = (weights.len() / columns, x.len() / columns);
         let whole = size / 4 * 4;
-        let quarter = whole / 4;
         // four rows of the matrix at once: each number of x that is read serves all of them
-        for start in 0..quarter {
+        for start in 0..whole / 4 {
             let rows = &weights[start * columns..];
-            let mut n = 0;
-            while n < count {
+            for n in (0..count).step_by(4) {
                 let (x, out) = (&x[n * columns..], &mut out[n * size + start..]);
                 match count - n {
-                    1 => tile::<W, M, 4, 1>(rows, quarter, x, columns, out, size),
-                    2 => tile::<W, M, 4, 2>(rows, quarter, x, columns, out, size),
-                    3 => tile::<W, M, 4, 3>(rows, quarter, x, columns, out, size),
-                    8.. if W::PACKED => {
-                        // two rows of the matrix and eight of x: half as many numbers are unpacked
-                        tile::<W, M, 2, 8>(rows, quarter, x, columns, out, size);
-                        let (rows, out) = (&rows[2 * quarter * columns..], &mut out[2 * quarter..]);
-                        tile::<W, M, 2, 8>(rows, quarter, x, columns, out, size);
-                        n += 4;
-                    }
-                    _ => tile::<W, M, 4, 4>(rows, quarter, x, columns, out, size),
+                    1 => tile::<W, M, 4, 1>(rows, whole / 4, x, columns, out, size),
+                    2 => tile::<W, M, 4, 2>(rows, whole / 4, x, columns, out, size),
+                    3 => tile::<W, M, 4, 3>(rows, whole / 4, x, columns, out, size),
+                    _ => tile::<W, M, 4, 4>(rows, whole / 4, x, columns, out, size),
                 }
-                n += 4;
             }
         }
         for (r, row) in weights[whole * columns..].chunks_exact(columns).enumerate() {
