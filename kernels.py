@@ -39,24 +39,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
     dtype = dtype or x.dtype
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.rms_norm(x, weight.shape, weight, eps).to(dtype)
-    # past autograd the same numbers, to the last bit: a policy's first step is measured against such a forward
-    return _Norm.apply(x, weight, eps, dtype) if torch.is_grad_enabled() else _normalize(x, weight, eps, dtype)[0]
+    if torch.is_grad_enabled():
+        return _Norm.apply(x, weight, eps, dtype)
+    # past autograd the same numbers, to the last bit: a policy's first step is measured against such a forward. In few
+    # calls: a token alone is over sooner than its pieces would be cut
+    return (x * _factor(x, eps)).mul_(weight).to(dtype)
 
 
 def _factor(x: Tensor, eps: float) -> Tensor:
     """r = 1 / sqrt(mean(x^2) + eps): x [...,D] -> [...,1]."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-
-
-def _normalize(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """rms_norm(), and r [N,1] of x as a matrix [N,D]."""
-    rows = x.reshape(-1, x.shape[-1])
-    y, r = torch.empty_like(rows, dtype=dtype), torch.empty_like(rows[:, :1])
-    for part, (scaled,) in _pieces(rows, 0, x.dtype, 1):
-        piece = rows[part]
-        r[part] = factor = _factor(piece, eps)
-        y[part] = torch.mul(piece, factor, out=scaled).mul_(weight)
-    return y.view(x.shape), r
 
 
 class _Norm(torch.autograd.Function):
@@ -67,9 +59,14 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """x [...,D], weight [D] -> [...,D]."""
-        y, r = _normalize(x, weight, eps, dtype)
+        rows = x.reshape(-1, len(weight))  # [N,D]
+        y, r = torch.empty_like(rows, dtype=dtype), torch.empty_like(rows[:, :1])  # r [N,1]
+        for part, (scaled,) in _pieces(rows, 0, x.dtype, 1):
+            piece = rows[part]
+            r[part] = factor = _factor(piece, eps)
+            y[part] = torch.mul(piece, factor, out=scaled).mul_(weight)
         ctx.save_for_backward(x, weight, r)
-        return y
+        return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -82,7 +79,8 @@ class _Norm(torch.autograd.Function):
             piece, factor = x[part], r[part]
             torch.mul(dy.copy_(grads[part]), piece, out=products)
             # both sums as products of matrices, so that they read `products` once and write nothing of its size
-            grad_weight += factor.view(-1) @ products
+            if ctx.needs_input_grad[1]:
+                grad_weight += factor.view(-1) @ products
             mean = (products @ weight)[:, None].mul_(cubes[part])
             torch.addcmul(dy.mul_(weight).mul_(factor), piece, mean, value=-1, out=grad_x[part])
         return grad_x.view(grad.shape), grad_weight, None, None
@@ -103,7 +101,19 @@ def norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor)
         return rotate(rms_norm(x.to(weight.dtype), weight, eps), cos, sin).to(x.dtype)
     if torch.is_grad_enabled():
         return _NormRotate.apply(x, weight, eps, cos, sin)
-    return _normalize_and_rotate(x, weight, eps, cos, sin)[0]
+    wide = x.to(weight.dtype)  # the same numbers, as in rms_norm()
+    return rotate(wide, *_gained(weight, cos, sin)).mul_(_factor(wide, eps)).to(x.dtype)
+
+
+def _gained(weight: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables that turn and multiply by the weight in one: cos and sin as rotate() takes them. (The factor r of a norm
+    does not change by a rotation.)"""
+    return weight * cos, weight.roll(len(weight) // 2) * sin
+
+
+def _of_each_head(x: Tensor, *tables: Tensor) -> list[Tensor]:
+    """Tables [1 or B,T,1,C] as [1 or B,T,H,C], for x [B,T,H,C]: a product with these goes over memory in one line."""
+    return [table.expand(-1, -1, x.shape[2], -1).contiguous() for table in tables]
 
 
 def _swap(x: Tensor, out: Tensor) -> Tensor:
@@ -112,28 +122,19 @@ def _swap(x: Tensor, out: Tensor) -> Tensor:
     return torch.cat((b, a), -1, out=out)
 
 
-def _normalize_and_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """norm_rotate(), and r = 1 / sqrt(mean(x^2) + eps) [B,T,H,1]."""
-    c = x.shape[-1]
-    y, r = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=weight.dtype)
-    # r does not change by a rotation, and the weight goes into the angles' tables [.,T,H,C]
-    cos, sin = ((w * f).expand(-1, -1, x.shape[2], -1).contiguous() for w, f in
-                ((weight, cos), (weight.roll(c // 2), sin)))
-    for part, (wide, turned, swapped) in _pieces(x, 1, weight.dtype, 3):
-        wide.copy_(x[:, part])
-        r[:, part] = factor = _factor(wide, eps)
-        torch.mul(wide, cos[:, part], out=turned).addcmul_(_swap(wide, swapped), sin[:, part])
-        y[:, part] = turned.mul_(factor)
-    return y, r
-
-
 class _NormRotate(torch.autograd.Function):
     """The gradient dy turned back is that of the normalised numbers; from there on as in _Norm."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
         """x [B,T,H,C], weight [C] -> [B,T,H,C]."""
-        y, r = _normalize_and_rotate(x, weight, eps, cos, sin)
+        y, r = torch.empty_like(x), torch.empty_like(x[..., :1], dtype=weight.dtype)  # r [B,T,H,1]
+        gained_cos, gained_sin = _of_each_head(x, *_gained(weight, cos, sin))
+        for part, (wide, turned, swapped) in _pieces(x, 1, weight.dtype, 3):
+            wide.copy_(x[:, part])
+            r[:, part] = factor = _factor(wide, eps)
+            torch.mul(wide, gained_cos[:, part], out=turned).addcmul_(_swap(wide, swapped), gained_sin[:, part])
+            y[:, part] = turned.mul_(factor)
         ctx.save_for_backward(x, weight, r, cos, sin)
         return y
 
@@ -145,14 +146,15 @@ class _NormRotate(torch.autograd.Function):
         c = x.shape[-1]
         grad_x, grad_weight, cubes = torch.empty_like(x), torch.zeros_like(weight), r**3 / c
         # back: the cosines stay, and each sine belongs to the other of its pair
-        cos, sin = (f.expand(-1, -1, x.shape[2], -1).contiguous() for f in (cos, sin.roll(c // 2, -1)))
+        cos, sin = _of_each_head(x, cos, sin.roll(c // 2, -1))
         for part, (wide, dy, turned, products) in _pieces(x, 1, weight.dtype, 4):
             factor = r[:, part]  # [B,t,H,1]
             wide.copy_(x[:, part])
             dy.copy_(grad[:, part])
             torch.mul(dy, cos[:, part], out=turned).addcmul_(_swap(dy, products), sin[:, part])
             torch.mul(turned, wide, out=products)
-            grad_weight += factor.reshape(-1) @ products.view(-1, c)
+            if ctx.needs_input_grad[1]:
+                grad_weight += factor.reshape(-1) @ products.view(-1, c)
             mean = (products.view(-1, c) @ weight).view(factor.shape).mul_(cubes[:, part])
             grad_x[:, part] = turned.mul_(weight).mul_(factor).addcmul_(wide, mean, value=-1)
         return grad_x, grad_weight, None, None, None

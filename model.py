@@ -56,7 +56,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """x [...,D] -> [...,D] in dtype, if not given that of the weight."""
         if self.weight.dtype.itemsize < 4:  # a bf16 copy of the weights: Qwen3's order is fp32, cast, then weight
-            return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
+            y = F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
+            return y.to(dtype or y.dtype)
         return rms_norm(x.to(self.weight.dtype), self.weight, self.eps, dtype)
 
     def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -140,8 +141,8 @@ def narrow(x: Tensor) -> Tensor:
 def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     """layer(x) of each layer. While a CPU learns in bf16 they are one product: it and its gradients are faster there
     than several narrow ones. In fp32 they are not, and a decoder would join the weights for every token."""
-    narrow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
-    if not (narrow and all(type(layer) is nn.Linear for layer in layers)):  # an adapter computes more than a product
+    learns = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
+    if not (learns and all(type(layer) is nn.Linear for layer in layers)):  # an adapter computes more than a product
         return tuple(layer(x) for layer in layers)
     weight = torch.cat([layer.weight for layer in layers])
     return F.linear(x, weight).split([layer.out_features for layer in layers], -1)
@@ -165,7 +166,6 @@ class Attention(nn.Module):
         """x [B,T,D] -> [B,T,D]. mask [B,1,T,S]: 0 where a token may look, else -inf; None is the causal rule. causal:
         no token looks ahead, which a mask that is given as well already says."""
         b, t, _ = x.shape
-        x = narrow(x)
         q, k, v = (y.view(b, t, -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm.rotated(q, *rope), self.k_norm.rotated(k, *rope)  # [B,T,H,C], [B,T,K,C]; v [B,T,K,C]
         q, keys, values = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,H,T,C], [B,K,T,C] twice
@@ -462,7 +462,7 @@ class Transformer(nn.Module):
         wanted = target_mask[:, 1:] != 0  # [B,T-1]
         rows = F.pad(wanted, (0, 1)).flatten().nonzero().squeeze(1)  # [N]; indexing by a mask has a slow gradient
         h = h.flatten(0, 1).index_select(0, rows)  # [N,D]
-        found = head_logprobs(narrow(h), narrow(self.lm_head.weight), ids[:, 1:][wanted], sum_targets)
+        found = head_logprobs(h, narrow(self.lm_head.weight), ids[:, 1:][wanted], sum_targets)
         if sum_targets:
             return found
         return torch.zeros(wanted.shape, dtype=found.dtype, device=h.device).masked_scatter(wanted, found)
