@@ -202,10 +202,11 @@ def attention_gradient(q, k, v, mask, grad):
 
     The probabilities P = softmax(S), S = q k' / sqrt(C) + mask, are made again, for a block of queries at a time. With
     dy for grad:   dv = P' dy   dP = dy v'   dS = P (dP - rowsum(P dP))   dq = dS k / sqrt(C)   dk = dS' q / sqrt(C)
-    The queries of a kv head's H/K heads stand below each other in one matrix, so keys are never repeated.
+    The queries of a kv head's H/K heads stand below each other in one matrix, so keys are never repeated. Products
+    multiply by 1 / sqrt(C) themselves (alpha).
     """
     b, h, t, c = q.shape
-    groups, scale = k.shape[1], c**-0.5
+    groups, scale, nothing = k.shape[1], c**-0.5, q.new_zeros(())
     if mask is not None:
         mask = mask.to(q.dtype).expand(b, 1, t, t)
     dq, dk, dv = _like_projections(q, k, v, mask, grad)
@@ -214,13 +215,14 @@ def attention_gradient(q, k, v, mask, grad):
     rows = max(1, 2**21 // (h * block * t))  # so many that the scores of a block fit a cache
     for part in (slice(i, i + rows) for i in range(0, b, rows)):
         keys, values = k[part].reshape(-1, t, c), v[part].reshape(-1, t, c)  # [n,T,C], n = rows * K
-        dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-        for start in range(0, t, block):
+        dkeys, dvalues = torch.empty_like(keys), torch.empty_like(values)
+        for start in reversed(range(0, t, block)):  # the last queries see all keys, so all gradients begin with theirs
             end = min(start + block, t)
+            add = int(end < t)
             shape, flat = (-1, h, end - start, c), (len(keys), -1, c)
-            queries = (q[part, :, start:end] * scale).reshape(flat)  # [n,N,C], N = H/K * block
+            queries = q[part, :, start:end].reshape(flat)  # [n,N,C], N = H/K * block
             dy = grad[part, :, start:end].reshape(flat)
-            scores = queries @ keys[:, :end].mT  # [n,N,S]
+            scores = torch.baddbmm(nothing, queries, keys[:, :end].mT, beta=0, alpha=scale)  # [n,N,S]
             heads = scores.view(-1, h, end - start, end)
             if mask is None:
                 heads[..., start:] += ahead[: end - start, : end - start]
@@ -228,9 +230,9 @@ def attention_gradient(q, k, v, mask, grad):
                 heads += mask[part, :, start:end, :end]
             p = scores.softmax(-1)
             ds = torch._softmax_backward_data(dy @ values[:, :end].mT, p, -1, p.dtype)
-            dq[part, :, start:end] = (ds @ keys[:, :end]).mul_(scale).view(shape)
-            dkeys[:, :end].baddbmm_(ds.mT, queries)
-            dvalues[:, :end].baddbmm_(p.mT, dy)
+            dq[part, :, start:end] = torch.baddbmm(nothing, ds, keys[:, :end], beta=0, alpha=scale).view(shape)
+            dkeys[:, :end].baddbmm_(ds.mT, queries, beta=add, alpha=scale)
+            dvalues[:, :end].baddbmm_(p.mT, dy, beta=add)
         dk[part], dv[part] = dkeys.view(-1, groups, t, c), dvalues.view(-1, groups, t, c)
     return dq, dk, dv
 

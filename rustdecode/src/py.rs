@@ -217,12 +217,7 @@ impl Decoder {
         turns: Turns,
         reads: Reads,
     ) -> PyResult<(Vec<f32>, Option<Vec<f32>>)> {
-        self.check(kv.shape(), turns, reads)?;
-        in_order(kv.is_c_contiguous())?;
-        let (rows, slots) = (kv.shape()[2], kv.shape()[4]);
-        let mut kv = kv.try_readwrite()?;
-        let cache = Cache { numbers: kv.as_slice_mut()?, rows, slots };
-        self.with_weights(py, |weights| {
+        self.with_cache(py, kv, turns, reads, |weights, cache| {
             step::forward(weights, cache, turns, self.threads, reads.ids, reads.lengths, reads.with_logits)
         })
     }
@@ -234,14 +229,26 @@ impl Decoder {
         turns: Turns,
         reads: Reads,
     ) -> PyResult<Vec<u32>> {
+        self.with_cache(py, kv, turns, reads, |weights, cache| {
+            step::guess(weights, cache, turns, self.threads, reads.ids[0], reads.lengths[0], reads.count)
+        })
+    }
+
+    /// Run work that reads the weights and writes to the cache, once what it reads has been found to fit.
+    fn with_cache<'py, W: Stored + Element, R: Send>(
+        &self,
+        py: Python<'py>,
+        kv: &Bound<'py, PyArrayDyn<W>>,
+        turns: Turns,
+        reads: Reads,
+        work: impl FnOnce(&Weights, Cache<W>) -> R + Send,
+    ) -> PyResult<R> {
         self.check(kv.shape(), turns, reads)?;
         in_order(kv.is_c_contiguous())?;
         let (rows, slots) = (kv.shape()[2], kv.shape()[4]);
         let mut kv = kv.try_readwrite()?;
         let cache = Cache { numbers: kv.as_slice_mut()?, rows, slots };
-        self.with_weights(py, |weights| {
-            step::guess(weights, cache, turns, self.threads, reads.ids[0], reads.lengths[0], reads.count)
-        })
+        self.with_weights(py, |weights| work(weights, cache))
     }
 
     /// Error: the cache [L,2,B,K,S,C] is another model's, too short, or too small for so many rows.
