@@ -213,7 +213,7 @@ def row_uniforms(seed: int, rows: list[int], count: int) -> Tensor:
     a longer one begins with the shorter one."""
     out = []
     for row in rows:
-        # torch's CPU generator uses 32 bits of its seed; an odd factor keeps all rows of one seed apart
+        # torch's CPU generator uses 32 bits of its seed; the factor carries neighbouring seeds far from each other
         generator = torch.Generator().manual_seed((int(seed) * 0x9E3779B1 + int(row)) % 2**32)
         out.append(torch.rand(count, generator=generator))
     return torch.stack(out)

@@ -508,7 +508,7 @@ def score_samples(player, items, args):
     result = metrics.exact_match([c for draw in draws for c in draw], list(items) * args.pass_k)
     total = result.pop("total")
     right = [[metrics.check_answer(item["check"], item["answer"], c.text) for c in of_item]
-             for item, *of_item in zip(items, *draws, strict=True) if item.get("check")]
+             for item, *of_item in zip(items, *draws, strict=True) if metrics.in_total(item)]
     rates = metrics.pass_rates(right, args.pass_k)
     return {**result, **rates, "pass_at_1": total, "n": result["n"] // args.pass_k, "samples": args.pass_k,
             "standard_error": rates["pass_at_k_error"]["1"]}

@@ -71,17 +71,19 @@ def accelerate(model, int8: bool = False, dtype: torch.dtype | None = None, rows
 
 
 def _marks(model) -> list:
-    """What tells whether weights are still those that a decoder was made of: each parameter, its memory, its version.
-    `.to()` and `.data =` change the memory and not the version."""
-    return [(p, p.data_ptr(), p._version) for p in model.parameters()]
+    """What tells whether weights are still those that a decoder was made of: each parameter, its memory, its version
+    and some of its numbers. `.to()` and `.data =` change the memory and not the version; torch's fused optimizers and
+    `.data.add_()` change neither."""
+    return [(p, p.data_ptr(), p._version, p.detach().flatten()[:: p.numel() // 8 + 1].tolist())
+            for p in model.parameters()]
 
 
 def _unchanged(model, marks: list, in_place: bool = False) -> bool:
     """Whether the weights are those that were marked; in_place: new numbers in the same memory are no change."""
-    now = list(model.parameters())
+    now = _marks(model)
     return len(now) == len(marks) and all(
-        p is old and p.data_ptr() == place and (in_place or p._version == version)
-        for p, (old, place, version) in zip(now, marks, strict=True))
+        p is old and place == old_place and (in_place or state == old_state)
+        for (p, place, *state), (old, old_place, *old_state) in zip(now, marks, strict=True))
 
 
 def seconds_of_a_step(decoder, rows: int = 1, steps: int = 8) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
@@ -73,6 +74,7 @@ class _HeadLogprobs(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         """d log p / d logits = onehot - softmax."""
         h, weight, targets, norm = ctx.saved_tensors
@@ -121,6 +123,7 @@ class _HeadLogprobSum(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         """grad: the factor, a scalar."""
         grad_h, grad_weight = ctx.saved_tensors

@@ -401,6 +401,11 @@ def check_answer(check: str, answer: str, text: str) -> bool:
     raise ValueError(f"check {check!r} is unknown; it is one of {', '.join(CHECKS)}; correct the field in the data")
 
 
+def in_total(item: dict) -> bool:
+    """Whether exact_match() counts the answer to an item in its total."""
+    return bool(item.get("check")) and str(item.get("skill") or "all") not in APART
+
+
 def exact_match(completions: Sequence[Completion], items: Sequence[dict]) -> dict:
     """Share of right answers. items: dicts with answer, check, lang, skill (as PromptData); those without a check are
     left out.

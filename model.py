@@ -564,7 +564,8 @@ class Transformer(nn.Module):
             return self, nullcontext
         device = self.model.embed_tokens.weight.device.type
         dtype = autocast_dtype(device)
-        needs_eval = self.training and self.config.dropout > 0
+        # of a block or of an adapter; the embedding's is that of the blocks
+        needs_eval = self.training and any(getattr(module, "dropout", 0) for module in self.modules())
         if dtype is None and not needs_eval:
             return self, nullcontext
         return self.twin(dtype), lambda: torch.autocast(device, dtype, enabled=dtype is not None)
@@ -615,7 +616,9 @@ class ScalarHead(nn.Module):
     def values(self, ids: Tensor) -> Tensor:
         """ids [B,T] -> a number for every position [B,T], in fp32 at least."""
         h, _ = self.model(ids, recompute=self.gradient_checkpointing)
-        return self.score(h).squeeze(-1).to(torch.promote_types(self.score.weight.dtype, torch.float32))
+        dtype = self.score.weight.dtype
+        with torch.autocast(h.device.type, enabled=False):  # in bf16 the scores of close answers would be equal
+            return self.score(h.to(dtype)).squeeze(-1).to(torch.promote_types(dtype, torch.float32))
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """ids [B,T], lengths [B] -> scores [B]: the value at each row's last real token."""

@@ -97,9 +97,9 @@ def parse_args(argv=None):
 def distill_kl(student, teacher, temperature=1.0, reverse=False):
     """tau^2 KL(teacher || student) of softened predictions, or of the reverse: logits [N,V], [N,V] -> nats [N].
 
-    In fp32 at least. The gradient for the student's logits is tau (q - p): at a high temperature tau^2 times that of
-    matching the logits themselves, at 1 that of cross-entropy with the teacher's probabilities as labels (Hinton et al.
-    2015, section 2.1).
+    In fp32 at least. Without reverse the gradient for the student's logits z is tau (q - p): at 1 that of cross-entropy
+    with the teacher's probabilities as labels, at a high temperature (z - v) / V, that of matching the teacher's logits
+    v, both with mean 0 (Hinton et al. 2015, section 2.1).
     """
     wide = torch.promote_types(student.dtype, torch.float32)
     q, p = ((logits.to(wide) / temperature).log_softmax(-1) for logits in (student, teacher))  # [N,V]

@@ -324,7 +324,7 @@ def evaluate(policy, tokenizer, items, args, runtime):
     # each prompt has the same number of answers, so the share of right answers is the mean pass@1 of the prompts
     often = metrics.exact_match(flat, [item for item in items for _ in range(count)])
     right = [[metrics.check_answer(item["check"], item["answer"], answer.text) for answer in group]
-             for item, group in zip(items, sampled, strict=True)]
+             for item, group in zip(items, sampled, strict=True) if metrics.in_total(item)]
     skills = {skill: [often["by_skill"][skill]["exact_match"], found["exact_match"], found["n"]]
               for skill, found in once["by_skill"].items()}
     return {"pass_at_1": often["total"], "pass_at_k": metrics.pass_at(right, [count])[count][0],

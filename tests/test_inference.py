@@ -12,6 +12,7 @@ from test_model import KINDS, answers, random_ids
 from test_model import make_model as model_of
 
 import inference
+import optim
 from configuration import ModelConfig
 from forms import FORMS, INT8_FORMS, fastest_form, quantize
 from inference import InferenceCopy, accelerate
@@ -146,6 +147,21 @@ def test_a_copy_is_passed_over_when_the_weights_change(monkeypatch):
     fresh = answers(model, [[5, 9]], 12, temperature=0)
     model.inference_copy = None
     assert fresh == answers(model, [[5, 9]], 12, temperature=0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
+def test_every_optimizer_changes_weights_in_a_way_that_a_copy_sees(monkeypatch, name):
+    """The fused AdamW does not count up the versions of what it changes, nor does .data.add_()."""
+    model = model_of()
+    optimizer = optim.build(model, name, 1e-3)
+    copy = copy_with(monkeypatch, model, "plain products")
+    model(torch.arange(8)[None]).logsumexp(-1).sum().backward()
+    assert copy.is_of(model)
+    optimizer.step()
+    assert not copy.is_of(model)
+    copy = copy_with(monkeypatch, model, "plain products")
+    model.model.norm.weight.data.add_(1e-3)
+    assert not copy.is_of(model)
 
 
 def test_the_faster_way_is_taken(monkeypatch):

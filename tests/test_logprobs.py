@@ -46,6 +46,15 @@ def test_head_on_targets_only_equals_all_logits(monkeypatch, kind, pieces):
 
 
 @pytest.mark.parametrize("summed", [False, True])
+def test_a_gradient_of_the_gradient_is_refused(summed):
+    h, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4)
+    value = logprobs.head_logprobs(h, weight, torch.arange(3), summed).sum()
+    found, = torch.autograd.grad(value.pow(2), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        found.pow(2).sum().backward()
+
+
+@pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("count, size", [(700, 3000), (9, 2**18 + 5)], ids=["rows in blocks", "a block a row"])
 def test_pieces_and_blocks_of_their_real_sizes_give_all_rows(count, size, summed):
     draw = torch.Generator().manual_seed(0)

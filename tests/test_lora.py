@@ -241,6 +241,12 @@ def test_dropout_acts_in_training_only_and_beside_the_weight_only(base):
     assert torch.equal(model.train()(ids), model.eval()(ids))
 
 
+def test_an_answer_of_adapters_that_learn_has_no_dropout(base):
+    model, _ = adapted(base(), dropout=0.5)
+    greedy = list(model.eval().generate([[1, 5, 9]], 12, temperature=0))
+    assert list(model.train().generate([[1, 5, 9]], 12, temperature=0)) == greedy and model.training
+
+
 def test_cached_generation_goes_through_the_adapters(base):
     model, adapters = adapted(base())
     answers = [[token for _, token in m.generate([[1, 5, 9]], 12, temperature=0)] for m in

@@ -245,6 +245,7 @@ def test_exact_match_counts_by_skill_and_language_and_keeps_identity_apart():
              {"answer": "cat", "check": "exact", "skill": "identity", "lang": "en"}, {"check": None}]
     result = metrics.exact_match(answers, items)
     assert result["total"] == 0.5 and result["n"] == 4 and result["stop_rate"] == 0.8
+    assert [metrics.in_total(item) for item in items] == [True] * 4 + [False] * 2
     assert result["by_skill"] == {"add": {"exact_match": 0.5, "n": 2}, "pet": {"exact_match": 0.5, "n": 2}}
     assert result["by_lang"] == {"en": {"exact_match": 1.0, "n": 2}, "zh": {"exact_match": 0.0, "n": 2}}
     assert result["apart"] == {"identity": {"exact_match": 1.0, "n": 1}}

@@ -344,6 +344,14 @@ def test_score_is_the_value_at_the_last_real_token():
     torch.testing.assert_close(head(changed, lengths), scores)
 
 
+def test_scores_under_autocast_are_not_rounded_to_its_dtype():
+    head, ids = randomize(ScalarHead(ModelConfig(**SHAPE))).eval(), random_ids(3, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = head.values(ids)
+    assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
+    torch.testing.assert_close(values, head.values(ids), rtol=0, atol=0.05 * head.values(ids).abs().max().item())
+
+
 @pytest.mark.parametrize("kind", ["dense", "untied"])
 def test_score_head_starts_from_a_language_model(tmp_path, kind):
     model, ids = make_model(kind), random_ids(2, 6)

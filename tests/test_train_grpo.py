@@ -16,6 +16,7 @@ import torch
 import checkpoint
 import common
 import logs
+import metrics
 import train_grpo
 from logprobs import token_logprobs
 from metrics import Completion
@@ -414,6 +415,17 @@ def test_a_resume_is_measured_on_the_prompts_of_the_start(run):
     with pytest.raises(ValueError, match="--eval_prompts 9 is 9 held-out prompts, .* measured on 6; .*; give the old"):
         run("--max_steps", "2", "--eval_prompts", "9", "--from_resume", "1")
     run("--max_steps", "2", "--from_resume", "1")
+
+
+def test_pass_rates_are_of_the_same_prompts(run, monkeypatch):
+    """Small talk has no place in pass@1, nor in pass@k; every answer is right there and wrong elsewhere."""
+    held = [json.loads(line) for line in Path(run.arguments().val_path[0]).read_text().splitlines()]
+    text = "".join(json.dumps(row | {"skill": ("add", "chat")[i % 2]}) + "\n" for i, row in enumerate(held))
+    Path(run.arguments().val_path[0]).write_text(text)
+    talk = {row["answer"] for row in held[1::2]} - {row["answer"] for row in held[::2]}
+    monkeypatch.setattr(metrics, "check_answer", lambda check, answer, text: answer in talk)
+    final = run("--max_steps", "1")
+    assert final["pass_at_1"] == final["pass_at_k"] == final["exact_match"] == 0.0
 
 
 def test_skills_are_paired_by_name():

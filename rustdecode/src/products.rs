@@ -4,7 +4,7 @@
 //! 32 ..., of the numbers 1, 17, 33 ... and so on, which are then added in pairs. So a row has the same result alone
 //! and among others, to the last bit, and what is computed for several tokens at once is what would be computed for
 //! each.
-//! Products with 8-bit weights are sums of whole numbers, and exact.
+//! With 8-bit weights the 16 sums are of whole numbers, and exact.
 
 use crate::vectors::{narrow, run, widen, Machine, Work, LANES};
 use std::ops::Range;
@@ -43,8 +43,8 @@ impl Rows {
         if !matches!(matrix, Some(Matrix::Quarter(..))) {
             return;
         }
-        // each of LANES sums adds up K / LANES products of at most 128 * largest, which must fit in 32 bits
-        let largest = ((1 << 24) * LANES / columns.next_multiple_of(2 * LANES)).min(i16::MAX as usize) as f32;
+        // each of LANES sums adds up K / LANES products of at most 128 * largest, which must stay below 2^31
+        let largest = (((1 << 24) * LANES - 1) / columns.next_multiple_of(2 * LANES)).min(i16::MAX as usize) as f32;
         for row in self.numbers.chunks_exact(columns) {
             // as bits: numbers without sign have the order of their bits, and whole numbers are compared many at once
             let most = row.iter().map(|x| x.to_bits() & 0x7FFF_FFFF).max().map_or(0.0, f32::from_bits);
@@ -534,15 +534,15 @@ mod tests {
 
     #[test]
     fn whole_numbers_never_overflow() {
-        for columns in [16, 4096, 8192, 100_000] {
+        for (columns, number) in [(16, 3.0), (4096, 3.0), (8192, 3.0), (16_384, 3.0), (16_384, -3.0), (100_000, -3.0)] {
             let scales = [1.0];
             let matrix = vec![-128i8; columns];
             let matrix = Matrix::Quarter(&matrix, &scales);
-            let mut x = Rows { numbers: vec![3.0; columns], ..Rows::default() };
+            let mut x = Rows { numbers: vec![number; columns], ..Rows::default() };
             x.set(columns, Some(&matrix));
             let mut out = [0.0];
             matrix.multiply(&x, 0..1, &mut out);
-            let exact = -128.0 * 3.0 * columns as f32;
+            let exact = -128.0 * number * columns as f32;
             assert!((out[0] / exact - 1.0).abs() < 1e-3, "{} instead of {exact}", out[0]);
         }
     }
