@@ -39,7 +39,8 @@ KEY_FLAGS = {"max_steps", "epochs", "max_minutes", "accumulation_steps", "batch_
              "muon_learning_rate", "patience", "value_learning_rate"}
 # ... and these where evaluations decide what is kept, or when a run ends
 EVAL_FLAGS = {"eval_batches", "eval_interval", "eval_prompts"}
-# Empty file in a checkpoint that a launch with --max-restarts found and did not go on with: nor do its restarts.
+# File in a checkpoint that a launch with --max-restarts found and did not go on with (nor do its restarts), or that a
+# run is about to replace: its own log is gone then, and the file says so.
 EARLIER = "of_an_earlier_run"
 
 
@@ -53,7 +54,7 @@ def atomic_folder(path):
     A crash at any moment leaves `path` or `<path>.previous` complete (find() knows both). An exception inside leaves
     the old one.
     """
-    path = Path(path)
+    path = _target(Path(path))
     tmp, previous = path.with_name(path.name + ".tmp"), _previous(path)
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
@@ -122,7 +123,12 @@ def find(save_dir, name, resume=""):
 
 def _previous(path):
     """Where atomic_folder keeps the folder that `path` replaced."""
-    return Path(f"{path}.previous")
+    return Path(f"{_target(Path(path))}.previous")
+
+
+def _target(path):
+    """A link's target, such as a checkpoint that has moved to a larger disk: what is written goes there; else path."""
+    return path.resolve() if path.is_symlink() else path
 
 
 def _damage(path, resume=""):
@@ -189,9 +195,8 @@ def save(runtime, args, parts, state, facts, finished=False):
     Returns: True when written; False (with a message, training goes on) when the disk is full.
     """
     rng = runtime.gather(_rng_state())
-    written = True
+    written, folder = True, Path(args.save_dir) / args.save_weight
     if runtime.is_main:
-        folder = Path(args.save_dir) / args.save_weight
         try:
             _check_space(folder, state)
             with atomic_folder(folder) as tmp:
@@ -214,8 +219,10 @@ def save(runtime, args, parts, state, facts, finished=False):
             written = False
     written = not runtime.any(not written)
     if finished and not written:
-        raise OSError("the final checkpoint could not be written (see above); the last good one is untouched; make "
-                      "room and go on with --from_resume 1")
+        there = any((path / "config.json").is_file() for path in (folder, _previous(folder)))
+        rest = ("the last good one is untouched; make room and go on with --from_resume 1" if there else
+                "there is no earlier one; make room and start again")
+        raise OSError(f"the final checkpoint could not be written (see above); {rest}")
     return written
 
 
@@ -323,10 +330,11 @@ def _made(parent, fact):
     return [file_hash(f) for f in sorted(Path(parent).glob("model*.safetensors"))]
 
 
-def stage_key(args, files=(), parents=(), best=False):
+def stage_key(args, files=(), parents=(), also=frozenset()):
     """Hash of everything that decides a stage's result, as "flags-inputs": its flags and our format; the content of its
     input files and of its parent checkpoints (their own keys, or their weights where they come from elsewhere).
-    best: the stage keeps the best of what it evaluates, so when and on how much decides as well.
+    also: names of flags that usually decide nothing and do here: EVAL_FLAGS where the stage keeps the best of what it
+    evaluates.
 
     Raises: ValueError when a parent is the folder that the run will write.
     """
@@ -334,7 +342,7 @@ def stage_key(args, files=(), parents=(), best=False):
     if any(Path(parent).resolve() in (folder.resolve(), _previous(folder).resolve()) for parent in parents):
         raise ValueError(f"--save_weight {args.save_weight} is a checkpoint that this run starts from; the second save "
                          "would delete it, and no resume could find it; give another --save_weight")
-    decides = KEY_FLAGS | (EVAL_FLAGS if best or getattr(args, "patience", 0) else set())
+    decides = KEY_FLAGS | (EVAL_FLAGS if getattr(args, "patience", 0) else also)
     flags = {k: v for k, v in _plain(args).items() if k in decides or k not in FREE_FLAGS}
     parts = [FORMAT_VERSION, flags], [[file_hash(f) for f in files], [_made(parent, "key") for parent in parents]]
     return "-".join(hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -394,18 +402,31 @@ def _started_again(folder):
 
 
 def _mark_earlier(folder, decision):
-    """At the first start of a launch that may restart: mark what is in the folder, or unmark it if the run goes on with
-    it. The run's own saves take the place of what is marked."""
+    """At the first start of a launch: mark what is in the folder if it will be replaced, or if the launch may restart;
+    unmark it if the run goes on with it. The run's own saves take the place of what is marked."""
     count, limit = _restarts()
-    goes_on = isinstance(decision, tuple) and decision[0] != "fresh"
+    word = decision[0] if isinstance(decision, tuple) else ""
     for path in (folder, _previous(folder)):
-        if count == 0 and goes_on:
-            (path / EARLIER).unlink(missing_ok=True)
-        elif count == 0 and limit and path.is_dir():
-            (path / EARLIER).touch()
+        mark = path / EARLIER
+        if count == 0 and word in ("skip", "resume"):
+            if mark.exists():  # a finished stage may lie where nothing can be written
+                mark.unlink()
+        elif count == 0 and path.is_dir() and word == "fresh":
+            mark.write_text("replaced", encoding="utf-8")
+        elif count == 0 and path.is_dir() and limit:
+            mark.touch()
 
 
 def _decide(args, key):
+    """_wanted(), or the ValueError to raise where nothing can be written."""
+    decision = _wanted(args, key)
+    if isinstance(decision, ValueError) or decision[0] == "skip" or os.access(args.save_dir, os.W_OK):
+        return decision
+    return ValueError(f"nothing can be written to --save_dir {args.save_dir}, where a run keeps its checkpoint and its "
+                      "log; name another folder")
+
+
+def _wanted(args, key):
     """(word, message) for begin(), or the ValueError to raise."""
     try:
         Path(args.save_dir).mkdir(parents=True, exist_ok=True)
@@ -415,6 +436,9 @@ def _decide(args, key):
     try:
         folder = find(args.save_dir, args.save_weight, "there")
     except FileNotFoundError:
+        if folder.is_symlink() or folder.exists() and not folder.is_dir():
+            return ValueError(f"{folder} is a file, or a link to what holds no checkpoint; a run writes a folder of "
+                              "that name; remove it, or give another --save_weight")
         if folder.is_dir() and any(folder.iterdir()):
             return ValueError(f"{folder} holds files, but no checkpoint; a run would replace the whole folder; give "
                               "another --save_weight")
@@ -426,20 +450,26 @@ def _decide(args, key):
     facts = read_minillm(folder)
     resumable = (folder / "resume" / "state.pt").is_file()
     same = facts.get("key") == key
-    again = _started_again(folder)
+    again, mark = _started_again(folder), folder / EARLIER
+    replaced = mark.is_file() and mark.read_text(encoding="utf-8") == "replaced"
     if again and same and facts.get("finished"):  # another rank failed behind the end
         return "skip", f"{folder} is finished: nothing is left to do"
     if args.if_needed and not again:
         if same and facts.get("finished"):
             return "skip", f"{folder} is finished with these flags and inputs: skipped"
-        if same and resumable:
+        if same and resumable and not replaced:
             return "resume", f"{folder} was interrupted: resuming"
-        why = "holds no resume state" if same else "was made with other flags or inputs"
+        why = ("was about to be replaced" if replaced else "holds no resume state" if same else
+               "was made with other flags or inputs")
         return "fresh", f"{folder} {why}: doing it again"
     if args.from_resume or again:  # a restart resumes by itself; --overwrite was meant for what its first start found
         if resumable and facts.get("key", "").split("-")[-1] != key.split("-")[-1]:
             return ValueError(f"cannot resume {folder}: its data files or the checkpoint it started from have changed; "
                               "the result would be neither run's; bring them back, or start again with --overwrite 1")
+        if replaced and not again:
+            return ValueError(f"cannot resume {folder}: a run that was to replace it (--overwrite 1) has ended before "
+                              "its first save, and has begun a new log; start again with --overwrite 1, or remove "
+                              f"{mark} to go on with the earlier run all the same")
         if resumable:
             return "resume", ""
         if again:

@@ -442,15 +442,22 @@ def out_of_patience(progress, args):
     return min(recent) >= min(before) if falls else max(recent) <= max(before)
 
 
+def check_patience(args, numbers):
+    """ValueError for a --patience_metric that an evaluation (its dict of numbers) does not measure; also to be asked of
+    the one before the first step, so that no step is lost."""
+    # that one has an interval of its own
+    if args.patience and numbers.get(args.patience_metric) is None and args.patience_metric != "regression_pass_rate":
+        known = ", ".join(name for name, number in numbers.items() if isinstance(number, float))
+        raise ValueError(f"--patience_metric {args.patience_metric}; this evaluation did not measure it, so --patience "
+                         f"would wait for ever; measured were {known}")
+
+
 def watch_evaluation(runtime, args, progress, numbers):
     """--patience: note an evaluation (its dict of numbers, the same on all ranks). When patience is over, the next step
     is made the last one, at the end of the schedule and with the whole evaluation. What was noted is in `progress`, so
     a resumed run ends where it would have ended."""
+    check_patience(args, numbers)
     value = numbers.get(args.patience_metric)
-    if args.patience and value is None and args.patience_metric != "regression_pass_rate":  # that one has its interval
-        known = ", ".join(name for name, number in numbers.items() if isinstance(number, float))
-        raise ValueError(f"--patience_metric {args.patience_metric}; this evaluation did not measure it, so --patience "
-                         f"would wait for ever; measured were {known}")
     if args.patience and value is not None:
         progress.setdefault("watched", []).append(value)
         if out_of_patience(progress, args) and progress["step"] + 1 < progress["max_steps"]:
@@ -563,7 +570,10 @@ def check_ratio(name, deviation, step, runtime):
 
 
 class NonFinite:
-    """Counts steps whose loss or gradient is not finite; such a step is skipped, and three in a row end the run."""
+    """Counts steps whose loss or gradient is not finite; such a step is skipped, and three in a row end the run.
+
+    Among them nothing is saved: the weights of the last step before may be what is wrong, and the checkpoint from which
+    the message tells to go on is then an older one."""
 
     def __init__(self, runtime, limit=3):
         self.runtime = runtime
@@ -677,9 +687,15 @@ def run(main, parse_args):
         code = _fail(args, _smaller(args), 3)
     except RuntimeError as error:
         # the CPU and Apple allocators have no class of their own
-        if not re.search("can't allocate memory|not enough memory|out of memory", str(error)):
+        compiling = type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
+        if compiling and getattr(args, "use_compile", 0):
+            cause = str(error).strip().splitlines()[0]
+            code = _fail(args, f"--use_compile 1: torch.compile failed ({cause}); on CPUs it needs a C++ compiler; "
+                         "install g++ or clang, or leave the flag out", 2)
+        elif not re.search("can't allocate memory|not enough memory|out of memory", str(error)):
             raise
-        code = _fail(args, _smaller(args), 3)
+        else:
+            code = _fail(args, _smaller(args), 3)
     except (ValueError, OSError) as error:
         code = _fail(args, error, 2)
     if dist.is_initialized() and code == 0:

@@ -314,8 +314,11 @@ class TokenData:
 
     def _ensure_store(self) -> None:
         """Build the store unless a whole one is there; say why an earlier one does not serve."""
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        facts = self._facts(record=True)
+        try:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            facts = self._facts(record=True)
+        except OSError as error:
+            raise self._explained(error) from None
         name = self.cache_dir / self._base(facts)
         # The facts are in the name, so another tokenizer or setting means another store, not a wrong one.
         if Path(f"{name}.json").exists():
@@ -329,10 +332,17 @@ class TokenData:
         try:
             self._build(facts)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise OSError(f"the disk is full while writing the token cache {name}; it takes up to twice the size of "
-                          "the data files; free space, or choose another disk with --cache_dir") from None
+            raise self._explained(error) from None
+
+    def _explained(self, error: OSError) -> OSError:
+        """An error of the cache with its remedy; one of the data files as it is."""
+        if error.errno == errno.ENOSPC:
+            return OSError(f"the disk is full while writing the token cache in {self.cache_dir}; it takes up to twice "
+                           "the size of the data files; free space, or choose another disk with --cache_dir")
+        if not Path(str(error.filename)).is_relative_to(self.cache_dir):
+            return error
+        return OSError(f"--cache_dir {self.cache_dir}: {error.strerror}; tokens of the data are written there; name "
+                       "another folder")
 
     def _explain(self, facts: dict) -> None:
         """Print in what the newest earlier store of the same files and part differs."""

@@ -84,11 +84,13 @@ class Watch:
         optimizer.register_step_post_hook(self._updates)
         mixtures = [m for m in model.modules() if type(m).__name__ == "MoE"]
         self.visits = [None] * len(mixtures)  # of each layer: tokens of every expert, [E]
+        uncompiled = torch.compiler.disable  # what is due differs from step to step: each would be compiled anew
         for i, mixture in enumerate(mixtures):
-            mixture.register_forward_hook(lambda module, inputs, output, i=i: self._count(i, module, *inputs))
+            mixture.register_forward_hook(uncompiled(
+                lambda module, inputs, output, i=i: self._count(i, module, *inputs)))
         blocks = [m for m in model.modules() if type(m).__name__ == "Block"] if args.health else []
         for i, block in enumerate(blocks):
-            block.register_forward_hook(lambda module, inputs, output, i=i: self._activations(i, output))
+            block.register_forward_hook(uncompiled(lambda module, inputs, output, i=i: self._activations(i, output)))
         self.clock = time.perf_counter(), time.process_time()
         log.save_json("machine.json", machine(runtime.device))
 
@@ -150,11 +152,12 @@ class Watch:
         row = {f"grad_{group}": share * grad_norm for group, share in self.shares.items()}
         row |= {f"update_{group}": ratio for group, ratio in self.updates.items()}
         stream, self.shares, self.updates, self.stream = self.stream, {}, {}, {}
-        if self.visits and all(counts is not None for counts in self.visits):
-            counts = self.runtime.reduce(torch.stack(self.visits).double())         # [L,E]
+        visits = [counts for counts in self.visits if counts is not None]  # of the layers that ran: --depth_warmup
+        self.visits = [None] * len(self.visits)
+        if visits:
+            counts = self.runtime.reduce(torch.stack(visits).double())              # [L,E]
             load = counts / counts.mean(1, keepdim=True).clamp(min=1)
             row |= {"expert_max": load.max().item(), "expert_min": load.min().item()}
-            self.visits = [None] * len(self.visits)
             table = [[round(x, 4) for x in line] for line in load.tolist()]
             with contextlib.suppress(OSError):  # a full disk is no reason to lose a training
                 self.log.save_json("expert_load.json", {"step": self.progress["step"], "load": table})

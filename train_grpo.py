@@ -348,7 +348,8 @@ def main(args):
     # -- 1. Inputs, processes, device, seed ----------------------------------------------------------------------------
     parent = checkpoint.find(args.save_dir, args.from_weight)
     files = expand_paths(args.data_path) + expand_paths(args.val_path)
-    key = checkpoint.stage_key(args, files, [parent])
+    # before and after are compared on the same prompts, so another number of them is another run
+    key = checkpoint.stage_key(args, files, [parent], {"eval_prompts"})
     runtime = common.setup(args, checkpoint.earlier_choice(args, key))
     folder = Path(args.save_dir) / "logs" / args.save_weight
     answers = args.batch_size * args.accumulation_steps * runtime.world_size
@@ -416,7 +417,8 @@ def main(args):
         state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optim.load_state(optimizer, state["optimizer"])
-        runtime.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not in fp16 until now
+            runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
         if len(items) != progress["held_out"]:
             raise ValueError(f"--eval_prompts {args.eval_prompts} is {len(items)} held-out prompts, the start of this "
@@ -501,7 +503,8 @@ def main(args):
             common.watch_evaluation(runtime, args, progress, result | checked)
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
-        if signal or (not done and args.save_interval and step % args.save_interval == 0):
+        due = args.save_interval and step % args.save_interval == 0 and not nonfinite.in_a_row
+        if signal or (due and not done):
             saved = save(finished=False)
         if signal:
             common.leave(runtime, signal, step, saved)
@@ -513,9 +516,10 @@ def main(args):
     final = after | {"metric": "held-out pass@1", "before": before["pass_at_1"], "after": after["pass_at_1"],
                      "at_start": before, "steps": progress["step"], "skipped_steps": nonfinite.total}
     save(finished=True, final=final)
-    if after["exact_match"] < before["exact_match"] - 0.03:
-        log.log(progress["step"], alarm="warning: greedy answers got worse while sampled ones were trained. Usual "
-                                        "cure: a lower --learning_rate, more prompts per step, --beta 0.02")
+    alarm = ("warning: greedy answers got worse while sampled ones were trained. Usual cure: a lower --learning_rate, "
+             "more prompts per step, --beta 0.02")
+    if after["exact_match"] < before["exact_match"] - 0.03 and alarm not in log.alarms:  # once, also behind a resume
+        log.log(progress["step"], alarm=alarm)
     log.close()
     report.refresh(args.save_dir, runtime.is_main)
     runtime.print(before_and_after(before, after))

@@ -495,7 +495,7 @@ def main(args):
     reward_folder = None if args.rule else checkpoint.find(args.save_dir, args.reward_weight)
     parents = [parent] if args.rule else [parent, reward_folder]
     files = expand_paths(args.data_path) + expand_paths(args.val_path)
-    key = checkpoint.stage_key(args, files, parents, best=True)
+    key = checkpoint.stage_key(args, files, parents, checkpoint.EVAL_FLAGS)
     runtime = common.setup(args, checkpoint.earlier_choice(args, key))
     folder = Path(args.save_dir) / "logs" / args.save_weight
     per_step = args.batch_size * args.accumulation_steps * runtime.world_size
@@ -559,7 +559,8 @@ def main(args):
         best.load_state_dict(state["best"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optim.load_state(optimizer, saved)
-        runtime.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not in fp16 until now
+            runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
         if len(items) != progress["held_out"]:
             raise ValueError(f"--eval_prompts {args.eval_prompts} is {len(items)} held-out prompts, the start of this "
@@ -582,6 +583,7 @@ def main(args):
         progress["before"] = evaluate(team, items, styles, args, runtime)
         progress["best"] = progress["before"] | {"step": 0}
         checked, _ = metrics.check_regression(policy, tokenizer, suite, args, runtime, 0)
+        common.check_patience(args, progress["before"] | checked)
         log.log(0, **progress["before"], **checked)
 
     def save(finished, final=None):
@@ -662,7 +664,8 @@ def main(args):
             common.watch_evaluation(runtime, args, progress, result | checked)
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
-        if signal or (not done and args.save_interval and step % args.save_interval == 0):
+        due = args.save_interval and step % args.save_interval == 0 and not nonfinite.in_a_row
+        if signal or (due and not done):
             saved = save(finished=False)
         if signal:
             common.leave(runtime, signal, step, saved)

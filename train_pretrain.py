@@ -261,7 +261,8 @@ def main(args):
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         sharding.load_full_state(model, optimizer, state["model"], state["optimizer"], optim.load_state)
-        runtime.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not in fp16 until now
+            runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
         del state  # twice the size of the weights, or more
         if not args.max_minutes and not common.out_of_patience(progress, args):
@@ -396,7 +397,8 @@ def main(args):
             common.watch_evaluation(runtime, args, progress, {"val_loss": val_loss, "bits_per_byte": bits})
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
-        if signal or (not done and args.save_interval and step % args.save_interval == 0):
+        due = args.save_interval and step % args.save_interval == 0 and not nonfinite.in_a_row
+        if signal or (due and not done):
             saved = save(finished=False)
         if signal:
             common.leave(runtime, signal, step, saved)

@@ -180,7 +180,8 @@ def main(args):
         state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optim.load_state(optimizer, state["optimizer"])
-        runtime.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not in fp16 until now
+            runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
         model.score_mean, model.score_std = progress.get("scale", (0.0, 1.0))
         if not args.max_minutes and not common.out_of_patience(progress, args):
@@ -289,7 +290,8 @@ def main(args):
             common.watch_evaluation(runtime, args, progress, result | {"val_accuracy": result["accuracy"]})
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
-        if signal or (not done and args.save_interval and step % args.save_interval == 0):
+        due = args.save_interval and step % args.save_interval == 0 and not nonfinite.in_a_row
+        if signal or (due and not done):
             saved = save(finished=False)
         if signal:
             common.leave(runtime, signal, step, saved)

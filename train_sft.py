@@ -244,7 +244,8 @@ def main(args):
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         sharding.load_full_state(trained, optimizer, state["model"], state["optimizer"], optim.load_state)
-        runtime.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not in fp16 until now
+            runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
         del state  # twice the size of the weights, or more
         if not args.max_minutes and not common.out_of_patience(progress, args):
@@ -292,6 +293,7 @@ def main(args):
         if progress["step"] == 0:  # else a resume with nothing left: it only reports
             progress |= {"before": val_loss, "answered": answered and [answered["total"], answered["n"]]}
             checked, _ = metrics.check_regression(model, tokenizer, suite, args, runtime, 0)
+            common.check_patience(args, {"val_loss": val_loss, **(answered or {})})
             log.log(0, val_loss=val_loss, **({"exact_match": answered["total"]} if answered else {}), **checked)
         log.rate()
     while progress["step"] < progress["max_steps"]:
@@ -390,7 +392,8 @@ def main(args):
             common.watch_evaluation(runtime, args, progress, {"val_loss": val_loss, **found})
             log.rate()  # the evaluation's seconds are not training seconds
         signal = stop.stop(runtime)
-        if signal or (not done and args.save_interval and step % args.save_interval == 0):
+        due = args.save_interval and step % args.save_interval == 0 and not nonfinite.in_a_row
+        if signal or (due and not done):
             saved = save(finished=False)
         if signal:
             common.leave(runtime, signal, step, saved)

@@ -510,8 +510,51 @@ def test_existing_run_is_not_replaced_silently(tmp_path):
         decide(tmp_path)
     assert all(words in str(error.value) for words in ("already holds an unfinished run (stage test)",
                                                        "--from_resume 1", "--overwrite 1", "--save_weight"))
-    assert decide(tmp_path, overwrite=1) == "fresh"
     assert decide(tmp_path, from_resume=1) == "resume"
+    assert decide(tmp_path, overwrite=1) == "fresh"
+
+
+def test_a_run_that_another_began_to_replace_is_not_resumed_as_if_it_were_that_one(tmp_path, capsys):
+    save(tmp_path, 5)
+    assert decide(tmp_path, overwrite=1) == "fresh"  # and killed before its first save, behind its first lines of log
+    with pytest.raises(ValueError, match="ended before its first save.*or remove .*of_an_earlier_run"):
+        decide(tmp_path, from_resume=1)
+    assert decide(tmp_path, if_needed=1) == "fresh" and "about to be replaced" in capsys.readouterr().out
+    (tmp_path / "run" / checkpoint.EARLIER).unlink()
+    assert decide(tmp_path, from_resume=1) == "resume"
+    assert decide(tmp_path, overwrite=1) == "fresh"
+    save(tmp_path, 2)
+    assert decide(tmp_path, from_resume=1) == "resume", "now it is this run's"
+
+
+def test_a_link_is_followed_and_a_file_is_no_place_for_a_run(tmp_path, capsys):
+    save(tmp_path, 5)
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "run").rename(tmp_path / "large disk" / "run")
+    (tmp_path / "run").symlink_to(tmp_path / "large disk" / "run")
+    assert decide(tmp_path, from_resume=1) == "resume"
+    for step in (6, 7, 8):
+        save(tmp_path, step)
+    assert checkpoint.read_minillm(tmp_path / "large disk" / "run")["progress"]["step"] == 8
+    assert checkpoint.read_minillm(tmp_path / "large disk" / "run.previous")["progress"]["step"] == 7
+    assert (tmp_path / "run").is_symlink() and checkpoint.find(tmp_path, "run") == tmp_path / "run"
+    shutil.rmtree(tmp_path / "large disk" / "run")  # as if killed between the two renames
+    assert checkpoint.find(tmp_path, "run") == tmp_path / "large disk" / "run.previous"
+    shutil.rmtree(tmp_path / "large disk")
+    with pytest.raises(ValueError, match="is a file, or a link to what holds no checkpoint"):
+        decide(tmp_path)
+    (tmp_path / "run").unlink()
+    (tmp_path / "run").write_text("hello")
+    with pytest.raises(ValueError, match="is a file, or a link to what holds no checkpoint"):
+        decide(tmp_path, overwrite=1)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_computed(tmp_path, monkeypatch):
+    save(tmp_path, 5, finished=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    assert decide(tmp_path, if_needed=1) == "skip"
+    with pytest.raises(ValueError, match="nothing can be written to --save_dir"):
+        decide(tmp_path, overwrite=1)
 
 
 def test_needed_stage_is_skipped_resumed_or_redone(tmp_path, capsys):
@@ -596,10 +639,11 @@ def test_restart_leaves_alone_what_its_first_start_did_not_go_on_with(tmp_path, 
     assert decide(tmp_path) == "resume", "the mark is gone"
 
 
-def test_launches_without_restarts_mark_nothing(tmp_path, monkeypatch):
+def test_launches_without_restarts_that_are_refused_mark_nothing(tmp_path, monkeypatch):
     save(tmp_path, 5)
     started(monkeypatch, 0, limit=0)
-    assert decide(tmp_path, overwrite=1) == "fresh"
+    with pytest.raises(ValueError, match="already holds"):
+        decide(tmp_path)
     assert not (tmp_path / "run" / checkpoint.EARLIER).exists()
 
 
@@ -619,8 +663,9 @@ def test_weights_are_found_without_the_state_of_the_run(tmp_path):
         decide(tmp_path, from_resume=1)
 
 
-@pytest.mark.parametrize("best, patience, redone", [(False, 0, False), (True, 0, True), (False, 2, True)])
-def test_evaluations_count_as_far_as_they_decide_the_result(tmp_path, best, patience, redone):
-    keys = {checkpoint.stage_key(run_args(tmp_path, eval_interval=interval, patience=patience), best=best)
+@pytest.mark.parametrize("also, patience, redone", [
+    (set(), 0, False), (checkpoint.EVAL_FLAGS, 0, True), (set(), 2, True)])
+def test_evaluations_count_as_far_as_they_decide_the_result(tmp_path, also, patience, redone):
+    keys = {checkpoint.stage_key(run_args(tmp_path, eval_interval=interval, patience=patience), also=also)
             for interval in (5, 10)}
     assert (len(keys) == 2) == redone

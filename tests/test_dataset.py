@@ -553,6 +553,20 @@ def test_a_damaged_cache_is_said_and_rebuilt(make, tmp_path, damage, capsys):
     assert not capsys.readouterr().out
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_its_flag(make, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(OSError, match="--cache_dir .*cache: File exists; .*name another folder"):
+        make(PretrainData, documents(7, 30))
+    (tmp_path / "cache").unlink()
+
+    def fail(path, value):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(dataset, "write_json", fail)
+    with pytest.raises(OSError, match="--cache_dir .*cache: Read-only file system"):
+        make(PretrainData, documents(7, 30))
+
+
 def test_an_interrupted_build_leaves_nothing_that_looks_complete(make, tmp_path, monkeypatch):
     rows = documents(7, 30)
 

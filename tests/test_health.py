@@ -163,6 +163,21 @@ def test_expert_load_counts_the_visits_of_the_training_forward(kind, tmp_path):
     assert training.step()[0]["expert_max"] <= 4, "counted anew for each line"
 
 
+def test_expert_load_of_the_layers_that_run_is_of_this_step_only(tmp_path):
+    """--depth_warmup: the upper block rests, and nothing may add up until it joins."""
+    training = Training(tmp_path, small("moe"))
+    training.model.model.depth = 1
+    for _ in range(2):
+        row = training.step()[0]
+        kept = json.loads((tmp_path / "expert_load.json").read_text())["load"]
+        assert len(kept) == 1 and sum(kept[0]) == pytest.approx(4, abs=1e-3)
+        assert row["expert_max"] == pytest.approx(max(kept[0]), abs=1e-3)
+        assert not any(counts is not None for counts in training.watch.visits)
+    training.model.model.depth = 2
+    training.step()
+    assert len(json.loads((tmp_path / "expert_load.json").read_text())["load"]) == 2
+
+
 def test_activations_are_those_behind_the_blocks_on_demand_only(tmp_path):
     training = Training(tmp_path / "a", flags=1)
     behind = []

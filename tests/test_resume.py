@@ -374,6 +374,14 @@ def test_fixed_prompts_leave_a_run_as_it_is_and_a_killed_one_runs_them_at_the_sa
     assert same(*(load_file(run.out / folder / "model.safetensors") for folder in ("whole", "without")))
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_a_run_may_go_on_in_fp16_which_had_no_scaler_until_then(run, name):
+    """`--dtype` may change on a resume; the state of a scaler that was not in use is empty."""
+    run(name, "run", "--max_steps", "1")
+    final = run(name, "run", "--max_steps", "2", "--dtype", "fp16", "--from_resume", "1")
+    assert final["steps"] == 2
+
+
 @pytest.mark.parametrize("metric, values, patience, over", [
     ("val_loss", [3, 2, 1], 2, False), ("val_loss", [3, 1, 2, 1], 2, True), ("val_loss", [3, 1, 2, 0.9], 2, False),
     ("val_reward", [1], 1, False), ("val_reward", [1, 1], 1, True), ("exact_match", [1, 3, 2], 1, True),

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import BF16_SPEEDUP
 
 import checkpoint
 import common
@@ -185,6 +186,18 @@ def test_run_starts_at_log2_and_writes_a_checkpoint_with_metrics(run, capsys):
     assert "win_rate" not in final  # there is no styles.json beside these data
     printed = capsys.readouterr().out
     assert "loss at step 0: 0.6931, expected 0.6931" in printed and "Next: python eval.py" in printed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_reference_that_differs_is_a_bug_in_fp32_and_a_warning_where_dtypes_round(run, capsys, monkeypatch, dtype):
+    real = train_dpo.dpo_loss
+    monkeypatch.setattr(train_dpo, "dpo_loss", lambda chosen, *rest: real(chosen + 0.5, *rest))
+    if dtype == "float32":
+        with pytest.raises(RuntimeError, match="policy and reference differ"):
+            run("--dtype", dtype, "--loss_type", "ipo", "--max_steps", "1")
+    elif BF16_SPEEDUP:
+        assert run("--dtype", dtype, "--loss_type", "ipo", "--max_steps", "1")["steps"] == 1
+        assert "warning: policy and reference differ" in capsys.readouterr().out
 
 
 def test_implicit_accuracy_of_the_untrained_model_is_zero(run):

@@ -417,6 +417,22 @@ def test_a_resume_is_measured_on_the_prompts_of_the_start(run):
     run("--max_steps", "2", "--from_resume", "1")
 
 
+def test_another_number_of_held_out_prompts_is_another_run(run, capsys):
+    run("--max_steps", "1", "--if_needed", "1")
+    run("--max_steps", "1", "--if_needed", "1", "--eval_prompts", "4")
+    assert "was made with other flags or inputs: doing it again" in capsys.readouterr().out
+    assert len(log_rows(run)) == 3, "step 0, step 1 and its evaluation"
+
+
+def test_greedy_answers_that_got_worse_are_said_once(run, monkeypatch):
+    found = iter([1.0, 0.5, 0.5])
+    real = train_grpo.evaluate
+    monkeypatch.setattr(train_grpo, "evaluate", lambda *rest: real(*rest) | {"exact_match": next(found)})
+    run("--max_steps", "1")
+    run("--max_steps", "1", "--from_resume", "1")
+    assert [row["step"] for row in log_rows(run) if "greedy answers got worse" in row.get("alarm", "")] == [1]
+
+
 def test_pass_rates_are_of_the_same_prompts(run, monkeypatch):
     """Small talk has no place in pass@1, nor in pass@k; every answer is right there and wrong elsewhere."""
     held = [json.loads(line) for line in Path(run.arguments().val_path[0]).read_text().splitlines()]

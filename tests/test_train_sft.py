@@ -67,6 +67,14 @@ def test_before_and_after_are_of_one_kind(stage, count, capsys):
         assert f"of {count} questions (before {final['before']:.3f} of {(count + 4) // 5})" in capsys.readouterr().out
 
 
+def test_patience_for_what_is_not_measured_is_refused_before_the_first_step(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sft, "answer_questions", lambda *rest: None)  # as where no row has a check
+    with pytest.raises(ValueError, match="--patience_metric exact_match; this evaluation did not measure it"):
+        metric(stage, "--eval_prompts", "2", "--patience", "2", "--patience_metric", "exact_match",
+               "--eval_interval", "1", "--max_steps", "2")
+    assert [row["step"] for row in records.read_metrics(tmp_path / "out" / "logs" / "sft")] == []
+
+
 @pytest.mark.parametrize("first, then", [("0", "2"), ("2", "0"), ("6", "2")])
 def test_questions_that_come_and_go_with_a_resume_leave_one_kind(stage, first, then):
     metric(stage, "--eval_prompts", first, "--max_steps", "1")
