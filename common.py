@@ -621,6 +621,11 @@ def resume_command():
     return f"{launch} {shlex.join([sys.argv[0], *flags])} --from_resume 1"
 
 
+def in_folder(args):
+    """The flag that the next command needs to look where this run was written; nothing for the usual folder."""
+    return "" if args.save_dir == "out" else f" --save_dir {shlex.quote(str(args.save_dir))}"
+
+
 def leave(runtime, number, step, saved):
     """Say how to go on after signal `number` and raise Interrupted. `saved`: whether the save at this step worked."""
     if saved:

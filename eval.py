@@ -926,6 +926,8 @@ def main(args):
     with contextlib.suppress(AttributeError):
         sys.stdin.reconfigure(errors="replace")  # half a character typed must not end a conversation
     args.stop = [stop for stop in args.stop if stop]
+    if args.mode == "batch" and args.prompts:
+        expand_paths(args.prompts)  # a wrong path is named before a model is opened
     if args.mode == "summary":
         return summary(args) | (write_report(args, common.setup(args)) if args.report else {})
     # answers on standard output are for another program to read: nothing else may stand between them

@@ -33,7 +33,7 @@ PANELS = [
     ("share of right answers", ("exact_match", "sampled_exact_match", "pass_at_1", "regression_pass_rate"), False),
     ("pair accuracy", ("accuracy", "val_accuracy"), False),
     ("reward", ("reward", "val_reward"), False),
-    ("KL to the reference, nats per answer", ("kl", "val_kl"), False),
+    ("KL to the reference or the teacher, nats", ("kl", "val_kl"), False),
     ("entropy, nats per token", ("entropy",), False),
     ("answer length, tokens", ("length", "val_length"), False),
     ("experts: load over the even share", ("expert_max", "expert_min"), False),

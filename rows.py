@@ -359,7 +359,8 @@ def read_rows(paths: str | Path | Sequence[str | Path], skip_bad: bool = False,
 
 def _wrong_keys(row: dict, where: str, expected: str, example: str) -> ValueError:
     found = ", ".join(map(str, row)) or "none"
-    return ValueError(f"{where}: found the keys [{found}]; expected {expected}; write every row as {example}")
+    return ValueError(f"{where}: found the keys [{found}]; expected {expected}; write every row as {example}, "
+                      "or rename keys with prepare_data.py export --map")
 
 
 def _check_turns(turns: object, where: str) -> list[dict]:

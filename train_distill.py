@@ -376,8 +376,9 @@ def main(args):
     save(finished=True, final=final)
     log.close()
     report.refresh(args.save_dir, runtime.is_main)
-    following = (f"python eval.py --weight {args.save_weight} --stream 1" if args.stage == "sft"
-                 else f"python train_sft.py --from_weight {args.save_weight}")
+    following = (f"python eval.py --weight {args.save_weight}{common.in_folder(args)} --stream 1"
+                 if args.stage == "sft" else
+                 f"python train_sft.py --from_weight {args.save_weight}{common.in_folder(args)}")
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, {describe(result)}. Curves: {folder}/curves.png. "
                   f"Next: {following}")
     runtime.close()

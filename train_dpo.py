@@ -436,7 +436,7 @@ def main(args):
         runtime.print(f"against {args.from_weight}, by the rule: win rate {match['win_rate']:.3f} +- "
                       f"{match['win_rate_error']:.3f} (n {match['win_rate_n']}), exact match "
                       f"{match['exact_match_before']:.3f} -> {match['exact_match']:.3f}, sampled at temperature 1")
-    runtime.print(f"Next: python eval.py --weight {args.save_weight} --stream 1")
+    runtime.print(f"Next: python eval.py --weight {args.save_weight}{common.in_folder(args)} --stream 1")
     runtime.close()
     return final
 

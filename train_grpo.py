@@ -525,7 +525,7 @@ def main(args):
     runtime.print(before_and_after(before, after))
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, pass@1 {after['pass_at_1']:.3f} (before "
                   f"{before['pass_at_1']:.3f}). Curves: {folder}/curves.png. Next: python eval.py --weight "
-                  f"{args.save_weight} --stream 1")
+                  f"{args.save_weight}{common.in_folder(args)} --stream 1")
     runtime.close()
     return final
 

@@ -685,7 +685,8 @@ def main(args):
     runtime.print(logs.table(["held-out", "before", f"best (step {after['step']})"],
                              [[k.replace("_", " "), f"{v:.3f}", f"{after[k]:.3f}"] for k, v in before.items()]))
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, the policy of step {after['step']}. Curves: "
-                  f"{folder}/curves.png. Next: python eval.py --weight {args.save_weight} --stream 1")
+                  f"{folder}/curves.png. Next: python eval.py --weight {args.save_weight}{common.in_folder(args)} "
+                  "--stream 1")
     runtime.close()
     return final
 

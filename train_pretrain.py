@@ -411,7 +411,8 @@ def main(args):
     log.close()
     report.refresh(args.save_dir, runtime.is_main)
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out loss {val_loss:.3f}, {bits:.3f} bits per byte. "
-                  f"Curves: {folder}/curves.png. Next: python train_sft.py --from_weight {args.save_weight}")
+                  f"Curves: {folder}/curves.png. Next: python train_sft.py --from_weight {args.save_weight}"
+                  f"{common.in_folder(args)}")
     runtime.close()
     return final
 

@@ -326,7 +326,8 @@ def advice(result, args):
                 "off (--learning_rate), chosen and rejected swapped in the data")
     weak = [kind for kind, value in result["accuracy_by_kind"].items() if value < 0.6]
     hint = f"blind to: {', '.join(weak)}; watch exact match beside the reward. " if weak else ""
-    return f"{hint}Next: python train_ppo.py --from_weight {args.from_weight} --reward_weight {args.save_weight}"
+    return (f"{hint}Next: python train_ppo.py --from_weight {args.from_weight} --reward_weight {args.save_weight}"
+            f"{common.in_folder(args)}")
 
 
 if __name__ == "__main__":

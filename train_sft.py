@@ -415,7 +415,8 @@ def main(args):
     log.close()
     report.refresh(args.save_dir, runtime.is_main)
     runtime.print(f"done: {args.save_dir}/{args.save_weight}, held-out loss {val_loss:.3f}{score}. Curves: "
-                  f"{folder}/curves.png. Next: python eval.py --weight {args.save_weight} --stream 1")
+                  f"{folder}/curves.png. Next: python eval.py --weight {args.save_weight}{common.in_folder(args)} "
+                  "--stream 1")
     runtime.close()
     return final
 

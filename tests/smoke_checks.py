@@ -63,7 +63,8 @@ def checks(out):
         m = metrics[stage]
         # a share of few answers may come out the same; how long they are does not
         lengths = evaluated(out, stage, "val_length")
-        yield f"{stage}: its answers changed", m["after"] != m["before"] or lengths[0] != lengths[-1], moved[stage]
+        yield (f"{stage}: its answers changed", m["after"] != m["before"] or lengths[0] != lengths[-1],
+               f"{moved[stage]}; {lengths[0]:.2f} -> {lengths[-1]:.2f} tokens")
     for stage, parent in (("dpo", "sft"), ("ppo", "sft"), ("grpo", "sft")):
         pairs = zip(models[stage].parameters(), models[parent].parameters(), strict=True)
         moved = max((a - b).abs().max().item() for a, b in pairs)
