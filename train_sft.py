@@ -293,8 +293,9 @@ def main(args):
         if progress["step"] == 0:  # else a resume with nothing left: it only reports
             progress |= {"before": val_loss, "answered": answered and [answered["total"], answered["n"]]}
             checked, _ = metrics.check_regression(model, tokenizer, suite, args, runtime, 0)
-            common.check_patience(args, {"val_loss": val_loss, **(answered or {})})
-            log.log(0, val_loss=val_loss, **({"exact_match": answered["total"]} if answered else {}), **checked)
+            found = {"exact_match": answered["total"], "stop_rate": answered["stop_rate"]} if answered else {}
+            common.check_patience(args, {"val_loss": val_loss, **found})
+            log.log(0, val_loss=val_loss, **found, **checked)
         log.rate()
     while progress["step"] < progress["max_steps"]:
         step = progress["step"]

@@ -67,6 +67,13 @@ def test_before_and_after_are_of_one_kind(stage, count, capsys):
         assert f"of {count} questions (before {final['before']:.3f} of {(count + 4) // 5})" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["val_loss", "exact_match", "stop_rate"])
+def test_patience_for_what_is_measured_is_no_error(stage, name):
+    final, _ = metric(stage, "--eval_prompts", "2", "--patience", "1", "--patience_metric", name,
+                      "--eval_interval", "1", "--max_steps", "2")
+    assert final["steps"] == 2
+
+
 def test_patience_for_what_is_not_measured_is_refused_before_the_first_step(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(train_sft, "answer_questions", lambda *rest: None)  # as where no row has a check
     with pytest.raises(ValueError, match="--patience_metric exact_match; this evaluation did not measure it"):
