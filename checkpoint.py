@@ -190,7 +190,8 @@ def save(runtime, args, parts, state, facts, finished=False):
 
     Args:
         parts: objects with save_pretrained(folder): model and tokenizer.
-        state: dict for resuming, of tensors and plain values (full-precision weights, optimizer, scaler, progress).
+        state: dict for resuming, of tensors and plain values (full-precision weights, optimizer, progress). The random
+            state of every rank and the gradient scaler's are added.
         facts: dict for minillm.json.
     Returns: True when written; False (with a message, training goes on) when the disk is full.
     """
@@ -204,7 +205,8 @@ def save(runtime, args, parts, state, facts, finished=False):
                     part.save_pretrained(tmp)
                 if not finished or args.keep_resume:
                     (tmp / "resume").mkdir()
-                    torch.save({**state, "rng": rng, "args": _plain(args)}, tmp / "resume" / "state.pt")
+                    whole = {**state, "scaler": runtime.scaler.state_dict(), "rng": rng, "args": _plain(args)}
+                    torch.save(whole, tmp / "resume" / "state.pt")
                 choice = {"dtype": str(runtime.dtype)[6:], "threads": runtime.threads, "world_size": runtime.world_size}
                 seconds = round(time.time() - runtime.started, 1)
                 write_minillm(tmp, {**facts, "finished": finished, "seconds": seconds, "args": _plain(args),
@@ -254,8 +256,8 @@ def _rng_state():
 
 
 def load_resume(runtime, args):
-    """Resume state of out/<save_weight>, with this rank's random state restored. Raises ValueError naming changed
-    flags that matter."""
+    """Resume state of out/<save_weight>, with this rank's random state and the gradient scaler restored. Raises
+    ValueError naming changed flags that matter."""
     # with FSDP each rank needs a slice only: mapped, the file is not in memory once for every rank
     folder, state = _load_state(find(args.save_dir, args.save_weight, "there"), mmap=runtime.lockstep)
     now = _plain(args)
@@ -274,6 +276,8 @@ def load_resume(runtime, args):
     if KEY_FLAGS & changed.keys():
         runtime.print(f"going on with changed flags: {'; '.join(changed[n] for n in changed if n in KEY_FLAGS)}")
     runtime.started -= read_minillm(folder).get("seconds", 0)
+    if state["scaler"]:  # empty where the run was not in fp16 until now
+        runtime.scaler.load_state_dict(state["scaler"])
     rng = state["rng"]
     if len(rng) == runtime.world_size:
         torch.set_rng_state(rng[runtime.rank]["cpu"])
@@ -405,16 +409,18 @@ def _mark_earlier(folder, decision):
     """At the first start of a launch: mark what is in the folder if it will be replaced, or if the launch may restart;
     unmark it if the run goes on with it. The run's own saves take the place of what is marked."""
     count, limit = _restarts()
+    if count:
+        return
     word = decision[0] if isinstance(decision, tuple) else ""
-    for path in (folder, _previous(folder)):
-        mark = path / EARLIER
-        if count == 0 and word in ("skip", "resume"):
+    for mark in (folder / EARLIER, _previous(folder) / EARLIER):
+        if word in ("skip", "resume"):
             if mark.exists():  # a finished stage may lie where nothing can be written
                 mark.unlink()
-        elif count == 0 and path.is_dir() and word == "fresh":
-            mark.write_text("replaced", encoding="utf-8")
-        elif count == 0 and path.is_dir() and limit:
-            mark.touch()
+        elif mark.parent.is_dir():
+            if word == "fresh":
+                mark.write_text("replaced", encoding="utf-8")
+            elif limit:
+                mark.touch()
 
 
 def _decide(args, key):

@@ -313,36 +313,31 @@ class TokenData:
         return record["stats"]
 
     def _ensure_store(self) -> None:
-        """Build the store unless a whole one is there; say why an earlier one does not serve."""
+        """Build the store unless a whole one is there; say why an earlier one does not serve. An error of the cache
+        names its remedy, one of the data files stays as it is."""
         try:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
             facts = self._facts(record=True)
-        except OSError as error:
-            raise self._explained(error) from None
-        name = self.cache_dir / self._base(facts)
-        # The facts are in the name, so another tokenizer or setting means another store, not a wrong one.
-        if Path(f"{name}.json").exists():
-            try:
-                self._open_store(facts)
-                return
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                print(f"cache {name} is damaged ({error}): rebuilding", flush=True)
-        else:
-            self._explain(facts)
-        try:
+            name = self.cache_dir / self._base(facts)
+            # The facts are in the name, so another tokenizer or setting means another store, not a wrong one.
+            if Path(f"{name}.json").exists():
+                try:
+                    self._open_store(facts)
+                    return
+                except (OSError, ValueError, KeyError, TypeError) as error:
+                    print(f"cache {name} is damaged ({error}): rebuilding", flush=True)
+            else:
+                self._explain(facts)
             self._build(facts)
         except OSError as error:
-            raise self._explained(error) from None
-
-    def _explained(self, error: OSError) -> OSError:
-        """An error of the cache with its remedy; one of the data files as it is."""
-        if error.errno == errno.ENOSPC:
-            return OSError(f"the disk is full while writing the token cache in {self.cache_dir}; it takes up to twice "
-                           "the size of the data files; free space, or choose another disk with --cache_dir")
-        if not Path(str(error.filename)).is_relative_to(self.cache_dir):
-            return error
-        return OSError(f"--cache_dir {self.cache_dir}: {error.strerror}; tokens of the data are written there; name "
-                       "another folder")
+            if error.errno == errno.ENOSPC:
+                raise OSError(f"the disk is full while writing the token cache in {self.cache_dir}; it takes up to "
+                              "twice the size of the data files; free space, or choose another disk with "
+                              "--cache_dir") from None
+            if Path(str(error.filename)).is_relative_to(self.cache_dir):
+                raise OSError(f"--cache_dir {self.cache_dir}: {error.strerror}; tokens of the data are written there; "
+                              "name another folder") from None
+            raise
 
     def _explain(self, facts: dict) -> None:
         """Print in what the newest earlier store of the same files and part differs."""

@@ -420,7 +420,7 @@ def exact_match(completions: Sequence[Completion], items: Sequence[dict]) -> dic
     for completion, item in judged:
         right = check_answer(item["check"], item["answer"], completion.text)
         skill = str(item.get("skill") or "all")
-        if skill in APART:
+        if not in_total(item):
             groups["apart"][skill].append(right)
             continue
         counted.append(right)

@@ -238,8 +238,6 @@ def main(args):
         state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optim.load_state(optimizer, state["optimizer"])
-        if state["scaler"]:  # empty where the run was not in fp16 until now
-            runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
         del state  # twice the size of the weights, or more
         if not args.max_minutes and not common.out_of_patience(progress, args):
@@ -259,8 +257,7 @@ def main(args):
     def save(finished, final=None):
         """Write out/<save_weight>; called by all ranks at the same step. The stage is that of the rows: it decides
         whether the student chats."""
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "scaler": runtime.scaler.state_dict(), "progress": progress}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress}
         facts = {"stage": args.stage, "key": key, "parents": [str(p) for p in parents],
                  "tokenizer": tokenizer.fingerprint, "data": [str(f) for f in files], "seed": args.seed,
                  "progress": progress, "metrics": final or {}, "conditions": conditions}

@@ -270,8 +270,6 @@ def main(args):
         state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optim.load_state(optimizer, state["optimizer"])
-        if state["scaler"]:  # empty where the run was not in fp16 until now
-            runtime.scaler.load_state_dict(state["scaler"])
         progress, tables = progress | state["progress"], state["tables"]
         if not args.max_minutes and not common.out_of_patience(progress, args):
             # --max_steps, --epochs and what a step draws may be changed on resume
@@ -304,7 +302,7 @@ def main(args):
     def save(finished, final=None):
         """Write out/<save_weight>; called by all ranks at the same step."""
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "scaler": runtime.scaler.state_dict(), "progress": progress, "tables": tables}
+                 "progress": progress, "tables": tables}
         facts = {"stage": "dpo", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
                  "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {},
                  "conditions": conditions}

@@ -417,8 +417,6 @@ def main(args):
         state = checkpoint.load_resume(runtime, args)
         model.load_state_dict(state["model"])
         optim.load_state(optimizer, state["optimizer"])
-        if state["scaler"]:  # empty where the run was not in fp16 until now
-            runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
         if len(items) != progress["held_out"]:
             raise ValueError(f"--eval_prompts {args.eval_prompts} is {len(items)} held-out prompts, the start of this "
@@ -444,8 +442,7 @@ def main(args):
 
     def save(finished, final=None):
         """Write out/<save_weight>; called by all ranks at the same step."""
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "scaler": runtime.scaler.state_dict(), "progress": progress}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress}
         facts = {"stage": "grpo", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
                  "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {},
                  "conditions": conditions}

@@ -559,8 +559,6 @@ def main(args):
         best.load_state_dict(state["best"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optim.load_state(optimizer, saved)
-        if state["scaler"]:  # empty where the run was not in fp16 until now
-            runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
         if len(items) != progress["held_out"]:
             raise ValueError(f"--eval_prompts {args.eval_prompts} is {len(items)} held-out prompts, the start of this "
@@ -589,7 +587,7 @@ def main(args):
     def save(finished, final=None):
         """Write out/<save_weight>: the best policy; the last one and the value model go to resume/. All ranks call."""
         state = {"model": team.both.state_dict(), "best": best.state_dict(), "progress": progress,
-                 "optimizers": [o.state_dict() for o in optimizers], "scaler": runtime.scaler.state_dict()}
+                 "optimizers": [o.state_dict() for o in optimizers]}
         facts = {"stage": "ppo", "key": key, "parents": [str(p) for p in parents], "seed": args.seed,
                  "tokenizer": tokenizer.fingerprint, "data": [str(f) for f in files], "progress": progress,
                  "metrics": final or {}, "conditions": conditions}

@@ -244,8 +244,6 @@ def main(args):
     if start == "resume":
         state = checkpoint.load_resume(runtime, args)
         sharding.load_full_state(trained, optimizer, state["model"], state["optimizer"], optim.load_state)
-        if state["scaler"]:  # empty where the run was not in fp16 until now
-            runtime.scaler.load_state_dict(state["scaler"])
         progress |= state["progress"]
         del state  # twice the size of the weights, or more
         if not args.max_minutes and not common.out_of_patience(progress, args):
@@ -267,7 +265,7 @@ def main(args):
     def save(finished, final=None):
         """Write out/<save_weight>; called by all ranks at the same step."""
         weights, moments = sharding.full_state(trained, optimizer, runtime)
-        state = {"model": weights, "optimizer": moments, "scaler": runtime.scaler.state_dict(), "progress": progress}
+        state = {"model": weights, "optimizer": moments, "progress": progress}
         facts = {"stage": "sft", "key": key, "parents": [str(parent)], "tokenizer": tokenizer.fingerprint,
                  "data": [str(f) for f in files], "seed": args.seed, "progress": progress, "metrics": final or {},
                  "conditions": conditions}
